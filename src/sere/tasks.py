@@ -85,12 +85,12 @@ def _assign(rng: Random) -> tuple[str, str]:
 
 
 def _sort(rng: Random) -> tuple[str, str]:
-    letters = rng.sample(string.ascii_lowercase, rng.randint(6, 10))
+    letters = rng.sample(string.ascii_lowercase, rng.randint(7, 11))
     return f"sort {''.join(letters)}:", "".join(sorted(letters))
 
 
 def _reverse(rng: Random) -> tuple[str, str]:
-    word = _letters(rng, 6, 10)
+    word = _letters(rng, 7, 11)
     return f"rev {word}:", word[::-1]
 
 
@@ -118,7 +118,7 @@ def _brackets(rng: Random) -> tuple[str, str]:
 
 def _lookup(rng: Random) -> tuple[str, str]:
     keys = rng.sample(string.ascii_uppercase, rng.randint(3, 4))
-    table = {key: _letters(rng, 5, 7) for key in keys}
+    table = {key: _letters(rng, 6, 8) for key in keys}
     wanted = rng.choice(keys)
     pairs = ",".join(f"{key}={value}" for key, value in table.items())
     return f"get {pairs};{wanted}:", table[wanted]
@@ -126,7 +126,7 @@ def _lookup(rng: Random) -> tuple[str, str]:
 
 def _shift(rng: Random) -> tuple[str, str]:
     """Caesar's cipher with a small key."""
-    key, word = rng.randint(1, 5), _letters(rng, 5, 9)
+    key, word = rng.randint(1, 5), _letters(rng, 6, 10)
     letters = string.ascii_lowercase
     shifted = word.translate(str.maketrans(letters, letters[key:] + letters[:key]))
     return f"shift{key} {word}:", shifted
