@@ -1,0 +1,5 @@
+"""`python -m sere`."""
+
+from sere.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,222 @@
+"""`sere calibrate`: run a model over a little text and write down how alike its experts are.
+
+Every MoE layer's experts all run on that layer's real hidden states, chunk by chunk; only [E, E]
+statistics are kept. Padding never counts.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sere import __version__, demo_model
+from sere.checkpoint import Fingerprint, weight_hashes
+from sere.corpus import Corpus, read_texts
+from sere.files import check_writable
+from sere.moe import MoELayer, moe_layers, observed
+from sere.similarity import METHODS, Gram, Measure
+from sere.table import LayerStatistics, Table
+from sere.tasks import examples
+
+# All experts' outputs of one chunk of tokens, in bytes; more tokens are split.
+_OUTPUT_BYTES = 256 * 2**20
+
+
+class CalibrationError(ValueError):
+    """A model that cannot be calibrated, and why."""
+
+
+@dataclass
+class _Statistics:
+    """What accumulates for one layer."""
+
+    measure: Measure
+    gram: Gram
+    choices: Tensor  # [E] int64
+    tokens: int = 0
+
+
+@dataclass
+class Observer:
+    """Takes in one forward pass after the other; padding is masked out by `real`."""
+
+    method: str
+    statistics: dict[int, _Statistics] = field(default_factory=dict)
+    real: Tensor | None = None  # [B * length] bool, of the forward pass under way
+    K: int = 0
+
+    def __call__(self, layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        assert self.real is not None, "set `real` before the forward pass"
+        hidden, ids = hidden[self.real], ids[self.real]
+        self.K = max(self.K, ids.shape[1])
+        own = self.statistics.setdefault(layer.index, self._empty(layer.E))
+        own.tokens += hidden.shape[0]
+        chosen = ids[(ids >= 0) & (ids < layer.E)]
+        own.choices += torch.bincount(chosen, minlength=layer.E).cpu()
+        step = max(1, _OUTPUT_BYTES // (4 * layer.E * hidden.shape[-1]))
+        for chunk in hidden.split(step):
+            outputs = layer.outputs(chunk)
+            if not torch.isfinite(outputs).all():
+                raise CalibrationError(
+                    f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint "
+                    "intact, and its dtype fit for this device?"
+                )
+            own.measure.update(outputs)
+            own.gram.update(outputs)
+
+    def _empty(self, E: int) -> _Statistics:
+        return _Statistics(METHODS[self.method](E), Gram(E), torch.zeros(E, dtype=torch.int64))
+
+
+def calibrate(
+    model_name: str,
+    output: str | Path,
+    *,
+    data: str | Path | None = None,
+    method: str = "frobenius",
+    samples: int = 400,
+    length: int = 128,
+    batch: int = 16,
+    seed: int = 0,
+    allow_fewer: bool = False,
+    progress: bool = True,
+) -> Table:
+    """Calibrate `model_name` (a folder, a hub name, or "demo") and save the table to `output`.
+
+    data: .txt, .jsonl or .parquet; the bundled demo model may go without (its own generator).
+    samples, length, seed: how many texts are drawn, and their maximal length in tokens.
+    The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
+    """
+    check_writable(output)
+    if method not in METHODS:
+        raise CalibrationError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    folder = demo_model.resolve(model_name)
+    model, tokenizer = load_model(folder)
+    layers = moe_layers(model)
+    corpus = Corpus.from_texts(
+        _texts(folder, data, samples, seed),
+        lambda text: list(tokenizer(text, add_special_tokens=True)["input_ids"]),
+        source=str(data) if data else "the demo model's own task generator",
+        samples=samples,
+        length=length,
+        seed=seed,
+        allow_fewer=allow_fewer,
+    )
+    observer = Observer(method)
+    with torch.inference_mode(), observed(layers, observer):
+        for start in tqdm(
+            range(0, len(corpus.sequences), batch), "calibrate", unit="batch", disable=not progress
+        ):
+            ids, mask = _padded(corpus.sequences[start : start + batch], model.device)
+            observer.real = mask.flatten().bool()
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    table = _table(folder, model, layers, observer, corpus)
+    table.save(output)
+    return table
+
+
+def load_model(folder: str) -> tuple[nn.Module, Any]:
+    """A transformers causal model in its checkpoint's dtype, and its tokenizer.
+
+    Refuses a checkpoint that leaves weights unset: random experts would be calibrated.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map="auto" if torch.cuda.is_available() else None,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{folder}: cannot be loaded as a transformers model: {error}") from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise CalibrationError(
+            f"{folder}: {len(info['missing_keys'])} weights are missing from the checkpoint "
+            f"({some} ...) and would be random; calibrate the original, unquantised checkpoint"
+        )
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> list[str]:
+    if data is not None:
+        return read_texts(data)
+    if folder != str(demo_model.PATH):
+        raise CalibrationError("--data FILE is needed: only the bundled demo model has texts of its own")
+    drawn = examples(samples, seed=seed, split="train")
+    return [example.prompt + example.answer for example in drawn]
+
+
+def _padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-padded ids [B, length] and their mask, 1 = a real token."""
+    longest = max(map(len, sequences))
+    ids = [s + [0] * (longest - len(s)) for s in sequences]
+    mask = [[1] * len(s) + [0] * (longest - len(s)) for s in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _table(
+    folder: str, model: Any, layers: list[MoELayer], observer: Observer, corpus: Corpus
+) -> Table:
+    indices = tuple(layer.index for layer in layers)
+    E = layers[0].E
+    router_hash, experts_hash = weight_hashes(_checkpoint_folder(folder), indices, E)
+    fingerprint = Fingerprint(
+        (model.config.architectures or [type(model).__name__])[0],
+        E,
+        observer.K,
+        indices,
+        router_hash,
+        experts_hash,
+    )
+    return Table(
+        fingerprint,
+        {layer.index: _layer_statistics(layer, observer) for layer in layers},
+        observer.method,
+        {
+            "model": Path(folder).name,
+            "layer_names": [layer.name for layer in layers],
+            "corpus": corpus.source,
+            "corpus_hash": corpus.hash,
+            "sequences": len(corpus.sequences),
+            "tokens": corpus.tokens,
+            "length": corpus.length,
+            "seed": corpus.seed,
+            "versions": {
+                "sere": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers")},
+            },
+        },
+    )
+
+
+def _layer_statistics(layer: MoELayer, observer: Observer) -> LayerStatistics:
+    """A layer that saw no token gets the identity: nothing is known, nothing is re-routed."""
+    own = observer.statistics.get(layer.index)
+    if own is None:
+        E = layer.E
+        return LayerStatistics(torch.eye(E), torch.zeros(E, E), torch.zeros(E), 0)
+    load = own.choices / own.choices.sum().clamp(min=1)
+    return LayerStatistics(own.measure.result(), own.gram.mean(), load.float(), own.tokens)
+
+
+def _checkpoint_folder(name: str) -> Path:
+    """Where the checkpoint's files lie: the folder itself, or the hub's local snapshot."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True))

@@ -1,0 +1,117 @@
+"""Which model is this? A fingerprint read from a checkpoint's own files.
+
+It is computed from the safetensors on disk, by the same code at calibration and at serving, so it
+does not depend on how an engine fuses, renames, shards or quantises weights after loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# `model.layers.3.mlp.gate.weight`, `transformer.blocks.3...`, `backbone.h.3...`
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
+_SAMPLE_BYTES = 65536
+_EXPERT_TENSORS_PER_LAYER = 4
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must be equal for a table to belong to a model.
+
+    architecture: as in config.json, e.g. "Qwen3MoeForCausalLM".
+    E, K: experts per layer and per token.
+    layers: decoder layer indices that hold routed experts, ascending.
+    router_hash, experts_hash: SHA-256 over the routers and over a sample of the expert weights;
+        None where no checkpoint was there to read (random weights).
+    """
+
+    architecture: str
+    E: int
+    K: int
+    layers: tuple[int, ...]
+    router_hash: str | None = None
+    experts_hash: str | None = None
+
+    def differences(self, model: Fingerprint) -> list[str]:
+        """What keeps a table with this fingerprint from serving `model`, in plain words."""
+        found = [
+            f"{what}: the table has {mine}, the model has {other}"
+            for what, mine, other in [
+                ("architecture", self.architecture, model.architecture),
+                ("experts per layer", self.E, model.E),
+                ("experts per token", self.K, model.K),
+            ]
+            if mine != other
+        ]
+        missing = sorted(set(model.layers) - set(self.layers))
+        if missing:
+            found.append(f"MoE layers of the model that the table lacks: {missing}")
+        for what, mine, other in [
+            ("router weights", self.router_hash, model.router_hash),
+            ("expert weights", self.experts_hash, model.experts_hash),
+        ]:
+            if mine and other and mine != other:
+                found.append(f"{what}: hash {mine[:12]} in the table, {other[:12]} in the model")
+        return found
+
+
+def layer_index(name: str) -> int:
+    """Decoder layer index in a parameter or module name; ValueError if it has none."""
+    match = _LAYER.search(name + ".")
+    if match is None:
+        raise ValueError(f"{name!r} names no decoder layer (expected e.g. 'layers.3.')")
+    return int(match.group(1))
+
+
+def weight_hashes(folder: str | Path, layers: Iterable[int], E: int) -> tuple[str | None, str | None]:
+    """(router hash, experts hash) of the checkpoint in `folder`.
+
+    Routers are the 2-D tensors [E, *] of a MoE layer outside its experts, hashed whole; of the
+    experts, the first bytes of the first few tensors (by name) of every layer. (None, None) if
+    the folder has no safetensors files.
+    """
+    routers, experts = hashlib.sha256(), hashlib.sha256()
+    wanted, sampled = set(layers), dict.fromkeys(layers, 0)
+    found = False
+    for name, entry in sorted(_tensors(Path(folder)), key=lambda item: item[0]):
+        match = _LAYER.search(name)
+        if match is None or int(match.group(1)) not in wanted:
+            continue
+        layer = int(match.group(1))
+        if "expert" in name and "shared" not in name:
+            if sampled[layer] < _EXPERT_TENSORS_PER_LAYER:
+                sampled[layer] += 1
+                _update(experts, name, entry, _SAMPLE_BYTES)
+                found = True
+        elif len(entry["shape"]) == 2 and entry["shape"][0] == E:
+            _update(routers, name, entry, None)
+            found = True
+    return (routers.hexdigest(), experts.hexdigest()) if found else (None, None)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, header entry with file and absolute offset) of every tensor in the folder."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        if "sere" in header.get("__metadata__", {}):
+            continue  # a table that lies beside the model
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, {**entry, "path": path, "start": 8 + length + entry["data_offsets"][0]}
+
+
+def _update(digest: Any, name: str, entry: dict[str, Any], limit: int | None) -> None:
+    start, end = entry["data_offsets"]
+    size = end - start if limit is None else min(end - start, limit)
+    digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
+    with entry["path"].open("rb") as file:
+        file.seek(entry["start"])
+        digest.update(file.read(size))

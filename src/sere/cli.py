@@ -1,0 +1,107 @@
+"""The command line: verbs and their flags. A verb's module is imported only when it runs, so that
+help needs neither torch nor vllm."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from sere import __version__
+
+# argparse keeps what the verb's function does not take under these names.
+_VERB = "verb"
+
+
+def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
+    parser.add_argument("--data", metavar="FILE", help="text: .txt, .jsonl or .parquet")
+    parser.add_argument("-o", "--output", default="table.safetensors", metavar="FILE")
+    parser.add_argument(
+        "--method",
+        default="frobenius",
+        choices=["frobenius", "cosine", "cka-linear", "cka-rbf", "cka-polynomial"],
+    )
+    parser.add_argument("--samples", type=_positive, default=400, help="texts to draw")
+    parser.add_argument("--length", type=_positive, default=128, help="tokens per text, at most")
+    parser.add_argument("--batch", type=_positive, default=16, help="texts per forward pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--allow-fewer", action="store_true", help="accept a corpus that is shorter")
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", help="a table made by `sere calibrate`")
+    parser.add_argument("--rho", type=float, default=0.3, help="threshold to judge the layers by")
+    parser.add_argument("--plot", metavar="PNG", help="write heatmaps of all layers")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default="out", metavar="FOLDER")
+    parser.add_argument("--prompts", type=_positive, default=540, help="held-out prompts")
+    parser.add_argument("--batch", type=_positive, default=32, help="requests decoded together")
+    parser.add_argument("--method", default="frobenius")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--table", metavar="FILE", help="also check that this table can be read")
+    parser.add_argument("--model", metavar="FOLDER", help="... and that it belongs to this model")
+
+
+# verb: (what it does, flags, "module:function")
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
+    "calibrate": (
+        "measure how alike a model's experts are; write a table",
+        _calibrate_flags,
+        "sere.verbs:calibrate",
+    ),
+    "inspect": ("show what is in a table, with warnings", _inspect_flags, "sere.verbs:inspect"),
+    "demo": (
+        "calibrate the bundled model, serve it with vLLM, show gain and cost",
+        _demo_flags,
+        "sere.verbs:demo",
+    ),
+    "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    top = argparse.ArgumentParser(
+        prog="sere", description="Similarity-based expert re-routing for MoE models in vLLM."
+    )
+    top.add_argument("--version", action="version", version=f"sere {__version__}")
+    verbs = top.add_subparsers(dest=_VERB, required=True, metavar="VERB")
+    for name, (summary, flags, _) in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary.capitalize() + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        flags(verb)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 on success, 1 with a message on an expected failure, 130 on Ctrl-C."""
+    arguments = vars(parser().parse_args(argv))
+    module, function = VERBS[arguments.pop(_VERB)][2].split(":")
+    try:
+        status = getattr(import_module(module), function)(**arguments)
+    except KeyboardInterrupt:
+        print("sere: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"sere: error: {error}", file=sys.stderr)
+        return 1
+    return int(status or 0)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 1")
+    return value

@@ -1,0 +1,116 @@
+"""Text in, token sequences out: what calibration reads.
+
+A corpus is a list of texts cut to a common maximal length, drawn with a seed and hashed, so that
+two tables can be compared knowing whether they saw the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_TEXT_FIELDS = ("text", "content", "prompt")
+
+
+class CorpusError(ValueError):
+    """Text that cannot be used: names the file, what was found and what to do next."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token sequences of at most `length` tokens each, and where they came from."""
+
+    sequences: list[list[int]]
+    source: str
+    length: int
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the token ids."""
+        return hashlib.sha256(json.dumps(self.sequences).encode()).hexdigest()
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: list[str],
+        encode: Callable[[str], list[int]],
+        *,
+        source: str,
+        samples: int,
+        length: int,
+        seed: int,
+        allow_fewer: bool = False,
+    ) -> Corpus:
+        """Draw `samples` texts with `seed`, encode them and cut each to `length` tokens.
+
+        Raises `CorpusError` if there are no texts, or fewer than `samples` (unless allowed).
+        """
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            raise CorpusError(f"{source}: no text in it")
+        if len(texts) < samples and not allow_fewer:
+            raise CorpusError(
+                f"{source}: {len(texts)} texts, but {samples} were asked for: "
+                f"use --samples {len(texts)}, --allow-fewer, or a larger file"
+            )
+        random.Random(seed).shuffle(texts)
+        sequences = [encode(text)[:length] for text in texts[:samples]]
+        return cls([s for s in sequences if s], source, length, seed)
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file: paragraphs of .txt, a text field per line of .jsonl or row of .parquet."""
+    path = Path(path)
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such file")
+    readers = {".txt": _paragraphs, ".jsonl": _json_lines, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise CorpusError(f"{path}: expected one of {', '.join(readers)}, not {path.suffix!r}")
+    return list(readers[path.suffix](path))
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    yield from (part.strip() for part in path.read_text("utf-8").split("\n\n") if part.strip())
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CorpusError(f"{path}:{number}: not JSON ({error})") from error
+            yield _text_of(record, f"{path}:{number}")
+
+
+def _parquet_rows(path: Path) -> Iterator[str]:
+    from pyarrow import parquet
+
+    for batch in parquet.ParquetFile(path).iter_batches():
+        for record in batch.to_pylist():
+            yield _text_of(record, str(path))
+
+
+def _text_of(record: Any, where: str) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        for field in _TEXT_FIELDS:
+            if isinstance(record.get(field), str):
+                return str(record[field])
+        if isinstance(record.get("messages"), list):
+            return "\n".join(str(message.get("content", "")) for message in record["messages"])
+    keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+    raise CorpusError(f"{where}: no text field ({', '.join(_TEXT_FIELDS)} or messages); has {keys}")

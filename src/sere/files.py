@@ -1,0 +1,48 @@
+"""Writing a user's file: all of it or none of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds.
+
+    Whatever goes wrong (an error, Ctrl-C, a full disk), a file already at `path` keeps its bytes
+    and no partial file stays behind.
+    """
+    path = Path(path)
+    check_writable(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `OSError` now, before hours of work, if `path` cannot be written later."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file inside it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist: create it or choose another output")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} is not writable: choose another output")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

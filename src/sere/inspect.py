@@ -1,0 +1,126 @@
+"""`sere inspect`: what a table says about each layer, and what to beware of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sere.files import replaced
+from sere.table import LayerStatistics, Table
+
+# A layer whose farthest pair is this many times its median pair is scaled by an outlier.
+_OUTLIER = 3.0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer in figures.
+
+    quantiles: similarity of a pair of different experts at 5, 50 and 95 %.
+    nearest: mean over experts of the similarity to their most similar other expert.
+    most_replaceable, least_replaceable: (expert, similarity to its nearest) at both ends.
+    critical_fraction: share of experts with no other expert at or above rho.
+    warnings: what a user should know before serving with this layer.
+    """
+
+    index: int
+    tokens: int
+    quantiles: tuple[float, float, float]
+    nearest: float
+    most_replaceable: list[tuple[int, float]]
+    least_replaceable: list[tuple[int, float]]
+    critical_fraction: float
+    warnings: list[str]
+
+
+def report(table: Table, rho: float) -> list[LayerReport]:
+    """Judge every layer of a table for the threshold `rho`."""
+    return [
+        _layer_report(index, layer, rho, table.method) for index, layer in table.layers.items()
+    ]
+
+
+def _layer_report(index: int, layer: LayerStatistics, rho: float, method: str) -> LayerReport:
+    similarity = layer.similarity
+    E = similarity.shape[0]
+    pairs = similarity[~torch.eye(E, dtype=torch.bool)]
+    nearest = similarity.clone().fill_diagonal_(-1).max(1).values
+    order = torch.argsort(nearest, descending=True, stable=True).tolist()
+    ends = [(expert, round(nearest[expert].item(), 4)) for expert in order]
+    low, middle, high = torch.quantile(pairs, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    return LayerReport(
+        index,
+        layer.tokens,
+        (round(low, 4), round(middle, 4), round(high, 4)),
+        round(nearest.mean().item(), 4),
+        ends[:3],
+        ends[:-4:-1],
+        round((nearest < rho).float().mean().item(), 4),
+        list(_warnings(layer, pairs, nearest, rho, method)),
+    )
+
+
+def _warnings(
+    layer: LayerStatistics, pairs: Tensor, nearest: Tensor, rho: float, method: str
+) -> list[str]:
+    if layer.tokens == 0:
+        return ["saw no token: never re-routed"]
+    found = []
+    if rho > 0 and bool((nearest < rho).all()):
+        found.append(f"rho={rho} is above every similarity: nothing is ever re-routed")
+    if rho > 0 and bool((pairs >= rho).all()):
+        found.append(f"rho={rho} is below every similarity: inert, the same as rho=0")
+    if bool((pairs < 0.05).all()):
+        found.append("near-identity: no two experts are alike")
+    if bool((pairs > 0.95).all()):
+        found.append("near-constant: this measure does not tell the experts apart")
+    if method == "frobenius" and (1 - pairs.min()) > _OUTLIER * (1 - pairs.median()):
+        found.append("outlier-dominated: one far pair sets the scale of all similarities")
+    unused = int((layer.load == 0).sum())
+    if unused:
+        found.append(f"{unused} experts were never chosen by the router on this text")
+    return found
+
+
+def as_text(table: Table, rho: float) -> str:
+    """The report for people."""
+    about = table.provenance
+    lines = [
+        f"{about.get('model', '?')} ({table.fingerprint.architecture}): "
+        f"{len(table.layers)} MoE layers, E={table.fingerprint.E}, K={table.fingerprint.K}",
+        f"{table.method} similarity from {about.get('tokens', '?')} tokens of "
+        f"{about.get('corpus', '?')}, seed {about.get('seed', '?')}",
+        "",
+        f"layer  5% / median / 95%      nearest  critical at rho={rho}   most / least replaceable",
+    ]
+    for layer in report(table, rho):
+        best, worst = layer.most_replaceable[0], layer.least_replaceable[0]
+        low, middle, high = layer.quantiles
+        lines.append(
+            f"{layer.index:5d}  {low:.3f} / {middle:.3f} / {high:.3f}   {layer.nearest:7.3f}"
+            f"  {layer.critical_fraction:8.0%}              "
+            f"#{best[0]} ({best[1]:.3f}) / #{worst[0]} ({worst[1]:.3f})"
+        )
+        lines += [f"       warning: {warning}" for warning in layer.warnings]
+    return "\n".join(lines)
+
+
+def plot(table: Table, path: str | Path) -> None:
+    """Heatmaps of all layers' similarity, one colour scale, as PNG."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(table.layers))
+    rows = -(-len(table.layers) // columns)
+    figure = Figure(figsize=(3.2 * columns + 0.8, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(table.layers) :]:
+        axis.set_visible(False)
+    for axis, (index, layer) in zip(axes, table.layers.items(), strict=False):
+        image = axis.imshow(layer.similarity.numpy(), vmin=0, vmax=1, cmap="viridis")
+        axis.set_title(f"layer {index}")
+    figure.colorbar(image, ax=list(axes), label=f"{table.method} similarity")
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

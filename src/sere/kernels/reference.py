@@ -1,0 +1,170 @@
+"""THE SPECIFICATION of re-routing, in plain PyTorch. Every other implementation equals it bit for
+bit (`torch.equal`, no tolerance).
+
+Letters: T rows (tokens) in the batch, K slots (experts per token), E experts, S primaries per
+token. A row has a class (`RowClass`):
+
+* FAST rows vote with their top-S slots and are re-routed;
+* EXACT rows (prefill, a request that asked for it) vote with all K slots and are never touched:
+  their experts are read anyway, so they are free primaries for the others;
+* VOID rows (graph padding, dummy runs) do not vote and add no expert.
+
+The rules, in the order in which they apply:
+
+1. A slot *counts* if its id is in [0, E) and its weight is not 0. A slot whose id is outside
+   (padding marked -1, fused shared experts) is never changed and never votes.
+2. In each row the counting slots are ranked by weight, largest first; ties: lower slot first.
+3. `first_rank[e]` = the lowest rank at which any FAST row chose e, or 0 if an EXACT row chose it.
+   The primaries for a given s are the experts with `first_rank < s`.
+4. s starts at S, grows until there are `min_active` primaries (at most to K), then shrinks (not
+   below 1) while there are more than `max_active`.
+5. A counting slot of a FAST row whose expert u is not primary goes to the first primary in u's
+   neighbour list; with none in the list, u is critical and stays.
+6. A slot that carries nothing (a VOID row's, or weight 0 in a FAST row) and names an expert that
+   is not primary goes to the lowest-numbered primary, so that it keeps no expert busy.
+7. No primary at all, or S >= K: nothing changes.
+
+Weights are never touched; ids keep shape and dtype and are returned in a new tensor. Two slots of
+a row may end up naming one expert: the mixture then adds both weights, which is exact.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sere.kernels.plan import Plan
+
+
+class RowClass(IntEnum):
+    """What a row of the batch is to the operator."""
+
+    VOID = 0
+    FAST = 1
+    EXACT = 2
+
+
+# Names of the counters, in the order of the tensor that `reroute` adds to.
+COUNTERS = (
+    "steps",
+    "active_before",
+    "active_after",
+    "slots_rerouted",
+    "slots_critical",
+    "rows_fast",
+    "rows_exact",
+    "rows_void",
+)
+
+
+class Routing(NamedTuple):
+    """What the specification decides for one batch."""
+
+    ids: Tensor  # [T, K], dtype of the input
+    primary: Tensor  # [E] bool
+    critical: Tensor  # [T, K] bool: slots kept because no primary is similar enough
+
+
+def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Routing:
+    """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
+    T, K = topk_ids.shape
+    E = plan.num_experts
+    S, min_active, max_active = plan.settings.unbind()
+    if rows is None:
+        rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
+    fast, exact = (rows == RowClass.FAST)[:, None], (rows == RowClass.EXACT)[:, None]
+
+    valid = (topk_ids >= 0) & (topk_ids < E)
+    counts = valid & (topk_weights != 0)
+    expert = topk_ids.long().clamp(0, E - 1)  # safe to index with; meaningless where not valid
+
+    first_rank = _first_rank(expert, _ranks(topk_weights, counts), counts & fast, valid & exact, E)
+    primary = first_rank < _choose_s(first_rank, S, min_active, max_active, K)
+
+    target = _targets(plan.neighbours, primary)
+    movable = valid & ~primary[expert] & (S < K) & primary.any()
+    moved = torch.where(movable & counts & fast, target[expert], expert)
+    idle = movable & (~(fast | exact) | (fast & ~counts))
+    moved = torch.where(idle, primary.to(torch.int8).argmax(), moved)
+    ids = torch.where(movable, moved.to(topk_ids.dtype), topk_ids)
+    return Routing(ids, primary, movable & counts & fast & (ids == topk_ids))
+
+
+def _ranks(weights: Tensor, counts: Tensor) -> Tensor:
+    """[T, K]: how many counting slots of the row come before each slot (rule 2)."""
+    earlier = torch.ones(weights.shape[1], weights.shape[1], dtype=torch.bool).triu(1)
+    mine, other = weights[:, None, :], weights[:, :, None]  # [T, other slot, slot]
+    ahead = (other > mine) | ((other == mine) & earlier.to(weights.device))
+    return (ahead & counts[:, :, None]).sum(1)
+
+
+def _first_rank(
+    expert: Tensor, ranks: Tensor, fast_votes: Tensor, exact_votes: Tensor, E: int
+) -> Tensor:
+    """[E]: rule 3; a value no s can reach where nobody chose the expert."""
+    never = torch.iinfo(torch.int64).max
+    votes = ranks.masked_fill(exact_votes, 0).masked_fill(~(fast_votes | exact_votes), never)
+    first = torch.full((E,), never, device=expert.device)
+    return first.scatter_reduce(0, expert.reshape(-1), votes.reshape(-1), "amin")
+
+
+def _choose_s(
+    first_rank: Tensor, S: Tensor, min_active: Tensor, max_active: Tensor, K: int
+) -> Tensor:
+    """Scalar s of rule 4. All union sizes come from one pass over `first_rank`."""
+    s = torch.arange(1, K + 1, device=first_rank.device)
+    sizes = (first_rank[None, :] < s[:, None]).sum(1)  # [K], never decreasing
+    grown = ((sizes < min_active).sum() + 1).clamp(max=K)  # smallest s with enough primaries
+    capped = (sizes <= max_active).sum().clamp(min=1)  # largest s within the ceiling
+    return torch.minimum(torch.maximum(S.long(), grown), capped)
+
+
+def _targets(neighbours: Tensor, primary: Tensor) -> Tensor:
+    """[E]: where a token of each expert goes: its first primary neighbour, else itself."""
+    E = primary.shape[0]
+    stay = torch.arange(E, device=primary.device)
+    if E == 1:
+        return stay
+    listed = neighbours.long()
+    hit = (listed >= 0) & primary[listed.clamp(min=0)]
+    nearest = listed.gather(1, hit.to(torch.int8).argmax(1, keepdim=True)).squeeze(1)
+    return torch.where(hit.any(1), nearest, stay)
+
+
+def count(
+    counters: Tensor,
+    topk_ids: Tensor,
+    routing: Routing,
+    rows: Tensor | None,
+) -> None:
+    """Add one step's figures to `counters` [len(COUNTERS)] int64, without a host sync.
+
+    Steps and active experts count only where there is a FAST row: a step of prefill or of void
+    rows alone (graph capture, dummy runs) adds nothing but its rows.
+    """
+    T = topk_ids.shape[0]
+    E = routing.primary.shape[0]
+    if rows is None:
+        rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
+    real = (rows != RowClass.VOID)[:, None]
+    decoding = (rows == RowClass.FAST).any().long()
+    figures = [
+        decoding,
+        decoding * _distinct(topk_ids, real, E),
+        decoding * _distinct(routing.ids, real, E),
+        (real & (routing.ids != topk_ids)).sum(),
+        routing.critical.sum(),
+        *((rows == c).sum() for c in (RowClass.FAST, RowClass.EXACT, RowClass.VOID)),
+    ]
+    counters.add_(torch.stack(figures))
+
+
+def _distinct(ids: Tensor, real: Tensor, E: int) -> Tensor:
+    """Scalar: distinct experts that the real rows name."""
+    seen = torch.zeros(E + 1, dtype=torch.bool, device=ids.device)
+    valid = real & (ids >= 0) & (ids < E)
+    seen[ids.long().masked_fill(~valid, E).reshape(-1)] = True
+    return seen[:E].sum()

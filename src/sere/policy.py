@@ -1,0 +1,142 @@
+"""A policy: how much re-routing a batch gets.
+
+One frozen value that validates itself, travels as JSON (in a table, on vLLM's command line) and
+knows nothing about models. What the numbers mean is specified in `sere.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+# What a layer may override; `rows` is a property of the whole engine.
+LAYER_KEYS = ("S", "rho", "min_active", "max_active")
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be meant: names the value, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Settings of similarity-based expert re-routing (arXiv 2602.07616, section 3).
+
+    S: primaries per token, >= 1. S >= K switches re-routing off.
+    rho: keep a secondary expert whose best primary is less similar than this, >= 0.
+        0 always re-routes; anything above 1 never does.
+    min_active: S grows until the batch has this many primaries. None means K, so that a batch
+        of one token is left exactly as it was.
+    max_active: S shrinks (never below 1) until the batch has at most this many primaries.
+        None means no ceiling.
+    rows: "decode" re-routes only decode rows; "all" also prefill rows, as the paper's code does.
+    layers: per decoder layer index, any of S, rho, min_active, max_active.
+    """
+
+    S: int = 2
+    rho: float = 0.0
+    min_active: int | None = None
+    max_active: int | None = None
+    rows: Literal["decode", "all"] = "decode"
+    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_count("S", self.S, optional=False)
+        _check_count("min_active", self.min_active, optional=True)
+        _check_count("max_active", self.max_active, optional=True)
+        object.__setattr__(self, "rho", _checked_rho(self.rho))
+        if self.min_active and self.max_active and self.min_active > self.max_active:
+            raise PolicyError(
+                f"min_active={self.min_active} exceeds max_active={self.max_active}: "
+                "lower min_active or raise max_active"
+            )
+        if self.rows not in ("decode", "all"):
+            raise PolicyError(f'rows={self.rows!r}: expected "decode" or "all"')
+        object.__setattr__(self, "layers", self._checked_layers())
+
+    def _checked_layers(self) -> dict[int, dict[str, Any]]:
+        if not isinstance(self.layers, Mapping):
+            raise PolicyError(f'layers={self.layers!r}: expected {{layer index: {{"S": 4}}}}')
+        layers: dict[int, dict[str, Any]] = {}
+        for key, override in self.layers.items():
+            if not str(key).isdecimal():
+                raise PolicyError(f"layers: {key!r} is not a decoder layer index such as 0 or 17")
+            if not isinstance(override, Mapping):
+                raise PolicyError(f'layers[{key}]={override!r}: expected settings, e.g. {{"S": 4}}')
+            check_keys(f"layers[{key}]", override, LAYER_KEYS)
+            layers[int(key)] = dict(override)
+            replace(self, layers={}, **override)  # raises what is wrong with the override
+        return dict(sorted(layers.items()))
+
+    def for_layer(self, index: int) -> Policy:
+        """The settings of one decoder layer, its overrides applied."""
+        return replace(self, layers={}, **self.layers.get(index, {}))
+
+    def check_against(self, K: int, E: int) -> None:
+        """Raise `PolicyError` if these settings make no sense for K of E experts per token."""
+        for name, settings in [("", self), *((f"layers[{i}]: ", self.for_layer(i)) for i in self.layers)]:
+            if settings.S > K:
+                raise PolicyError(
+                    f"{name}S={settings.S} exceeds the {K} experts per token of this model: "
+                    f"choose 1 <= S < {K}, or S={K} to switch re-routing off"
+                )
+            for key in ("min_active", "max_active"):
+                value = getattr(settings, key)
+                if value is not None and value > E:
+                    raise PolicyError(f"{name}{key}={value} exceeds this model's {E} experts")
+            if settings.max_active is not None and settings.max_active < (settings.min_active or K):
+                raise PolicyError(
+                    f"{name}max_active={settings.max_active} is below min_active="
+                    f"{settings.min_active or K} (default: the model's {K} experts per token): "
+                    "raise max_active or set min_active"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able settings; `from_dict` gives an equal policy back."""
+        settings = asdict(self)
+        settings["layers"] = {str(index): dict(o) for index, o in self.layers.items()}
+        return settings
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Policy:
+        """Build from JSON-able settings; unknown keys are errors."""
+        if not isinstance(settings, Mapping):
+            raise PolicyError(f'policy {settings!r}: expected settings such as {{"S": 2}}')
+        check_keys("policy", settings, [f.name for f in fields(cls)])
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        return cls.from_dict(json.loads(text))
+
+
+def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:
+    """Raise `PolicyError` for a key that nobody would read, with the nearest known one."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
+
+
+def _check_count(name: str, value: Any, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PolicyError(f"{name}={value!r}: expected a whole number >= 1")
+    if value < 1:
+        raise PolicyError(f"{name}={value}: expected a whole number >= 1")
+
+
+def _checked_rho(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PolicyError(f"rho={value!r}: expected a number >= 0, usually between 0 and 1")
+    if math.isnan(value) or value < 0:
+        raise PolicyError(f"rho={value}: expected a number >= 0, usually between 0 and 1")
+    return float(value)

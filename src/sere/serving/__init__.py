@@ -1,0 +1,3 @@
+"""Serving: re-routing inside vLLM. `vllm_plugin` and `engine` are the only modules of the project
+that import vllm; everything they decide with lives in the modules beside them, testable without it.
+"""

@@ -1,0 +1,48 @@
+"""What sere adds to one MoE layer of the served model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sere.kernels import COUNTERS, Plan, new_counters, reroute
+from sere.serving.rows import RowClasses
+
+
+class ReroutedLayer(nn.Module):
+    """Plan and counters of one layer as buffers: their addresses never change, their content may.
+
+    Buffers (and not plain attributes) so that vLLM's sleep mode saves and restores them;
+    non-persistent so that weight loading does not look for them.
+    """
+
+    neighbours: Tensor
+    settings: Tensor
+    counters: Tensor
+
+    def __init__(self, index: int, plan: Plan, rows: RowClasses) -> None:
+        super().__init__()
+        self.index = index
+        self.rows = rows
+        self.calls = 0
+        self.recording: list[tuple[Tensor, ...]] | None = None
+        self.register_buffer("neighbours", plan.neighbours, persistent=False)
+        self.register_buffer("settings", plan.settings, persistent=False)
+        self.register_buffer("counters", new_counters(plan.settings.device), persistent=False)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.neighbours, self.settings)
+
+    def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Ids [T, K] after re-routing the batch under way."""
+        self.calls += 1
+        rows = self.rows.of(topk_ids.shape[0])
+        ids = reroute(topk_ids, topk_weights, self.plan, rows, self.counters)
+        if self.recording is not None:
+            inputs = (topk_ids, topk_weights, rows)
+            self.recording.append((*(t.detach().cpu().clone() for t in inputs), ids.cpu().clone()))
+        return ids
+
+    def stats(self) -> dict[str, int]:
+        """Counters by name; copying them waits for the device."""
+        return dict(zip(COUNTERS, self.counters.tolist(), strict=True))

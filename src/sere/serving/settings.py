@@ -1,0 +1,66 @@
+"""What the user wrote behind `--additional-config '{"sere": {...}}'`, checked and completed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from sere.policy import Policy, PolicyError, check_keys
+from sere.table import FILE_NAME, TableError
+
+KEY = "sere"
+_OWN_KEYS = ("table", "fingerprint")
+_POLICY_KEYS = tuple(f.name for f in fields(Policy))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one engine re-routes.
+
+    table: path of the side file.
+    policy: what it starts with; it can be switched on the live engine.
+    fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
+        "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
+        compares only architecture, E, K and layers (engines with random weights).
+    """
+
+    table: Path
+    policy: Policy
+    fingerprint: Literal["weights", "router", "shape"] = "weights"
+
+    @classmethod
+    def parse(
+        cls, given: Mapping[str, Any], *, model_folder: Path | None, model_default: Mapping[str, Any]
+    ) -> Settings:
+        """Settings from the user's dict.
+
+        given: the value of "sere" in vLLM's additional_config.
+        model_folder: where the model's checkpoint lies, if it is on this machine.
+        model_default: the value of "sere" in the model's config.json; `given` overrides it.
+
+        Raises `PolicyError` for unknown keys or bad values, `TableError` if there is no table.
+        """
+        if not isinstance(given, Mapping):
+            raise PolicyError(f'"sere": {given!r}: expected settings, e.g. {{"table": "t.safetensors"}}')
+        merged = {**model_default, **given}
+        check_keys('"sere"', merged, _OWN_KEYS + _POLICY_KEYS)
+        level = merged.get("fingerprint", "weights")
+        if level not in ("weights", "router", "shape"):
+            raise PolicyError(f'fingerprint={level!r}: expected "weights", "router" or "shape"')
+        policy = Policy.from_dict({k: v for k, v in merged.items() if k in _POLICY_KEYS})
+        from_model = "table" not in given
+        return cls(_find_table(merged.get("table"), model_folder, from_model), policy, level)
+
+
+def _find_table(named: str | None, folder: Path | None, from_model: bool) -> Path:
+    """The named table (relative to the model if its config names it), or one beside the model."""
+    beside = folder / (named or FILE_NAME) if folder else None
+    path = beside if from_model and beside else Path(named or FILE_NAME)
+    if not path.is_file():
+        raise TableError(
+            f"{path}: no such table; run `sere calibrate MODEL -o table.safetensors` and name it: "
+            f'{{"sere": {{"table": "table.safetensors"}}}} (or put it beside the model as {FILE_NAME})'
+        )
+    return path.absolute()

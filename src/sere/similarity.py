@@ -1,0 +1,146 @@
+"""How alike are the experts of a layer? Streaming estimators over chunks of real tokens.
+
+Each measure sees `outputs` [E, n, H] of one chunk, keeps a statistic of size [E, E] in float64 and
+never the outputs. Section 3.2 of arXiv 2602.07616 names the measures; what its code leaves open is
+decided here:
+
+* frobenius: 1 - d / max d with d[u,v] = ||E_u(X) - E_v(X)||_F. The layer's most distant pair sets
+  the scale, so one outlier expert pushes all others towards 1 and rho cannot be compared between
+  layers (`sere inspect` warns).
+* cosine: mean over tokens of cos(E_u(x), E_v(x)), mapped to [0, 1] by (c + 1) / 2.
+* cka-*: centred kernel alignment. The plain estimator of linear CKA is biased towards
+  H / (n + H) for *independent* outputs; the unbiased HSIC of Song et al. (2012), averaged over
+  chunks as in Nguyen et al. (2021), is not, and streams. Blind to sign and scale by construction.
+  The rbf kernel takes the median squared distance as bandwidth: with the variance, as in the
+  paper's code, real outputs give matrices of all ones or all zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Tokens per CKA chunk: the kernels of one chunk are [E, n, n].
+CKA_CHUNK = 128
+_CKA_MIN = 8
+
+
+class Measure(Protocol):
+    """A similarity that can be accumulated."""
+
+    def update(self, outputs: Tensor) -> None:
+        """Take in the outputs [E, n, H] float32 of all experts on the same n tokens."""
+
+    def result(self) -> Tensor:
+        """Similarity [E, E] float32 in [0, 1], diagonal 1."""
+
+
+class Gram:
+    """Flat Gram matrix: sum over tokens of <E_u(x), E_v(x)>."""
+
+    def __init__(self, E: int) -> None:
+        self.total = torch.zeros(E, E, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, outputs: Tensor) -> None:
+        flat = outputs.flatten(1).double()
+        self.total += (flat @ flat.T).cpu()
+        self.tokens += outputs.shape[1]
+
+    def mean(self) -> Tensor:
+        """[E, E] float32 per token."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
+class Frobenius(Gram):
+    """1 - distance / largest distance of the layer, the paper's default."""
+
+    def result(self) -> Tensor:
+        square = self.total.diagonal()
+        distance = (square[:, None] + square[None, :] - 2 * self.total).clamp(min=0).sqrt()
+        largest = distance.max()
+        scaled = distance / largest if largest > 0 else distance
+        return _finished(1 - scaled)
+
+
+class Cosine:
+    """Mean cosine of the two outputs of a token, mapped to [0, 1]."""
+
+    def __init__(self, E: int) -> None:
+        self.gram = Gram(E)
+
+    def update(self, outputs: Tensor) -> None:
+        self.gram.update(torch.nn.functional.normalize(outputs.double(), dim=-1))
+
+    def result(self) -> Tensor:
+        return _finished((self.gram.total / max(self.gram.tokens, 1) + 1) / 2)
+
+
+class Cka:
+    """Centred kernel alignment from unbiased HSIC, averaged over chunks of `CKA_CHUNK` tokens."""
+
+    def __init__(self, E: int, kernel: Callable[[Tensor], Tensor]) -> None:
+        self.kernel = kernel
+        self.hsic = torch.zeros(E, E, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, outputs: Tensor) -> None:
+        for chunk in outputs.double().split(CKA_CHUNK, dim=1):
+            n = chunk.shape[1]
+            if n >= _CKA_MIN:  # the unbiased estimator needs n > 3 and is noise just above it
+                self.hsic += n * _unbiased_hsic(self.kernel(chunk)).cpu()
+                self.tokens += n
+
+    def result(self) -> Tensor:
+        scale = self.hsic.diagonal().clamp(min=0).sqrt()
+        product = scale[:, None] * scale[None, :]
+        return _finished(torch.where(product > 0, self.hsic / product, 0.0))
+
+
+def _unbiased_hsic(kernels: Tensor) -> Tensor:
+    """[E, E] HSIC_1 (Song et al. 2012, eq. 5) of all pairs of kernels [E, n, n]."""
+    n = kernels.shape[1]
+    kernels = kernels - torch.diag_embed(kernels.diagonal(dim1=1, dim2=2))
+    sums = kernels.sum(2)  # [E, n]
+    totals = sums.sum(1)
+    flat = kernels.flatten(1)
+    trace = flat @ flat.T
+    return (
+        trace
+        + totals[:, None] * totals[None, :] / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (sums @ sums.T)
+    ) / (n * (n - 3))
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x @ x.mT
+
+
+def _rbf(x: Tensor) -> Tensor:
+    square = torch.cdist(x, x).square()
+    bandwidth = square.flatten(1).median(1).values.clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.exp(-square / (2 * bandwidth[:, None, None]))
+
+
+def _polynomial(x: Tensor) -> Tensor:
+    """(1 + <x, y> / mean |x|^2)^3: the scale of the outputs drops out."""
+    scale = x.square().sum(-1).mean(-1).clamp(min=torch.finfo(x.dtype).tiny)
+    return (1 + x @ x.mT / scale[:, None, None]) ** 3
+
+
+METHODS: dict[str, Callable[[int], Measure]] = {
+    "frobenius": Frobenius,
+    "cosine": Cosine,
+    "cka-linear": lambda E: Cka(E, _linear),
+    "cka-rbf": lambda E: Cka(E, _rbf),
+    "cka-polynomial": lambda E: Cka(E, _polynomial),
+}
+
+
+def _finished(similarity: Tensor) -> Tensor:
+    """Symmetric, in [0, 1], diagonal 1, float32."""
+    symmetric = (similarity + similarity.T) / 2
+    return symmetric.clamp(0, 1).fill_diagonal_(1).float()

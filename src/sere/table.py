@@ -1,0 +1,182 @@
+"""The side file: what calibration learnt about one model, in a few MB.
+
+A `.safetensors` file with three tensors per MoE layer and one JSON document of metadata. Loading
+checks the file in itself (`Table.load`) and against a model (`Table.check_against`), and refuses
+with the reason: a table of another model would re-route silently and wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sere.checkpoint import Fingerprint
+from sere.files import replaced
+from sere.kernels import Plan
+from sere.policy import Policy
+
+FORMAT = 1
+FILE_NAME = "sere.safetensors"
+_TENSORS = ("similarity", "gram", "load")
+
+
+class TableError(ValueError):
+    """A table that must not be used: names the file, the fault and what to do next."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration knows of one MoE layer.
+
+    similarity: [E, E] float32 in [0, 1], diagonal 1.
+    gram: [E, E] float32, mean over tokens of <E_u(x), E_v(x)>, all experts on all tokens.
+    load: [E] float32, share of the router's choices that went to each expert; sums to 1.
+    tokens: how many tokens the layer saw; 0 means that nothing is known (never re-routed).
+    """
+
+    similarity: Tensor
+    gram: Tensor
+    load: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Similarity tables of all MoE layers of one model, with their provenance.
+
+    fingerprint: the model that the table was made for.
+    layers: statistics by decoder layer index, ascending.
+    method: how similarity was measured, e.g. "frobenius".
+    provenance: JSON-able facts: corpus hash, tokens, seed, versions, layer names.
+    """
+
+    fingerprint: Fingerprint
+    layers: dict[int, LayerStatistics]
+    method: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if tuple(self.layers) != self.fingerprint.layers:
+            raise TableError(
+                f"layers {list(self.layers)} do not match the fingerprint's "
+                f"{list(self.fingerprint.layers)}"
+            )
+        for index, layer in self.layers.items():
+            _check_layer(index, layer, self.fingerprint.E)
+        if all(_is_identity(layer.similarity) for layer in self.layers.values()):
+            raise TableError(
+                "every similarity matrix is the identity: no expert would ever be replaced by a "
+                "similar one; calibrate again"
+            )
+
+    def plan(self, index: int, policy: Policy) -> Plan:
+        """The operator's plan for one layer under `policy` (layer overrides applied)."""
+        layer = self.layers[index]
+        settings = policy.for_layer(index)
+        plan = Plan.build(layer.similarity, settings, K=self.fingerprint.K)
+        if layer.tokens == 0:
+            plan.neighbours.fill_(-1)
+        return plan
+
+    def check_against(self, model: Fingerprint) -> None:
+        """Raise `TableError` unless this table was calibrated on `model`."""
+        differences = self.fingerprint.differences(model)
+        if differences:
+            raise TableError(
+                "the table belongs to another model:\n  "
+                + "\n  ".join(differences)
+                + "\nrun `sere calibrate` on the model that you serve"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the file atomically; an existing one survives any failure."""
+        tensors = {
+            f"layers.{index}.{name}": getattr(layer, name).float().contiguous().clone()
+            for index, layer in self.layers.items()
+            for name in _TENSORS
+        }
+        document = {
+            "format": FORMAT,
+            "fingerprint": asdict(self.fingerprint),
+            "method": self.method,
+            "tokens": {str(index): layer.tokens for index, layer in self.layers.items()},
+            "provenance": self.provenance,
+        }
+        with replaced(path) as temporary:
+            save_file(tensors, temporary, metadata={"sere": json.dumps(document)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Table:
+        """Read and check a table; `TableError` names the file, the fault and the remedy."""
+        path = Path(path)
+        if not path.is_file():
+            raise TableError(f"{path}: no such table; make one with `sere calibrate MODEL -o {path}`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                document = _document(file.metadata() or {})
+                fingerprint = _fingerprint(document["fingerprint"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(
+                fingerprint,
+                dict(_layers(fingerprint, document["tokens"], tensors)),
+                document["method"],
+                document["provenance"],
+            )
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
+            raise TableError(
+                f"{path}: not a complete sere table ({error}); truncated or foreign file? "
+                "Run `sere calibrate` again"
+            ) from error
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from None
+
+
+def _document(metadata: dict[str, str]) -> dict[str, Any]:
+    if "sere" not in metadata:
+        raise TableError(
+            "a safetensors file, but not a sere table (no 'sere' metadata); "
+            "make one with `sere calibrate`"
+        )
+    document: dict[str, Any] = json.loads(metadata["sere"])
+    if document["format"] != FORMAT:
+        raise TableError(
+            f"table format {document['format']}, this version reads {FORMAT}: "
+            "install the matching sere or calibrate again"
+        )
+    return document
+
+
+def _fingerprint(fields: dict[str, Any]) -> Fingerprint:
+    return Fingerprint(**{**fields, "layers": tuple(fields["layers"])})
+
+
+def _layers(
+    fingerprint: Fingerprint, tokens: dict[str, int], tensors: dict[str, Tensor]
+) -> Iterator[tuple[int, LayerStatistics]]:
+    for index in fingerprint.layers:
+        values = [tensors[f"layers.{index}.{name}"] for name in _TENSORS]
+        yield index, LayerStatistics(*values, tokens=tokens[str(index)])
+
+
+def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:
+    for name, shape in [("similarity", [E, E]), ("gram", [E, E]), ("load", [E])]:
+        tensor = getattr(layer, name)
+        if list(tensor.shape) != shape:
+            raise TableError(f"layer {index}: {name} is {list(tensor.shape)}, expected {shape}")
+        if not torch.isfinite(tensor).all():
+            raise TableError(f"layer {index}: {name} holds NaN or infinity; calibrate again")
+    if layer.similarity.min() < 0 or layer.similarity.max() > 1:
+        low, high = layer.similarity.min().item(), layer.similarity.max().item()
+        raise TableError(f"layer {index}: similarity spans [{low:.3g}, {high:.3g}], not [0, 1]")
+
+
+def _is_identity(similarity: Tensor) -> bool:
+    return torch.equal(similarity, torch.eye(similarity.shape[0], dtype=similarity.dtype))

@@ -1,0 +1,46 @@
+"""The verbs: what the command line calls. Each turns flags into calls and results into text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+
+def calibrate(output: str, **flags: Any) -> None:
+    """`sere calibrate MODEL --data FILE -o TABLE`."""
+    from sere.calibrate import calibrate as run
+
+    table = run(output=output, model_name=flags.pop("model"), **flags)
+    print(
+        f"{output}: {len(table.layers)} layers, E={table.fingerprint.E}, "
+        f"K={table.fingerprint.K}, {table.provenance['tokens']} tokens, {table.method}"
+    )
+
+
+def inspect(table: str, rho: float, plot: str | None, **flags: Any) -> None:
+    """`sere inspect TABLE [--plot PNG] [--json]`."""
+    from sere import inspect as inspection
+    from sere.table import Table
+
+    loaded = Table.load(table)
+    if flags["json"]:
+        print(json.dumps([asdict(layer) for layer in inspection.report(loaded, rho)]))
+    else:
+        print(inspection.as_text(loaded, rho))
+    if plot:
+        inspection.plot(loaded, plot)
+
+
+def demo(output: str, prompts: int, batch: int, method: str, seed: int) -> None:
+    """`sere demo`: the main job, end to end."""
+    from sere.demo import run
+
+    run(output, prompts=prompts, batch=batch, method=method, seed=seed)
+
+
+def doctor(table: str | None, model: str | None) -> int:
+    """`sere doctor`: 0 if re-routing can take effect here."""
+    from sere.doctor import examine
+
+    return examine(table, model)
