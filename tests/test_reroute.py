@@ -1,0 +1,366 @@
+"""The specification, against an independent implementation in plain Python loops, worked examples
+and the properties that users rely on. Each test names the regime in which it would break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
+from sere.kernels.reference import route
+from sere.policy import Policy
+
+VOID, FAST, EXACT = (int(c) for c in RowClass)
+
+
+def by_hand(
+    ids: Tensor, weights: Tensor, similarity: Tensor, policy: Policy, rows: list[int]
+) -> tuple[list[list[int]], set[int], set[int]]:
+    """(new ids, primaries, critical experts), from the definition, with no tensor tricks."""
+    E, K = similarity.shape[0], ids.shape[1]
+    table, sim = ids.tolist(), similarity.double()
+    weight = weights.tolist()
+
+    def votes(t: int, s: int) -> set[int]:
+        if rows[t] == EXACT:
+            return {e for e in table[t] if 0 <= e < E}
+        if rows[t] == VOID:
+            return set()
+        slots = [k for k in range(K) if 0 <= table[t][k] < E and weight[t][k] != 0]
+        return {table[t][k] for k in sorted(slots, key=lambda k: (-weight[t][k], k))[:s]}
+
+    def union(s: int) -> set[int]:
+        return set().union(*(votes(t, s) for t in range(len(table))), set())
+
+    s = policy.S
+    while s < K and len(union(s)) < (policy.min_active or K):
+        s += 1
+    s = min(s, K)
+    while s > 1 and policy.max_active and len(union(s)) > policy.max_active:
+        s -= 1
+    primary = union(s)
+    out, critical = [list(row) for row in table], set()
+    if not primary or policy.S >= K:
+        return out, primary, critical
+    for t, row in enumerate(table):
+        for k, u in enumerate(row):
+            if not 0 <= u < E or u in primary or rows[t] == EXACT:
+                continue
+            if rows[t] == VOID or weight[t][k] == 0:
+                out[t][k] = min(primary)
+                continue
+            best = max(sorted(primary), key=lambda v: sim[u, v].item())  # first of equals
+            if sim[u, best].item() < policy.rho:
+                critical.add(u)
+            else:
+                out[t][k] = best
+    return out, primary, critical
+
+
+def batch(
+    seed: int, T: int, K: int, E: int, *, coarse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct experts per row in random slot order, weights and a similarity matrix.
+
+    coarse: few distinct values, so that ties are everywhere.
+    """
+    g = torch.Generator().manual_seed(seed)
+    scores = torch.rand(T, E, generator=g)
+    ids = scores.argsort(dim=1)[:, :K].to(torch.int32)
+    weights = torch.rand(T, K, generator=g) + 0.01
+    similarity = torch.rand(E, E, generator=g)
+    if coarse:
+        weights, similarity = (weights * 3).ceil() / 4, (similarity * 4).round() / 4
+    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
+    return ids, weights, similarity
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Policy, list[int]]:
+    E = draw(st.sampled_from([2, 5, 8, 32, 60]))
+    K = draw(st.integers(1, min(E, 8)))
+    T = draw(st.integers(0, 12))
+    ids, weights, similarity = batch(
+        draw(st.integers(0, 2**31)), T, K, E, coarse=draw(st.booleans())
+    )
+    for t in range(T):
+        for k in range(K):
+            odd = draw(st.sampled_from(["as it is"] * 8 + ["padding", "shared", "weightless"]))
+            if odd == "padding":
+                ids[t, k] = -1
+            elif odd == "shared":
+                ids[t, k] = E
+            elif odd == "weightless":
+                weights[t, k] = 0
+    minimum = draw(st.none() | st.integers(1, E))
+    maximum = draw(st.none() | st.integers(max(minimum or K, 1), max(E, minimum or K)))
+    policy = Policy(
+        S=draw(st.integers(1, K)),
+        rho=draw(st.sampled_from([0.0, 0.25, 0.5, 0.6, 2.0])),
+        min_active=minimum,
+        max_active=maximum,
+    )
+    rows = draw(st.lists(st.sampled_from([FAST, FAST, FAST, EXACT, VOID]), min_size=T, max_size=T))
+    return ids, weights, similarity, policy, rows
+
+
+def run(
+    ids: Tensor, weights: Tensor, similarity: Tensor, policy: Policy, rows: list[int] | None = None
+) -> Tensor:
+    plan = Plan.build(similarity, policy, K=ids.shape[1])
+    return reroute(
+        ids, weights, plan, None if rows is None else torch.tensor(rows, dtype=torch.int8)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_equals_the_definition(case: tuple[Tensor, Tensor, Tensor, Policy, list[int]]) -> None:
+    ids, weights, similarity, policy, rows = case
+    plan = Plan.build(similarity, policy, K=ids.shape[1])
+    routing = route(ids, weights, plan, torch.tensor(rows, dtype=torch.int8))
+    expected, primary, critical = by_hand(ids, weights, similarity, policy, rows)
+    assert routing.ids.tolist() == expected
+    assert set(routing.primary.nonzero().flatten().tolist()) == primary
+    assert set(ids[routing.critical].tolist()) == critical
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_active_experts_are_primaries_or_critical(
+    case: tuple[Tensor, Tensor, Tensor, Policy, list[int]],
+) -> None:
+    ids, weights, similarity, policy, rows = case
+    E = similarity.shape[0]
+    routing = route(
+        ids,
+        weights,
+        Plan.build(similarity, policy, K=ids.shape[1]),
+        torch.tensor(rows, dtype=torch.int8),
+    )
+    critical = set(ids[routing.critical].tolist())
+    primary = set(routing.primary.nonzero().flatten().tolist())
+    active = {e for e in routing.ids.flatten().tolist() if 0 <= e < E}
+    if primary and policy.S < ids.shape[1]:
+        assert active <= primary | critical
+    else:
+        assert torch.equal(routing.ids, ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.randoms())
+def test_permuting_rows_permutes_results(
+    case: tuple[Tensor, Tensor, Tensor, Policy, list[int]], random: object
+) -> None:
+    ids, weights, similarity, policy, rows = case
+    order = list(range(len(rows)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    there = run(ids[order], weights[order], similarity, policy, [rows[i] for i in order])
+    assert torch.equal(there, run(ids, weights, similarity, policy, rows)[order])
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_void_rows_change_nothing_for_the_others(
+    case: tuple[Tensor, Tensor, Tensor, Policy, list[int]],
+) -> None:
+    ids, weights, similarity, policy, rows = case
+    real = [t for t, row in enumerate(rows) if row != VOID]
+    alone = run(ids[real], weights[real], similarity, policy, [rows[t] for t in real])
+    assert torch.equal(run(ids, weights, similarity, policy, rows)[real], alone)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 20), st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_larger_S_or_rho_never_reroutes_more(
+    seed: int, T: int, rho: float, more: float, coarse: bool
+) -> None:
+    """With rho > 0 a larger S may re-route an expert that was critical, by giving it a nearer
+    primary; what never grows with S is re-routed and critical together."""
+    ids, weights, similarity = batch(seed, T, 6, 32, coarse=coarse)
+
+    def moved(S: int, rho: float) -> tuple[Tensor, Tensor]:
+        routing = route(ids, weights, Plan.build(similarity, Policy(S=S, rho=rho), K=6), None)
+        return routing.ids != ids, routing.critical
+
+    low, high = sorted((rho, more))
+    for S in range(1, 6):
+        assert not (moved(S, high)[0] & ~moved(S, low)[0]).any()
+        assert not (moved(S + 1, 0)[0] & ~moved(S, 0)[0]).any()
+        (fewer, kept), (many, critical) = moved(S + 1, low), moved(S, low)
+        assert not ((fewer | kept) & ~(many | critical)).any()
+
+
+@pytest.mark.parametrize("E", [60, 64, 128, 896])
+@pytest.mark.parametrize("K", [1, 4, 8, 16])
+def test_model_sized_batches(E: int, K: int) -> None:
+    ids, weights, similarity = batch(E * K, 32, K, E)
+    policy = Policy(S=1, rho=0.5)
+    expected, primary, _ = by_hand(ids, weights, similarity, policy, [FAST] * 32)
+    assert run(ids, weights, similarity, policy).tolist() == expected
+    assert K == 1 or len(primary) < ids.unique().numel()
+
+
+# --- examples worked by hand (docs/method.md tells the story of the first) -----------------------
+
+# Four experts; 3 is like 0 (0.9), 2 is like 1 (0.6), 2 is hardly like 0 (0.2).
+SIMILARITY = torch.tensor(
+    [
+        [1.0, 0.3, 0.2, 0.9],
+        [0.3, 1.0, 0.6, 0.1],
+        [0.2, 0.6, 1.0, 0.4],
+        [0.9, 0.1, 0.4, 1.0],
+    ]
+)
+IDS = torch.tensor([[0, 3], [1, 2]], dtype=torch.int32)
+WEIGHTS = torch.tensor([[0.7, 0.3], [0.8, 0.2]])
+
+
+def test_secondaries_move_to_the_most_similar_primary() -> None:
+    assert run(IDS, WEIGHTS, SIMILARITY, Policy(S=1)).tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_secondary_below_rho_is_critical_and_stays() -> None:
+    assert run(IDS, WEIGHTS, SIMILARITY, Policy(S=1, rho=0.7)).tolist() == [[0, 0], [1, 2]]
+
+
+def test_similarity_equal_to_rho_moves() -> None:
+    exactly = SIMILARITY[2, 1].item()
+    assert run(IDS, WEIGHTS, SIMILARITY, Policy(S=1, rho=exactly)).tolist()[1] == [1, 1]
+
+
+def test_top_s_is_by_weight_not_by_slot() -> None:
+    flipped = run(IDS.flip(1), WEIGHTS.flip(1), SIMILARITY, Policy(S=1))
+    assert flipped.tolist() == [[0, 0], [1, 1]]
+
+
+def test_equal_weights_prefer_the_lower_slot() -> None:
+    even = torch.full_like(WEIGHTS, 0.5)
+    assert run(IDS.flip(1), even, SIMILARITY, Policy(S=1)).tolist() == [[3, 3], [2, 2]]
+
+
+def test_equally_similar_primaries_prefer_the_lower_id() -> None:
+    similarity = torch.full((4, 4), 0.5).fill_diagonal_(1)
+    ids = torch.tensor([[3, 0], [2, 0]], dtype=torch.int32)
+    assert run(ids, WEIGHTS, similarity, Policy(S=1)).tolist() == [[3, 2], [2, 2]]
+
+
+def test_one_token_is_left_alone_by_default() -> None:
+    ids, weights, similarity = batch(3, 1, 4, 32)
+    assert torch.equal(run(ids, weights, similarity, Policy(S=1)), ids)
+    collapsed = run(ids, weights, similarity, Policy(S=1, min_active=1))
+    assert collapsed.unique().numel() == 1
+
+
+def test_max_active_is_a_ceiling_on_primaries() -> None:
+    ids, weights, similarity = batch(5, 32, 4, 128)
+    tops = [
+        run(ids, weights, similarity, Policy(S=3, max_active=m)).unique().numel()
+        for m in (128, 60, 40)
+    ]
+    assert tops[0] > 60 >= tops[1] > 40 >= tops[2]
+
+
+def test_exact_rows_are_untouched_and_free_primaries() -> None:
+    ids = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)
+    new = run(ids, WEIGHTS, SIMILARITY, Policy(S=1, min_active=1), [FAST, EXACT])
+    assert new.tolist() == [[0, 0], [2, 1]]
+    ids = torch.tensor([[0, 3], [3, 1]], dtype=torch.int32)
+    assert torch.equal(run(ids, WEIGHTS, SIMILARITY, Policy(S=1), [FAST, EXACT]), ids)
+
+
+def test_void_rows_name_no_expert_of_their_own() -> None:
+    ids = torch.tensor([[0, 1], [2, 3], [-1, -1]], dtype=torch.int32)
+    new = run(ids, torch.rand(3, 2) + 0.1, SIMILARITY, Policy(S=1), [FAST, VOID, VOID])
+    assert new.tolist() == [[0, 1], [0, 0], [-1, -1]]
+
+
+def test_a_batch_of_void_rows_is_left_alone() -> None:
+    ids, weights, similarity = batch(1, 8, 4, 32)
+    assert torch.equal(run(ids, weights, similarity, Policy(S=1), [VOID] * 8), ids)
+
+
+def test_foreign_ids_stay_and_do_not_use_up_ranks() -> None:
+    ids = torch.tensor([[4, 0, 3], [-1, 1, 2]], dtype=torch.int32)
+    weights = torch.tensor([[1.0, 0.7, 0.3], [0.9, 0.8, 0.2]])
+    new = run(ids, weights, SIMILARITY, Policy(S=1, min_active=1))
+    assert new.tolist() == [[4, 0, 0], [-1, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16])
+def test_dtype_and_shape_are_kept_and_input_is_not_written(dtype: torch.dtype) -> None:
+    ids, weights, similarity = batch(2, 9, 4, 32)
+    ids = ids.to(dtype)
+    kept, kept_weights = ids.clone(), weights.clone()
+    new = run(ids, weights, similarity, Policy(S=1))
+    assert (new.dtype, new.shape) == (dtype, ids.shape)
+    assert not torch.equal(new, ids) and new.is_contiguous()
+    assert torch.equal(ids, kept) and torch.equal(weights, kept_weights)
+
+
+def test_no_rows() -> None:
+    ids, weights, similarity = batch(0, 0, 4, 8)
+    assert run(ids, weights, similarity, Policy(S=1)).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(S=4), Policy(S=1, rho=1.5)], ids=["S>=K", "rho above every similarity"]
+)
+def test_switched_off_is_identity(policy: Policy) -> None:
+    ids, weights, similarity = batch(7, 32, 4, 32)
+    assert torch.equal(run(ids, weights, similarity, policy), ids)
+    assert torch.equal(reroute(ids, weights, Plan.off(32)), ids)
+
+
+def test_non_contiguous_input() -> None:
+    ids, weights, similarity = batch(8, 16, 4, 32)
+    strided = torch.stack([ids, ids], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(
+        run(strided, weights, similarity, Policy(S=1)), run(ids, weights, similarity, Policy(S=1))
+    )
+
+
+def test_a_plan_is_overwritten_in_place() -> None:
+    ids, weights, similarity = batch(9, 16, 4, 32)
+    plan = Plan.off(32)
+    held = plan.neighbours.data_ptr()
+    plan.copy_(Plan.build(similarity, Policy(S=1), K=4))
+    assert plan.neighbours.data_ptr() == held
+    assert torch.equal(reroute(ids, weights, plan), run(ids, weights, similarity, Policy(S=1)))
+
+
+def test_counters_tell_what_happened() -> None:
+    plan = Plan.build(SIMILARITY, Policy(S=1, rho=0.7), K=2)
+    counters = new_counters()
+    ids = torch.cat([IDS, torch.tensor([[-1, -1]], dtype=torch.int32)])
+    weights = torch.cat([WEIGHTS, torch.zeros(1, 2)])
+    rows = torch.tensor([FAST, FAST, VOID], dtype=torch.int8)
+    for _ in range(2):
+        reroute(ids, weights, plan, rows, counters)
+    reroute(ids, weights, plan, torch.full_like(rows, VOID), counters)
+    reroute(ids, weights, plan, torch.full_like(rows, EXACT), counters)
+    assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == {
+        "steps": 2,
+        "active_before": 8,
+        "active_after": 6,
+        "slots_rerouted": 2,
+        "slots_critical": 2,
+        "rows_fast": 4,
+        "rows_exact": 3,
+        "rows_void": 5,
+    }
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    ids, weights, similarity = batch(0, 4, 2, 8)
+    plan = Plan.build(similarity, Policy(S=1), K=2)
+    with pytest.raises(ValueError, match=r"\[4, 2\].*\[3, 2\]"):
+        reroute(ids, weights[:3], plan)
+    with pytest.raises(ValueError, match="swapped"):
+        reroute(weights, ids, plan)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rows \[3\]"):
+        reroute(ids, weights, plan, torch.ones(3, dtype=torch.int8))
