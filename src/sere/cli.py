@@ -27,7 +27,9 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=_positive, default=128, help="tokens per text, at most")
     parser.add_argument("--batch", type=_positive, default=16, help="texts per forward pass")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--allow-fewer", action="store_true", help="accept a corpus that is shorter")
+    parser.add_argument(
+        "--allow-fewer", action="store_true", help="accept a corpus that is shorter"
+    )
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="out", metavar="FOLDER")
-    parser.add_argument("--prompts", type=_positive, default=540, help="held-out prompts")
+    parser.add_argument("--prompts", type=_positive, default=640, help="held-out prompts")
     parser.add_argument("--batch", type=_positive, default=32, help="requests decoded together")
     parser.add_argument("--method", default="frobenius")
     parser.add_argument("--seed", type=int, default=0)

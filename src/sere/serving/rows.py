@@ -32,7 +32,9 @@ class RowClasses:
         """A dummy run follows: no row is real."""
         self.buffer.fill_(int(RowClass.VOID))
 
-    def fill(self, query_lengths: npt.NDArray[np.integer], prefilling: npt.NDArray[np.bool_]) -> None:
+    def fill(
+        self, query_lengths: npt.NDArray[np.integer], prefilling: npt.NDArray[np.bool_]
+    ) -> None:
         """Classify the rows of the coming batch.
 
         query_lengths: [R] rows of each request, in batch order.
@@ -48,7 +50,7 @@ class RowClasses:
         """[T] classes of the rows that a layer sees."""
         if len(self.buffer) < T:
             raise RuntimeError(
-                f"a batch of {T} rows, but only {len(self.buffer)} were announced by the scheduler: "
-                "this mode of vLLM is not supported by sere; please report it"
+                f"a batch of {T} rows, but the scheduler announced {len(self.buffer)} at most: "
+                "sere does not support this mode of vLLM; please report it"
             )
         return self.buffer[:T]

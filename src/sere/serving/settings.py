@@ -32,7 +32,11 @@ class Settings:
 
     @classmethod
     def parse(
-        cls, given: Mapping[str, Any], *, model_folder: Path | None, model_default: Mapping[str, Any]
+        cls,
+        given: Mapping[str, Any],
+        *,
+        model_folder: Path | None,
+        model_default: Mapping[str, Any],
     ) -> Settings:
         """Settings from the user's dict.
 
@@ -43,7 +47,9 @@ class Settings:
         Raises `PolicyError` for unknown keys or bad values, `TableError` if there is no table.
         """
         if not isinstance(given, Mapping):
-            raise PolicyError(f'"sere": {given!r}: expected settings, e.g. {{"table": "t.safetensors"}}')
+            raise PolicyError(
+                f'"sere": {given!r}: expected settings, e.g. {{"table": "t.safetensors"}}'
+            )
         merged = {**model_default, **given}
         check_keys('"sere"', merged, _OWN_KEYS + _POLICY_KEYS)
         level = merged.get("fingerprint", "weights")
@@ -60,7 +66,7 @@ def _find_table(named: str | None, folder: Path | None, from_model: bool) -> Pat
     path = beside if from_model and beside else Path(named or FILE_NAME)
     if not path.is_file():
         raise TableError(
-            f"{path}: no such table; run `sere calibrate MODEL -o table.safetensors` and name it: "
-            f'{{"sere": {{"table": "table.safetensors"}}}} (or put it beside the model as {FILE_NAME})'
+            f"{path}: no such table; run `sere calibrate MODEL -o {FILE_NAME}` and name it, "
+            f'{{"sere": {{"table": "{FILE_NAME}"}}}}, or put it beside the model'
         )
     return path.absolute()

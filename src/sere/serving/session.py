@@ -1,0 +1,145 @@
+"""Re-routing in one worker of one engine: settings, table, row classes and the bound layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sere.checkpoint import Fingerprint, weight_hashes
+from sere.kernels import Plan
+from sere.policy import Policy
+from sere.serving.layer import ReroutedLayer
+from sere.serving.rows import RowClasses
+from sere.serving.settings import KEY, Settings
+from sere.table import Table
+
+# The session hangs on vLLM's compilation config: the worker's own, and as long-lived as its layers.
+_ATTRIBUTE = "_sere_session"
+
+
+class ServingError(RuntimeError):
+    """Re-routing was asked for and cannot take effect: says why, and what to do."""
+
+
+@dataclass
+class Session:
+    """What the layers of one worker share."""
+
+    settings: Settings
+    table: Table
+    rows: RowClasses
+    layers: dict[int, ReroutedLayer] = field(default_factory=dict)
+
+    def bind(self, index: int, name: str, *, E: int, K: int) -> ReroutedLayer:
+        """The re-routed layer for decoder layer `index`, which has E experts, K per token."""
+        known = self.table.fingerprint
+        if index not in self.table.layers:
+            raise ServingError(
+                f"sere cannot re-route {name}: the table has no layer {index} (it has "
+                f"{list(self.table.layers)}); calibrate the model that you serve"
+            )
+        if (E, K) != (known.E, known.K):
+            raise ServingError(
+                f"sere cannot re-route {name}: it has {E} experts, {K} per token; the table was "
+                f"made for {known.E} and {known.K}; calibrate the model that you serve"
+            )
+        layer = ReroutedLayer(index, self.table.plan(index, self.settings.policy), self.rows)
+        self.layers[index] = layer.to(self.rows.buffer.device)
+        return layer
+
+    def set_policy(self, policy: Policy | None) -> None:
+        """Write a new policy into the live buffers; None switches re-routing off."""
+        if policy is not None:
+            check_policy(policy, self.table)
+            self.rows.gate = policy.rows
+        for index, layer in self.layers.items():
+            E = self.table.fingerprint.E
+            layer.plan.copy_(self.table.plan(index, policy) if policy else Plan.off(E))
+
+    def check_model(self, config: Any) -> None:
+        """Raise `TableError` unless the table was made for the model being served."""
+        known, level = self.table.fingerprint, self.settings.fingerprint
+        folder = model_folder(config)
+        hashes: tuple[str | None, str | None] = (None, None)
+        if level != "shape" and folder is not None:
+            router, experts = weight_hashes(folder, known.layers, known.E)
+            hashes = (router, experts if level == "weights" else None)
+        architecture = config.model_config.hf_config.architectures[0]
+        served = Fingerprint(architecture, known.E, known.K, tuple(sorted(self.layers)), *hashes)
+        self.table.check_against(served)
+
+
+def session_of(config: Any) -> Session | None:
+    """The session of the worker with this vLLM config, if re-routing is on."""
+    return getattr(config.compilation_config, _ATTRIBUTE, None)
+
+
+def open_session(config: Any) -> Session:
+    """The worker's session; made when its first MoE layer is."""
+    session = session_of(config)
+    if session is None:
+        settings = settings_of(config)
+        sizes = config.compilation_config.cudagraph_capture_sizes or [0]
+        rows = RowClasses(
+            max(config.scheduler_config.max_num_batched_tokens, *sizes),
+            config.device_config.device,
+            settings.policy.rows,
+        )
+        session = Session(settings, Table.load(settings.table), rows)
+        object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
+    return session
+
+
+def given(config: Any) -> Mapping[str, Any] | None:
+    """What the user wrote behind "sere", or None where re-routing was not asked for."""
+    additional = config.additional_config
+    return additional.get(KEY) if isinstance(additional, Mapping) and KEY in additional else None
+
+
+def settings_of(config: Any) -> Settings:
+    """The user's settings over the model's own defaults (`"sere"` in its config.json)."""
+    default = getattr(config.model_config.hf_config, KEY, None) or {}
+    return Settings.parse(
+        given(config) or {}, model_folder=model_folder(config), model_default=default
+    )
+
+
+def check_config(config: Any) -> None:
+    """Refuse, in the first process and before weights are loaded, what cannot work."""
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        raise ServingError(
+            "sere cannot re-route: VLLM_BATCH_INVARIANT promises results that do not depend on "
+            "the batch, and re-routing makes them depend on it; unset one of the two"
+        )
+    if config.parallel_config.use_sequence_parallel_moe:
+        raise ServingError(
+            "sere cannot re-route: sequence-parallel MoE (tensor with expert and data parallel) "
+            "shards the rows; use tensor parallel, or data and expert parallel"
+        )
+    settings = settings_of(config)
+    check_policy(settings.policy, Table.load(settings.table))
+
+
+def check_policy(policy: Policy, table: Table) -> None:
+    """Raise unless the policy makes sense for the table's model."""
+    policy.check_against(table.fingerprint.K, table.fingerprint.E)
+    unknown = sorted(set(policy.layers) - set(table.layers))
+    if unknown:
+        raise ServingError(f"layers {unknown} of the policy are not among {list(table.layers)}")
+
+
+def model_folder(config: Any) -> Path | None:
+    """The checkpoint on this machine: the folder itself, or the hub's local snapshot."""
+    name, revision = config.model_config.model, config.model_config.revision
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None

@@ -1,0 +1,148 @@
+"""What sere does in vLLM's workers: classify the rows of each batch, check itself after warm-up,
+answer `collective_rpc`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sere.policy import Policy
+from sere.serving.session import ServingError, Session, given, session_of
+from sere.serving.symbols import rival, symbol
+
+
+def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `GPUModelRunner._prepare_inputs` (V1; the CPU engine's too)."""
+
+    def _prepare_inputs(
+        runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        session = session_of(runner.vllm_config)
+        if session is not None:
+            batch = runner.input_batch
+            lengths = num_scheduled_tokens[: batch.num_reqs]
+            in_prompt = (
+                batch.num_computed_tokens_cpu[: batch.num_reqs]
+                < batch.num_prompt_tokens[: batch.num_reqs]
+            )
+            too_long = lengths > runner.vllm_config.uniform_decode_query_len
+            session.rows.fill(lengths, in_prompt | too_long)
+        return original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
+
+    return _prepare_inputs
+
+
+def classifying_v2(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `GPUModelRunner.prepare_inputs` of model runner V2, the default on GPUs."""
+
+    def prepare_inputs(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(runner, *args, **kwargs)
+        session = session_of(runner.vllm_config)
+        if session is not None:
+            session.rows.fill(batch.num_scheduled_tokens, batch.is_prefilling_np)
+        return batch
+
+    return prepare_inputs
+
+
+def voiding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `_dummy_run`: profiling, warm-up and idle data-parallel ranks have no real row."""
+
+    def _dummy_run(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        session = session_of(runner.vllm_config)
+        if session is not None:
+            session.rows.void()
+        return original(runner, *args, **kwargs)
+
+    return _dummy_run
+
+
+def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a worker's `compile_or_warm_up_model`, the last step before it serves."""
+
+    def compile_or_warm_up_model(worker: Any) -> Any:
+        result = original(worker)
+        if given(worker.vllm_config) is not None:
+            self_check(worker)
+        return result
+
+    return compile_or_warm_up_model
+
+
+def self_check(worker: Any) -> None:
+    """Raise `ServingError` unless every MoE layer of this worker really re-routes."""
+    session = session_of(worker.vllm_config)
+    context = worker.vllm_config.compilation_config.static_forward_context
+    runners = [layer for layer in context.values() if isinstance(layer, symbol("MoERunner"))]
+    if session is None or not runners:
+        raise ServingError(
+            "sere found no MoE layer to re-route: is this a Mixture-of-Experts model? (Models that "
+            "call expert kernels by themselves are not supported.)"
+        )
+    if reason := rival():
+        raise ServingError(f"sere cannot re-route: {reason}")
+    session.check_model(worker.vllm_config)
+    for runner in runners:
+        _check_runner(runner)
+    if not all(runner.sere.calls for runner in runners):
+        worker.model_runner._dummy_run(1)
+    silent = [runner.layer_name for runner in runners if not runner.sere.calls]
+    if silent:
+        raise ServingError(
+            f"sere's operator was never called in {', '.join(silent)}; please report"
+        )
+
+
+def _check_runner(runner: Any) -> None:
+    if getattr(runner, "sere", None) is None:
+        raise ServingError(
+            f"sere is not bound to {runner.layer_name}: its router was not made by vLLM's factory"
+        )
+    if runner.is_monolithic:
+        raise ServingError(
+            f"{runner.layer_name} runs a kernel that routes inside itself, which sere cannot "
+            "reach: start vLLM with --moe-backend triton (or another modular backend)"
+        )
+
+
+# --- methods that `collective_rpc` finds on the worker ----------------------------------------
+
+
+def sere_policy(worker: Any, settings: Mapping[str, Any] | None) -> None:
+    """Switch the live policy: settings as in `Policy.from_dict`, or None for stock routing."""
+    _session(worker).set_policy(None if settings is None else Policy.from_dict(settings))
+
+
+def sere_stats(worker: Any) -> dict[int, dict[str, int]]:
+    """Counters of every layer since start or `sere_reset`, by decoder layer index."""
+    return {index: layer.stats() for index, layer in sorted(_session(worker).layers.items())}
+
+
+def sere_reset(worker: Any) -> None:
+    """Set all counters to zero."""
+    for layer in _session(worker).layers.values():
+        layer.counters.zero_()
+
+
+def sere_record(worker: Any, on: bool) -> None:
+    """Start (or stop) keeping every batch's routing on the host, for checks. Not for graphs."""
+    for layer in _session(worker).layers.values():
+        layer.recording = [] if on else None
+
+
+def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
+    """What `sere_record` kept: (ids, weights, rows, new ids) as nested lists, by layer and call."""
+    return {
+        index: [tuple(tensor.tolist() for tensor in batch) for batch in layer.recording or []]
+        for index, layer in sorted(_session(worker).layers.items())
+    }
+
+
+REMOTE_CALLS = (sere_policy, sere_stats, sere_reset, sere_record, sere_recording)
+
+
+def _session(worker: Any) -> Session:
+    session = session_of(worker.vllm_config)
+    if session is None:
+        raise ServingError('this engine was started without {"sere": ...} in additional_config')
+    return session
