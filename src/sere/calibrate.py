@@ -10,10 +10,10 @@ import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sere import __version__, demo_model
@@ -24,6 +24,9 @@ from sere.moe import MoELayer, moe_layers, observed
 from sere.similarity import METHODS, Gram, Measure
 from sere.table import LayerStatistics, Table
 from sere.tasks import examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # All experts' outputs of one chunk of tokens, in bytes; more tokens are split.
 _OUTPUT_BYTES = 256 * 2**20
@@ -61,7 +64,7 @@ class Observer:
         chosen = ids[(ids >= 0) & (ids < layer.E)]
         own.choices += torch.bincount(chosen, minlength=layer.E).cpu()
         step = max(1, _OUTPUT_BYTES // (4 * layer.E * hidden.shape[-1]))
-        for chunk in hidden.split(step):
+        for chunk in torch.split(hidden, step):
             outputs = layer.outputs(chunk)
             if not torch.isfinite(outputs).all():
                 raise CalibrationError(
@@ -122,7 +125,7 @@ def calibrate(
     return table
 
 
-def load_model(folder: str) -> tuple[nn.Module, Any]:
+def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers causal model in its checkpoint's dtype, and its tokenizer.
 
     Refuses a checkpoint that leaves weights unset: random experts would be calibrated.
@@ -138,7 +141,9 @@ def load_model(folder: str) -> tuple[nn.Module, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{folder}: cannot be loaded as a transformers model: {error}") from error
+        raise CalibrationError(
+            f"{folder}: cannot be loaded as a transformers model: {error}"
+        ) from error
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise CalibrationError(
@@ -154,7 +159,9 @@ def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> lis
     if data is not None:
         return read_texts(data)
     if folder != str(demo_model.PATH):
-        raise CalibrationError("--data FILE is needed: only the bundled demo model has texts of its own")
+        raise CalibrationError(
+            "--data FILE is needed: only the bundled demo model has texts of its own"
+        )
     drawn = examples(samples, seed=seed, split="train")
     return [example.prompt + example.answer for example in drawn]
 

@@ -18,6 +18,8 @@ from typing import Any
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
 _SAMPLE_BYTES = 65536
 _EXPERT_TENSORS_PER_LAYER = 4
+# Other matrices of a layer, which may happen to have E rows (and are quantised; routers are not).
+_NOT_A_ROUTER = re.compile(r"attn|attention|_proj\b")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def layer_index(name: str) -> int:
     return int(match.group(1))
 
 
-def weight_hashes(folder: str | Path, layers: Iterable[int], E: int) -> tuple[str | None, str | None]:
+def weight_hashes(
+    folder: str | Path, layers: Iterable[int], E: int
+) -> tuple[str | None, str | None]:
     """(router hash, experts hash) of the checkpoint in `folder`.
 
     Routers are the 2-D tensors [E, *] of a MoE layer outside its experts, hashed whole; of the
@@ -89,10 +93,14 @@ def weight_hashes(folder: str | Path, layers: Iterable[int], E: int) -> tuple[st
                 sampled[layer] += 1
                 _update(experts, name, entry, _SAMPLE_BYTES)
                 found = True
-        elif len(entry["shape"]) == 2 and entry["shape"][0] == E:
+        elif _is_router(name, entry["shape"], E):
             _update(routers, name, entry, None)
             found = True
     return (routers.hexdigest(), experts.hexdigest()) if found else (None, None)
+
+
+def _is_router(name: str, shape: list[int], E: int) -> bool:
+    return len(shape) == 2 and shape[0] == E and not _NOT_A_ROUTER.search(name)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -64,19 +64,24 @@ class Corpus:
                 f"use --samples {len(texts)}, --allow-fewer, or a larger file"
             )
         random.Random(seed).shuffle(texts)
-        sequences = [encode(text)[:length] for text in texts[:samples]]
-        return cls([s for s in sequences if s], source, length, seed)
+        sequences = [s for text in texts[:samples] if (s := encode(text)[:length])]
+        if not sequences:
+            raise CorpusError(f"{source}: the tokenizer makes no token of any of its texts")
+        return cls(sequences, source, length, seed)
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The texts of a file: paragraphs of .txt, a text field per line of .jsonl or row of .parquet."""
+    """The texts of a file: paragraphs of .txt, a text per line of .jsonl or row of .parquet."""
     path = Path(path)
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
     readers = {".txt": _paragraphs, ".jsonl": _json_lines, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise CorpusError(f"{path}: expected one of {', '.join(readers)}, not {path.suffix!r}")
-    return list(readers[path.suffix](path))
+    try:
+        return list(readers[path.suffix](path))
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 text ({error})") from error
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
@@ -110,7 +115,8 @@ def _text_of(record: Any, where: str) -> str:
         for field in _TEXT_FIELDS:
             if isinstance(record.get(field), str):
                 return str(record[field])
-        if isinstance(record.get("messages"), list):
-            return "\n".join(str(message.get("content", "")) for message in record["messages"])
+        messages = record.get("messages")
+        if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+            return "\n".join(str(message.get("content", "")) for message in messages)
     keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
     raise CorpusError(f"{where}: no text field ({', '.join(_TEXT_FIELDS)} or messages); has {keys}")

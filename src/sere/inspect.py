@@ -38,9 +38,7 @@ class LayerReport:
 
 def report(table: Table, rho: float) -> list[LayerReport]:
     """Judge every layer of a table for the threshold `rho`."""
-    return [
-        _layer_report(index, layer, rho, table.method) for index, layer in table.layers.items()
-    ]
+    return [_layer_report(index, layer, rho, table.method) for index, layer in table.layers.items()]
 
 
 def _layer_report(index: int, layer: LayerStatistics, rho: float, method: str) -> LayerReport:

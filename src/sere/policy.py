@@ -77,7 +77,10 @@ class Policy:
 
     def check_against(self, K: int, E: int) -> None:
         """Raise `PolicyError` if these settings make no sense for K of E experts per token."""
-        for name, settings in [("", self), *((f"layers[{i}]: ", self.for_layer(i)) for i in self.layers)]:
+        for name, settings in [
+            ("", self),
+            *((f"layers[{i}]: ", self.for_layer(i)) for i in self.layers),
+        ]:
             if settings.S > K:
                 raise PolicyError(
                     f"{name}S={settings.S} exceeds the {K} experts per token of this model: "
@@ -113,7 +116,11 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        return cls.from_dict(json.loads(text))
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
+        return cls.from_dict(settings)
 
 
 def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:

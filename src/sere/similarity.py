@@ -88,7 +88,7 @@ class Cka:
         self.tokens = 0
 
     def update(self, outputs: Tensor) -> None:
-        for chunk in outputs.double().split(CKA_CHUNK, dim=1):
+        for chunk in torch.split(outputs.double(), CKA_CHUNK, dim=1):
             n = chunk.shape[1]
             if n >= _CKA_MIN:  # the unbiased estimator needs n > 3 and is noise just above it
                 self.hsic += n * _unbiased_hsic(self.kernel(chunk)).cpu()

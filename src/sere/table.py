@@ -111,14 +111,19 @@ class Table:
             "provenance": self.provenance,
         }
         with replaced(path) as temporary:
-            save_file(tensors, temporary, metadata={"sere": json.dumps(document)})
+            try:
+                save_file(tensors, temporary, metadata={"sere": json.dumps(document)})
+            except SafetensorError as error:  # its own wrapper of "No space left on device" etc.
+                raise OSError(f"{path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Table:
         """Read and check a table; `TableError` names the file, the fault and the remedy."""
         path = Path(path)
         if not path.is_file():
-            raise TableError(f"{path}: no such table; make one with `sere calibrate MODEL -o {path}`")
+            raise TableError(
+                f"{path}: no such table; make one with `sere calibrate MODEL -o {path}`"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 document = _document(file.metadata() or {})
@@ -130,13 +135,13 @@ class Table:
                 document["method"],
                 document["provenance"],
             )
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from None
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise TableError(
                 f"{path}: not a complete sere table ({error}); truncated or foreign file? "
                 "Run `sere calibrate` again"
             ) from error
-        except TableError as error:
-            raise TableError(f"{path}: {error}") from None
 
 
 def _document(metadata: dict[str, str]) -> dict[str, Any]:
@@ -162,8 +167,8 @@ def _layers(
     fingerprint: Fingerprint, tokens: dict[str, int], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[int, LayerStatistics]]:
     for index in fingerprint.layers:
-        values = [tensors[f"layers.{index}.{name}"] for name in _TENSORS]
-        yield index, LayerStatistics(*values, tokens=tokens[str(index)])
+        similarity, gram, load = (tensors[f"layers.{index}.{name}"] for name in _TENSORS)
+        yield index, LayerStatistics(similarity, gram, load, tokens[str(index)])
 
 
 def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:

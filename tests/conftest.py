@@ -1,0 +1,116 @@
+"""What several test files share: a tiny random MoE checkpoint, its tokenizer and a valid table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sere.checkpoint import Fingerprint
+from sere.table import LayerStatistics, Table
+
+torch.set_num_threads(1)
+
+E, K, HIDDEN, LAYERS = 8, 2, 32, 2
+
+
+def enlarge_experts(model: nn.Module, factor: float = 30.0) -> None:
+    """Make a random model's mixtures count: freshly initialised experts are too small to see."""
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            parameter.data.mul_(factor)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A character-level tokenizer with an end-of-text and a padding token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = ["<eos>", "<pad>", "\n", *map(chr, range(32, 127))]
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE checkpoint, E=8 and K=2, with a tokenizer. Do not write into it."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=98,
+            hidden_size=HIDDEN,
+            intermediate_size=32,
+            moe_intermediate_size=16,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,  # the projections of keys and values then have E rows, as a router has
+            num_experts=E,
+            num_experts_per_tok=K,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            max_position_embeddings=128,
+            eos_token_id=0,
+            pad_token_id=1,
+            bos_token_id=None,
+        )
+    ).float()
+    enlarge_experts(model)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty texts of very different lengths, as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    words = "the quick brown fox jumps over a lazy dog while 17 experts watch".split()
+    texts = [" ".join(words[i % 5 : i % 5 + 1 + i // 2]) for i in range(20)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def make_table() -> Callable[..., Table]:
+    """Builds a valid table; keyword arguments replace parts of it."""
+
+    def make(
+        *,
+        layers: tuple[int, ...] = (0, 1),
+        tokens: int = 100,
+        method: str = "frobenius",
+        **other: Any,
+    ) -> Table:
+        random = torch.Generator().manual_seed(0)
+        statistics = {}
+        for index in layers:
+            similarity = 0.2 + 0.6 * torch.rand(E, E, generator=random)
+            similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
+            gram = torch.randn(E, E, generator=random)
+            statistics[index] = LayerStatistics(
+                similarity, gram @ gram.T, torch.full((E,), 1 / E), tokens
+            )
+        fields = {"E": E, "K": K, "router_hash": "a" * 64, "experts_hash": "b" * 64, **other}
+        fingerprint = Fingerprint("Qwen3MoeForCausalLM", layers=layers, **fields)
+        return Table(fingerprint, statistics, method, {"tokens": tokens, "seed": 0})
+
+    return make
+
+
+@pytest.fixture
+def table(make_table: Callable[..., Table]) -> Table:
+    return make_table()

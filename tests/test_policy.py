@@ -1,0 +1,99 @@
+"""A policy refuses what cannot be meant, says what to do instead, and survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from sere.policy import Policy, PolicyError
+
+FULL: dict[str, Any] = {
+    "S": 1,
+    "rho": 0.25,
+    "min_active": 3,
+    "max_active": 9,
+    "rows": "all",
+    "layers": {4: {"S": 3, "rho": 0.5}, 0: {"max_active": None}},
+}
+
+
+def test_round_trip_keeps_every_field() -> None:
+    policy = Policy(**FULL)
+    assert {field.name for field in dataclasses.fields(Policy)} == set(FULL)  # none left out above
+    assert policy != Policy()
+    assert Policy.from_json(policy.to_json()) == policy
+    assert policy.to_dict()["layers"] == {"0": {"max_active": None}, "4": {"S": 3, "rho": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"rhoo": 0.1}, "did you mean 'rho'"),
+        ({"max_activ": 8}, "did you mean 'max_active'"),
+        ({"xyzzy": 1}, "known keys: S, rho"),
+        ({"rho": "high"}, "rho='high'.*number"),
+        ({"rho": True}, "rho=True"),
+        ({"rho": math.nan}, "rho=nan"),
+        ({"rho": -0.1}, "rho=-0.1.*>= 0"),
+        ({"S": 0}, "S=0.*>= 1"),
+        ({"S": True}, "S=True"),
+        ({"S": "2"}, "S='2'.*whole number"),
+        ({"S": None}, "S=None"),
+        ({"S": 1.0}, "S=1.0"),
+        ({"min_active": 0}, "min_active=0"),
+        ({"max_active": -1}, "max_active=-1"),
+        ({"min_active": 9, "max_active": 8}, "lower min_active or raise max_active"),
+        ({"rows": "prefill"}, 'rows=.*"decode" or "all"'),
+        ({"layers": [1, 2]}, "layers="),
+        ({"layers": {"-1": {"S": 1}}}, "'-1' is not a decoder layer index"),
+        ({"layers": {"all": {"S": 1}}}, "'all' is not a decoder layer index"),
+        ({"layers": {3: 2}}, r"layers\[3\]=2"),
+        ({"layers": {3: {"s": 2}}}, r"layers\[3\]: unknown key 's'"),
+        ({"layers": {3: {"rows": "all"}}}, r"layers\[3\]: unknown key 'rows'"),
+        ({"layers": {3: {"rho": -1}}}, "rho=-1"),
+        ({"max_active": 8, "layers": {3: {"min_active": 9}}}, "exceeds max_active"),
+    ],
+)
+def test_nonsense_is_refused_with_the_remedy(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(PolicyError, match=complaint):
+        Policy.from_dict(settings)
+
+
+@pytest.mark.parametrize("text", ["{S: 2}", "[1]", '"S"', ""])
+def test_json_that_holds_no_policy_is_refused(text: str) -> None:
+    with pytest.raises(PolicyError, match="policy"):
+        Policy.from_json(text)
+
+
+def test_a_layer_takes_its_overrides_and_the_rest_from_the_policy() -> None:
+    policy = Policy(**FULL)
+    assert policy.for_layer(4) == Policy(S=3, rho=0.5, min_active=3, max_active=9, rows="all")
+    assert policy.for_layer(0) == Policy(S=1, rho=0.25, min_active=3, rows="all")
+    assert policy.for_layer(7) == dataclasses.replace(policy, layers={})
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"S": 5}, "S=5 exceeds the 4 experts per token.*S=4 to switch re-routing off"),
+        ({"max_active": 3}, "max_active=3 is below min_active=4.*raise max_active or set min"),
+        ({"max_active": 17}, "max_active=17 exceeds this model's 16 experts"),
+        ({"layers": {2: {"S": 6}}}, r"layers\[2\]: S=6"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_model(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(PolicyError, match=complaint):
+        Policy(**settings).check_against(K=4, E=16)
+
+
+def test_the_limits_themselves_fit_the_model() -> None:
+    Policy(S=4, max_active=16).check_against(K=4, E=16)
+    Policy(S=1, min_active=1, max_active=1).check_against(K=4, E=16)
+
+
+def test_a_policy_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Policy().S = 1  # type: ignore[misc]

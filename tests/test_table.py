@@ -1,0 +1,220 @@
+"""A table survives the disk, or is refused with file, fault and remedy; never half of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sere.table
+from sere.checkpoint import Fingerprint
+from sere.policy import Policy, PolicyError
+from sere.table import LayerStatistics, Table, TableError
+
+E = 8
+
+
+def parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A saved table's tensors and its document, to be spoilt."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), json.loads(file.metadata()["sere"])
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor], document: Any) -> None:
+    save_file(tensors, path, metadata={"sere": json.dumps(document)})
+
+
+def test_save_and_load_keep_every_field(tmp_path: Path, make_table: Callable[..., Table]) -> None:
+    table = make_table(layers=(1, 3, 10), method="cosine")
+    table.save(tmp_path / "t.safetensors")
+    loaded = Table.load(tmp_path / "t.safetensors")
+    assert loaded.fingerprint == table.fingerprint
+    assert (loaded.method, loaded.provenance) == (table.method, table.provenance)
+    assert list(loaded.layers) == [1, 3, 10]
+    for index, layer in table.layers.items():
+        for name in ("similarity", "gram", "load"):
+            assert torch.equal(getattr(loaded.layers[index], name), getattr(layer, name))
+        assert loaded.layers[index].tokens == layer.tokens
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, table: Table, share: float) -> None:
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(TableError, match=r"t\.safetensors: .*truncated.*sere calibrate"):
+        Table.load(path)
+
+
+def test_a_missing_file_and_a_foreign_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match=r"t\.safetensors: no such table; make one with"):
+        Table.load(tmp_path / "t.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(TableError, match=r"model\.safetensors: .*not a sere table"):
+        Table.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda document: document.clear(),
+        lambda document: document.pop("tokens"),
+        lambda document: document.update(tokens=[]),
+        lambda document: document.update(fingerprint=3),
+        lambda document: document["fingerprint"].update(surprise=1),
+    ],
+)
+def test_a_damaged_document_is_refused(
+    tmp_path: Path, table: Table, spoil: Callable[[dict[str, Any]], Any]
+) -> None:
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    tensors, document = parts(path)
+    spoil(document)
+    rewrite(path, tensors, document)
+    with pytest.raises(TableError, match=r"t\.safetensors: not a complete sere table"):
+        Table.load(path)
+
+
+def test_another_format_and_a_missing_layer_are_named(tmp_path: Path, table: Table) -> None:
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    tensors, document = parts(path)
+    rewrite(path, tensors, {**document, "format": 99})
+    with pytest.raises(TableError, match="format 99, this version reads 1"):
+        Table.load(path)
+    del tensors["layers.1.gram"]
+    rewrite(path, tensors, document)
+    with pytest.raises(TableError, match=r"layers\.1\.gram"):
+        Table.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "complaint"),
+    [
+        ("similarity", lambda t: t.index_fill(0, torch.tensor([2]), torch.nan), "similarity.*NaN"),
+        ("gram", lambda t: t * torch.inf, "gram holds NaN or infinity"),
+        ("load", lambda t: t * torch.nan, "load holds NaN"),
+        ("similarity", lambda t: t[:7, :7], r"similarity is \[7, 7\], expected \[8, 8\]"),
+        ("load", lambda t: t[None], r"load is \[1, 8\], expected \[8\]"),
+        ("similarity", lambda t: t - 1, r"spans \[-0\.\d+, 0\], not \[0, 1\]"),
+        ("similarity", lambda t: t * 1.5, r"spans \[0\.\d+, 1\.5\], not \[0, 1\]"),
+    ],
+)
+def test_values_that_would_re_route_wrongly_are_refused(
+    tmp_path: Path, table: Table, name: str, spoil: Callable[[Any], Any], complaint: str
+) -> None:
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    tensors, document = parts(path)
+    tensors[f"layers.1.{name}"] = spoil(tensors[f"layers.1.{name}"]).contiguous()
+    rewrite(path, tensors, document)
+    with pytest.raises(TableError, match=rf"t\.safetensors: layer 1: .*{complaint}"):
+        Table.load(path)
+
+
+def test_identity_everywhere_is_refused_in_one_layer_it_is_not(table: Table) -> None:
+    identity = dataclasses.replace(table.layers[0], similarity=torch.eye(E))
+    with pytest.raises(TableError, match=r"identity.*calibrate again"):
+        dataclasses.replace(table, layers={0: identity, 1: identity})
+    dataclasses.replace(table, layers={0: identity, 1: table.layers[1]})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"architecture": "MixtralForCausalLM"}, "architecture: .*Qwen3Moe.*Mixtral"),
+        ({"E": 16}, "experts per layer: the table has 8, the model has 16"),
+        ({"K": 4}, "experts per token: the table has 2, the model has 4"),
+        ({"layers": (0, 1, 2, 5)}, r"MoE layers of the model that the table lacks: \[2, 5\]"),
+        ({"router_hash": "c" * 64}, "router weights: hash aaa.* in the table, ccc.* in the model"),
+        ({"experts_hash": "d" * 64}, "expert weights: hash bbb.* in the table, ddd.*"),
+    ],
+)
+def test_the_table_of_another_model_is_refused(
+    table: Table, change: dict[str, Any], complaint: str
+) -> None:
+    table.check_against(table.fingerprint)
+    other = dataclasses.replace(table.fingerprint, **change)
+    with pytest.raises(TableError, match=f"another model:\n  {complaint}") as caught:
+        table.check_against(other)
+    assert str(caught.value).count("\n  ") == 1  # this difference and no other
+    assert "run `sere calibrate`" in str(caught.value)
+
+
+def test_weights_nobody_could_read_and_layers_of_another_rank_do_not_count(table: Table) -> None:
+    table.check_against(Fingerprint("Qwen3MoeForCausalLM", E, 2, (1,)))
+
+
+def test_a_layer_that_saw_no_token_is_never_re_routed(make_table: Callable[..., Table]) -> None:
+    assert make_table(tokens=100).plan(0, Policy(S=1)).neighbours.min() >= 0
+    assert (make_table(tokens=0).plan(0, Policy(S=1)).neighbours == -1).all()
+
+
+def test_a_plan_follows_the_override_of_its_layer(table: Table) -> None:
+    policy = Policy(S=1, layers={1: {"S": 2, "rho": 0.5}})
+    assert table.plan(0, policy).settings.tolist()[0] == 1
+    plan = table.plan(1, policy)
+    assert plan.settings.tolist()[0] == 2
+    for u, row in enumerate(plan.neighbours.tolist()):
+        alike = {v for v in range(E) if v != u and table.layers[1].similarity[u, v] >= 0.5}
+        assert {v for v in row if v >= 0} == alike
+    with pytest.raises(PolicyError, match="S=3 exceeds"):
+        table.plan(0, Policy(S=3))
+
+
+def test_a_failed_save_keeps_the_old_table(
+    tmp_path: Path, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    old = path.read_bytes()
+
+    def full_disk(tensors: Any, filename: Path, metadata: Any) -> None:
+        Path(filename).write_bytes(b"some of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sere.table, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        table.save(path)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["t.safetensors"]
+
+
+def test_a_disk_that_really_refuses_is_an_os_error_that_names_the_file(
+    tmp_path: Path, table: Table
+) -> None:
+    """With the process's file size limited, the write itself fails inside safetensors."""
+    path = tmp_path / "t.safetensors"
+    table.save(path)
+    old = path.read_bytes()
+    script = (
+        "import resource, sys; from sere.table import Table\n"
+        "table = Table.load(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))\n"
+        "try: table.save(sys.argv[1])\n"
+        "except OSError as error: print('refused', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert f"refused {path} cannot be written" in done.stdout, done.stderr
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["t.safetensors"]
+
+
+def test_layers_and_fingerprint_must_agree(table: Table) -> None:
+    layers: dict[int, LayerStatistics] = {0: table.layers[0]}
+    with pytest.raises(TableError, match=r"layers \[0\] do not match"):
+        dataclasses.replace(table, layers=layers)
