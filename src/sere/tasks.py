@@ -4,8 +4,9 @@ Every prompt is one line that ends in a colon; the answer is what follows it. Ar
 carry their working (digits from the lowest up, then the result), because a small model can write
 down what it cannot guess, and because longer answers exercise decoding.
 
-    add 347+586:            ->  "3390>0933"     lowest digit first, then the sum
-    run a=3;b=a+4;c=b-2:    ->  "a=3;b=7;c=5"   every variable's value
+    add 347+586:            ->  "3390>0933"     lowest digit first, then as usual
+    run 3>a;a+4>b;b-2>c:    ->  "3>a;a+4=7>b;b-2=5>c"
+    count abbab:            ->  "a1b1b2a2b3"    each letter's first, second, ... occurrence
     close ([{}<(:           ->  ")>])"          what closes the open brackets
 """
 
@@ -70,18 +71,19 @@ def _multiply(rng: Random) -> tuple[str, str]:
 
 
 def _assign(rng: Random) -> tuple[str, str]:
-    """A chain of assignments; the answer states every variable, so each step is one sum."""
+    """A chain of assignments, each to be repeated with the value it stores."""
     names = rng.sample(string.ascii_lowercase, rng.randint(3, 4))
     values = {names[0]: rng.randint(0, 9)}
-    lines = [f"{names[0]}={values[names[0]]}"]
+    prompt, answer = [f"{values[names[0]]}>{names[0]}"], [f"{values[names[0]]}>{names[0]}"]
     for name in names[1:]:
         source, amount = rng.choice(list(values)), rng.randint(1, 9)
         # Results stay in 0..18, so that every answer is one or two digits and never negative.
         adds = values[source] <= 9 and (values[source] < amount or rng.random() < 0.5)
         sign = "+" if adds else "-"
         values[name] = values[source] + (amount if adds else -amount)
-        lines.append(f"{name}={source}{sign}{amount}")
-    return f"run {';'.join(lines)}:", ";".join(f"{name}={value}" for name, value in values.items())
+        prompt.append(f"{source}{sign}{amount}>{name}")
+        answer.append(f"{source}{sign}{amount}={values[name]}>{name}")
+    return f"run {';'.join(prompt)}:", ";".join(answer)
 
 
 def _sort(rng: Random) -> tuple[str, str]:
@@ -95,12 +97,13 @@ def _reverse(rng: Random) -> tuple[str, str]:
 
 
 def _count(rng: Random) -> tuple[str, str]:
-    """Count each letter, in order of first appearance."""
-    kinds = rng.sample(string.ascii_lowercase, rng.randint(3, 4))
-    letters = kinds + rng.choices(kinds, k=rng.randint(2, 5))
-    rng.shuffle(letters)
-    counts = Counter(letters)
-    answer = "".join(f"{letter}{number}" for letter, number in counts.items())
+    """Count each letter along the way: its first, second, third occurrence."""
+    kinds = rng.sample(string.ascii_lowercase, rng.randint(2, 4))
+    letters = rng.choices(kinds, k=rng.randint(5, 8))
+    seen, answer = Counter[str](), ""
+    for letter in letters:
+        seen[letter] += 1
+        answer += f"{letter}{seen[letter]}"
     return f"count {''.join(letters)}:", answer
 
 
@@ -118,7 +121,7 @@ def _brackets(rng: Random) -> tuple[str, str]:
 
 def _lookup(rng: Random) -> tuple[str, str]:
     keys = rng.sample(string.ascii_uppercase, rng.randint(3, 4))
-    table = {key: _letters(rng, 6, 8) for key in keys}
+    table = {key: _letters(rng, 5, 7) for key in keys}
     wanted = rng.choice(keys)
     pairs = ",".join(f"{key}={value}" for key, value in table.items())
     return f"get {pairs};{wanted}:", table[wanted]
