@@ -22,7 +22,7 @@ from sere.corpus import Corpus, read_texts
 from sere.files import check_writable
 from sere.moe import MoELayer, moe_layers, observed
 from sere.similarity import METHODS, Gram, Measure
-from sere.table import LayerStatistics, Table
+from sere.table import FILE_NAME, LayerStatistics, Table
 from sere.tasks import examples
 
 if TYPE_CHECKING:
@@ -98,13 +98,15 @@ def calibrate(
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     check_writable(output)
+    _check_name(Path(output))
     if method not in METHODS:
         raise CalibrationError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     folder = demo_model.resolve(model_name)
+    texts = _texts(folder, data, samples, seed)
     model, tokenizer = load_model(folder)
     layers = moe_layers(model)
     corpus = Corpus.from_texts(
-        _texts(folder, data, samples, seed),
+        texts,
         lambda text: list(tokenizer(text, add_special_tokens=True)["input_ids"]),
         source=str(data) if data else "the demo model's own task generator",
         samples=samples,
@@ -123,6 +125,14 @@ def calibrate(
     table = _table(folder, model, layers, observer, corpus)
     table.save(output)
     return table
+
+
+def _check_name(output: Path) -> None:
+    if output.suffix == ".safetensors" and (output.parent / "config.json").exists():
+        raise CalibrationError(
+            f"{output}: engines load every .safetensors file in a model's folder as weights; "
+            f"name it {output.parent / FILE_NAME}"
+        )
 
 
 def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

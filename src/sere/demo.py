@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,10 @@ def run(
     for i, part in enumerate(tqdm(parts, "decode", unit="batch")):
         for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
             arm.take(part, *_decode(engine, arm, part))
-    report.save_json(folder / "demo.json", _result(arms, table, batch))
-    _plot(arms, table, folder / "demo.png")
-    print(_as_text(arms, table, batch))
+    result = _result(arms, table, batch)
+    report.save_json(folder / "demo.json", result)
+    plot(result, folder / "demo.png")
+    print(as_text(result))
     print(f"\nwritten: {folder}/demo.json, {folder}/demo.png, {table_path}")
 
 
@@ -135,34 +137,27 @@ def _decode(
     return decoded, engine.stats()
 
 
-def _speed(arm: Arm, stock: Arm) -> tuple[float, float]:
-    """Median decode tokens/s, and the median over batches of the ratio to stock."""
-    ratios = [
-        mine / theirs for mine, theirs in zip(arm.tokens_per_s, stock.tokens_per_s, strict=True)
-    ]
-    return statistics.median(arm.tokens_per_s), statistics.median(ratios)
-
-
 def _result(arms: list[Arm], table: Table, batch: int) -> dict[str, Any]:
-    """Everything measured, for programs."""
+    """Everything measured, for programs; `as_text` and `plot` read nothing else."""
+    K = table.fingerprint.K
     return {
         "provenance": report.provenance(),
         "table": {"method": table.method, **table.provenance},
         "batch": batch,
+        "prompts": sum(map(len, arms[0].correct.values())),
         "E": table.fingerprint.E,
-        "K": table.fingerprint.K,
+        "K": K,
         "arms": [
             {
                 "name": arm.name,
                 "policy": arm.policy.to_dict() if arm.policy else None,
                 "exact_match": arm.exact_match(),
                 "exact_match_by_family": {family: arm.exact_match(family) for family in FAMILIES},
-                "prompts": sum(map(len, arm.correct.values())),
-                "active_by_layer": {index: arm.active(index) for index in arm.counters},
-                "rerouted_fraction": arm.share("slots_rerouted", table.fingerprint.K),
-                "critical_fraction": arm.share("slots_critical", table.fingerprint.K),
-                "decode_tokens_per_s": _speed(arm, arms[0])[0],
-                "speed_ratio_to_stock": _speed(arm, arms[0])[1],
+                "active_by_layer": {str(index): arm.active(index) for index in arm.counters},
+                "rerouted_fraction": arm.share("slots_rerouted", K),
+                "critical_fraction": arm.share("slots_critical", K),
+                "decode_tokens_per_s": statistics.median(arm.tokens_per_s),
+                "speed_ratio_to_stock": _speed_ratio(arm, arms[0]),
                 "decode_tokens_per_s_by_batch": arm.tokens_per_s,
             }
             for arm in arms
@@ -170,43 +165,64 @@ def _result(arms: list[Arm], table: Table, batch: int) -> dict[str, Any]:
     }
 
 
-def _as_text(arms: list[Arm], table: Table, batch: int) -> str:
+def _speed_ratio(arm: Arm, stock: Arm) -> float:
+    """Median over batches of decode tokens/s against stock on the same batch."""
+    pairs = zip(arm.tokens_per_s, stock.tokens_per_s, strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def as_text(result: dict[str, Any]) -> str:
     """The table for people: a column per policy."""
-    K = table.fingerprint.K
-    prompts = sum(map(len, arms[0].correct.values()))
-    rows = [[f, *(f"{arm.exact_match(f):.1%}" for arm in arms)] for f in FAMILIES]
-    rows += [["all families", *(f"{arm.exact_match():.1%}" for arm in arms)], []]
-    for index in table.layers:
-        cells = ["{:.1f} -> {:.1f}".format(*arm.active(index)) for arm in arms]
-        rows.append([f"active experts, layer {index}", *cells])
-    rows += [
-        [],
-        ["slots re-routed", *(f"{arm.share('slots_rerouted', K):.1%}" for arm in arms)],
-        ["slots kept as critical", *(f"{arm.share('slots_critical', K):.1%}" for arm in arms)],
-        ["decode tokens/s (median)", *(f"{_speed(arm, arms[0])[0]:.0f}" for arm in arms)],
-        ["  ratio to stock", *(f"{_speed(arm, arms[0])[1]:.2f}x" for arm in arms)],
+    arms = result["arms"]
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [name, *map(cell, arms)]
+
+    families = [
+        row(family, lambda arm, f=family: f"{arm['exact_match_by_family'][f]:.1%}")  # type: ignore[misc]
+        for family in arms[0]["exact_match_by_family"]
     ]
-    head = f"exact match ({prompts} prompts, batch {batch})"
-    return report.text_table([head, *(arm.name for arm in arms)], rows)
+    layers = [
+        row(
+            f"active experts, layer {index}",
+            lambda arm, i=index: "{:.1f} -> {:.1f}".format(*arm["active_by_layer"][i]),  # type: ignore[misc]
+        )
+        for index in arms[0]["active_by_layer"]
+    ]
+    head = f"exact match ({result['prompts']} prompts, batch {result['batch']})"
+    return report.text_table(
+        row(head, lambda arm: arm["name"]),
+        [
+            *families,
+            row("all families", lambda arm: f"{arm['exact_match']:.1%}"),
+            [],
+            *layers,
+            [],
+            row("slots re-routed", lambda arm: f"{arm['rerouted_fraction']:.1%}"),
+            row("slots kept as critical", lambda arm: f"{arm['critical_fraction']:.1%}"),
+            row("decode tokens/s (median)", lambda arm: f"{arm['decode_tokens_per_s']:.0f}"),
+            row("  ratio to stock", lambda arm: f"{arm['speed_ratio_to_stock']:.2f}x"),
+        ],
+    )
 
 
-def _plot(arms: list[Arm], table: Table, path: Path) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     """Left: quality against active experts. Right: decode speed against stock."""
     from matplotlib.figure import Figure
 
+    arms = result["arms"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     quality, speed = figure.subplots(1, 2)
     for arm in arms:
-        active = statistics.mean(arm.active(index)[1] for index in table.layers)
-        quality.scatter(active, 100 * arm.exact_match(), s=40)
-        quality.annotate(
-            arm.name, (active, 100 * arm.exact_match()), xytext=(5, 5), textcoords="offset points"
-        )
-    quality.set_xlabel(f"active experts per layer and decode step (of {table.fingerprint.E})")
+        active = statistics.mean(after for _, after in arm["active_by_layer"].values())
+        point = (active, 100 * arm["exact_match"])
+        quality.scatter(*point, s=40)
+        quality.annotate(arm["name"], point, xytext=(5, 5), textcoords="offset points")
+    quality.set_xlabel(f"active experts per layer and decode step (of {result['E']})")
     quality.set_ylabel("exact match, %")
     quality.margins(0.2)
     quality.grid(alpha=0.3)
-    speed.barh([arm.name for arm in arms], [_speed(arm, arms[0])[1] for arm in arms])
+    speed.barh([arm["name"] for arm in arms], [arm["speed_ratio_to_stock"] for arm in arms])
     speed.axvline(1, color="black", linewidth=0.8)
     speed.invert_yaxis()
     speed.set_xlabel("decode tokens/s, ratio to stock (median over batches)")

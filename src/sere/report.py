@@ -36,8 +36,10 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = "  ".join("-" * width for width in widths)
 
     def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *cells[1:]]) if row else rule
+        if not row:
+            return rule
+        figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *figures])
 
     return "\n".join([line(head), rule, *map(line, rows)])
 

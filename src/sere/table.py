@@ -24,7 +24,8 @@ from sere.kernels import Plan
 from sere.policy import Policy
 
 FORMAT = 1
-FILE_NAME = "sere.safetensors"
+# Beside a model. Not *.safetensors: vLLM would take it for a shard of the model's weights.
+FILE_NAME = "sere.table"
 _TENSORS = ("similarity", "gram", "load")
 
 

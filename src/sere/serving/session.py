@@ -59,17 +59,15 @@ class Session:
             E = self.table.fingerprint.E
             layer.plan.copy_(self.table.plan(index, policy) if policy else Plan.off(E))
 
-    def check_model(self, config: Any) -> None:
-        """Raise `TableError` unless the table was made for the model being served."""
-        known, level = self.table.fingerprint, self.settings.fingerprint
-        folder = model_folder(config)
-        hashes: tuple[str | None, str | None] = (None, None)
-        if level != "shape" and folder is not None:
-            router, experts = weight_hashes(folder, known.layers, known.E)
-            hashes = (router, experts if level == "weights" else None)
-        architecture = config.model_config.hf_config.architectures[0]
-        served = Fingerprint(architecture, known.E, known.K, tuple(sorted(self.layers)), *hashes)
-        self.table.check_against(served)
+    def check_bound(self, config: Any) -> None:
+        """Raise unless exactly the table's layers are bound and the table fits the model."""
+        bound, known = tuple(sorted(self.layers)), self.table.fingerprint.layers
+        if config.parallel_config.pipeline_parallel_size == 1 and bound != known:
+            raise ServingError(
+                f"sere is bound to layers {list(bound)}, the table has {list(known)}: this model "
+                "calls expert kernels past vLLM's routers, which sere cannot reach"
+            )
+        check_model(config, self.settings, self.table, bound)
 
 
 def session_of(config: Any) -> Session | None:
@@ -120,7 +118,20 @@ def check_config(config: Any) -> None:
             "shards the rows; use tensor parallel, or data and expert parallel"
         )
     settings = settings_of(config)
-    check_policy(settings.policy, Table.load(settings.table))
+    table = Table.load(settings.table)
+    check_policy(settings.policy, table)
+    check_model(config, settings, table, table.fingerprint.layers)
+
+
+def check_model(config: Any, settings: Settings, table: Table, layers: tuple[int, ...]) -> None:
+    """Raise `TableError` unless the table was made for the model being served."""
+    known, level, folder = table.fingerprint, settings.fingerprint, model_folder(config)
+    hashes: tuple[str | None, str | None] = (None, None)
+    if level != "shape" and folder is not None:
+        router, experts = weight_hashes(folder, known.layers, known.E)
+        hashes = (router, experts if level == "weights" else None)
+    architecture = config.model_config.hf_config.architectures[0]
+    table.check_against(Fingerprint(architecture, known.E, known.K, layers, *hashes))
 
 
 def check_policy(policy: Policy, table: Table) -> None:

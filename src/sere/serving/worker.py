@@ -81,7 +81,7 @@ def self_check(worker: Any) -> None:
         )
     if reason := rival():
         raise ServingError(f"sere cannot re-route: {reason}")
-    session.check_model(worker.vllm_config)
+    session.check_bound(worker.vllm_config)
     for runner in runners:
         _check_runner(runner)
     if not all(runner.sere.calls for runner in runners):

@@ -1,0 +1,66 @@
+"""Running real engines from tests: each in a process of its own, so that plug-ins, environment and
+vLLM's global state are exactly what a user's process has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sere import demo_model
+from tests.engine_script import RESULT
+
+SCRIPT = Path(__file__).with_name("engine_script.py")
+OPTIONS = {
+    "model": str(demo_model.PATH),
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "max_num_seqs": 32,
+    "enable_prefix_caching": False,
+}
+
+
+class EngineFailure(RuntimeError):
+    """The engine's process failed; the message holds the end of what it printed."""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process: in-process engine, small cache, this project's tests."""
+    return {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "PYTHONPATH": str(SCRIPT.parent.parent),
+        **changes,
+    }
+
+
+def run_engine(
+    steps: list[list[Any]],
+    *,
+    sere: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    env: dict[str, str] | None = None,
+    timeout: int = 600,
+) -> list[Any]:
+    """Results of `steps` on a fresh engine; `sere` is the value in `additional_config`."""
+    settings = {**OPTIONS, **(options or {})}
+    if sere is not None:
+        settings["additional_config"] = {"sere": sere}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps({"options": settings, "steps": steps}),
+        env=environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            results: list[Any] = json.loads(line[len(RESULT) :])
+            return results
+    raise EngineFailure((done.stdout + done.stderr)[-6000:])

@@ -1,0 +1,400 @@
+"""The plug-in in the real vLLM engine (CPU), on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket as sockets
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sere import doctor
+from sere.calibrate import calibrate, load_model
+from sere.kernels import RowClass, reroute
+from sere.policy import Policy
+from sere.serving import symbols
+from sere.serving.engine import check_plugin_allowed
+from sere.serving.session import ServingError
+from sere.serving.vllm_plugin import register
+from sere.serving.worker import self_check
+from sere.table import FILE_NAME, Table
+from sere.tasks import examples
+from tests.engines import OPTIONS, EngineFailure, environment, run_engine
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [e.prompt for e in examples(24, seed=7, split="held_out")]
+TOKENS = 12
+GENERATE = ["generate", PROMPTS, TOKENS]
+ALONE = ["generate", PROMPTS[:1], TOKENS]
+S1 = {"S": 1, "rho": 0.0}
+
+
+@pytest.fixture(scope="session")
+def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("table") / "demo.safetensors"
+    calibrate("demo", path, samples=64, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def without_plugin() -> list[Any]:
+    """Stock vLLM: the plug-in is not even loaded."""
+    return run_engine([GENERATE, ALONE], env={"VLLM_PLUGINS": ""})
+
+
+@pytest.fixture(scope="session")
+def with_plugin(table_path: Path) -> dict[str, Any]:
+    """One engine, started with S=1, its policy switched while it lives."""
+    steps: dict[str, list[Any]] = {
+        "addresses": ["addresses"],
+        "S=1": GENERATE,
+        "S=1 stats": ["rpc", "sere_stats"],
+        "alone": ALONE,
+        "off": ["rpc", "sere_policy", None],
+        "reset": ["rpc", "sere_reset"],
+        "stock": GENERATE,
+        "stock stats": ["rpc", "sere_stats"],
+        "S=K": ["rpc", "sere_policy", {"S": 4}],
+        "S=K run": GENERATE,
+        "rho": ["rpc", "sere_policy", {"S": 1, "rho": 1.01}],
+        "rho run": GENERATE,
+        "all": ["rpc", "sere_policy", {"S": 1, "rows": "all"}],
+        "reset again": ["rpc", "sere_reset"],
+        "all run": GENERATE,
+        "all stats": ["rpc", "sere_stats"],
+        "on": ["rpc", "sere_policy", {"S": 1, "rho": 0.2, "layers": {"1": {"S": 2}}}],
+        "capture": ["capture"],
+        "record": ["rpc", "sere_record", True],
+        "captured run": ["generate", PROMPTS, 4],
+        "recording": ["rpc", "sere_recording"],
+        "captured": ["captured"],
+        "addresses after": ["addresses"],
+    }
+    results = run_engine(list(steps.values()), sere={"table": str(table_path), **S1})
+    return dict(zip(steps, results, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["stock", "S=K run", "rho run"])
+def test_switched_off_is_bit_identical_to_an_engine_without_the_plugin(
+    policy: str, with_plugin: dict[str, Any], without_plugin: list[Any]
+) -> None:
+    assert with_plugin[policy] == without_plugin[0]
+
+
+def test_a_batch_of_one_is_bit_identical_to_stock(
+    with_plugin: dict[str, Any], without_plugin: list[Any]
+) -> None:
+    assert with_plugin["alone"] == without_plugin[1]
+
+
+def test_rerouting_touches_fewer_experts_and_changes_decoding(
+    with_plugin: dict[str, Any], without_plugin: list[Any]
+) -> None:
+    for layer in with_plugin["S=1 stats"][0].values():
+        assert layer["active_after"] < 0.8 * layer["active_before"]
+        assert layer["slots_rerouted"] > 0
+    for layer in with_plugin["stock stats"][0].values():
+        assert layer["active_after"] == layer["active_before"] > 0
+        assert layer["slots_rerouted"] == 0
+    assert with_plugin["S=1"] != without_plugin[0]
+
+
+def test_prefill_is_exact_by_default(
+    with_plugin: dict[str, Any], without_plugin: list[Any]
+) -> None:
+    def first(run: list[Any]) -> list[Any]:
+        return [(tokens[0], logprobs[0]) for tokens, logprobs in run]
+
+    assert first(with_plugin["S=1"]) == first(without_plugin[0])
+    assert first(with_plugin["all run"]) != first(without_plugin[0])
+
+
+def test_every_row_has_its_class(with_plugin: dict[str, Any]) -> None:
+    generated = sum(len(tokens) for tokens, _ in with_plugin["S=1"])
+    for layer in with_plugin["S=1 stats"][0].values():
+        assert layer["rows_fast"] == generated - len(PROMPTS)
+        assert layer["rows_exact"] == sum(map(len, PROMPTS))  # the tokenizer is per character
+        assert layer["steps"] == TOKENS - 1
+    for layer in with_plugin["all stats"][0].values():
+        assert layer["rows_exact"] == 0
+
+
+def test_prefill_mixed_with_decode_is_told_apart_row_by_row(table_path: Path) -> None:
+    """Three requests at a time and few tokens a step: prompts are chunked between decode rows."""
+    results = run_engine(
+        [GENERATE, ["rpc", "sere_stats"]],
+        sere={"table": str(table_path), **S1},
+        options={"max_num_seqs": 3, "max_num_batched_tokens": 8, "enable_chunked_prefill": True},
+    )
+    generated = sum(len(tokens) for tokens, _ in results[0])
+    for layer in results[1][0].values():
+        assert layer["rows_fast"] == generated - len(PROMPTS)
+        assert layer["rows_exact"] == sum(map(len, PROMPTS))
+
+
+def test_ids_inside_vllm_are_the_specifications(
+    with_plugin: dict[str, Any], table_path: Path
+) -> None:
+    table = Table.load(table_path)
+    policy = Policy(S=1, rho=0.2, layers={1: {"S": 2}})
+    moved = 0
+    for index, batches in with_plugin["recording"][0].items():
+        seen = with_plugin["captured"][f"model.layers.{index}.mlp.experts"]
+        assert len(batches) == len(seen) == 4
+        for (ids, weights, rows, _), inside in zip(batches, seen, strict=True):
+            before = torch.tensor(ids, dtype=torch.int32)
+            after = reroute(
+                before,
+                torch.tensor(weights),
+                table.plan(int(index), policy),
+                torch.tensor(rows, dtype=torch.int8),
+            )
+            assert after.tolist() == inside
+            exact = torch.tensor(rows) == RowClass.EXACT
+            assert torch.equal(after[exact], before[exact])
+            moved += int((after != before).sum())
+    assert moved > 100
+
+
+def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> None:
+    assert with_plugin["addresses"] == with_plugin["addresses after"]
+
+
+# --- the ways vLLM runs ---------------------------------------------------------------------------
+
+MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "multi-process": ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+    "tensor parallel": (
+        {"tensor_parallel_size": 2},
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    ),
+    "torch.compile": ({"enforce_eager": False}, {}),
+}
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("mode", MODES)
+def test_engine_modes(mode: str, table_path: Path) -> None:
+    options, env = MODES[mode]
+    steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_policy", None], GENERATE]
+    on, stats, _, off = run_engine(
+        steps, sere={"table": str(table_path), **S1}, options=options, env=env
+    )
+    stock = run_engine([GENERATE], options=options, env={**env, "VLLM_PLUGINS": ""})[0]
+    assert off == stock
+    assert on != stock
+    generated = sum(len(tokens) for tokens, _ in on)
+    for rank in stats:
+        assert rank == stats[0]  # tensor-parallel ranks choose the same sets
+        for layer in rank.values():
+            assert layer["rows_fast"] == generated - len(PROMPTS)
+            assert layer["active_after"] < 0.8 * layer["active_before"]
+
+
+@pytest.mark.modes
+def test_openai_server_answers(table_path: Path, without_plugin: list[Any]) -> None:
+    """`--additional-config` on the command line; greedy text equals the in-process engine's."""
+    with sockets.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--model", OPTIONS["model"], "--served-model-name", "demo", "--port", str(port)]
+    flags += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    settings = json.dumps({"sere": {"table": str(table_path), **S1}})
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    with subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--additional-config", settings], env=environment()
+    ) as server:
+        try:
+            answer = _complete(f"http://127.0.0.1:{port}", PROMPTS[0], server)
+        finally:
+            server.terminate()
+    alone = without_plugin[1][0][0]
+    assert answer["usage"]["completion_tokens"] == len(alone)
+    tokenizer = load_model(OPTIONS["model"])[1]
+    assert answer["choices"][0]["text"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def _complete(url: str, prompt: str, server: subprocess.Popen[bytes]) -> Any:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    for _ in range(300):
+        assert server.poll() is None, "the server died"
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+        except urllib.error.URLError:
+            time.sleep(1)
+    raise TimeoutError(f"{url} did not answer in 300 s")
+
+
+# --- what cannot work is refused at start-up, with the reason ------------------------------------
+
+
+def configure(**sere: Any) -> None:
+    """What `LLM(...)` and `vllm serve` do first, before anything is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    EngineArgs(**OPTIONS, additional_config={"sere": sere}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("sere", "reason"),
+    [
+        ({"S": 5}, "S=5 exceeds the 4 experts per token"),
+        ({"S": 0}, "S=0: expected a whole number >= 1"),
+        ({"rho": "high"}, "rho='high': expected a number"),
+        ({"roh": 0.3}, "unknown key 'roh'; did you mean 'rho'"),
+        ({"table": "nowhere.safetensors"}, "nowhere.safetensors: no such table"),
+        ({"layers": {"9": {"S": 1}}}, r"layers \[9\] of the policy are not among"),
+        ({"fingerprint": "none"}, 'expected "weights", "router" or "shape"'),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_settings_are_refused_before_loading(
+    sere: dict[str, Any], reason: str, table_path: Path
+) -> None:
+    with pytest.raises(Exception, match=reason):
+        configure(**{"table": str(table_path), **sere})
+    configure(table=str(table_path))
+
+
+def test_batch_invariance_is_refused(table_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ServingError, match="VLLM_BATCH_INVARIANT promises"):
+        configure(table=str(table_path))
+
+
+def test_broken_tables_are_refused_before_loading(table_path: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(table_path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match="truncated or foreign"):
+        configure(table=str(broken))
+    table = Table.load(table_path)
+    replace(table, fingerprint=replace(table.fingerprint, router_hash="0" * 64)).save(broken)
+    with pytest.raises(Exception, match=r"belongs to another model(.|\n)*router weights"):
+        configure(table=str(broken))
+    configure(table=str(broken), fingerprint="shape")
+
+
+def test_without_a_named_table_the_one_beside_the_model_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="put it beside the model"):
+        configure()
+    model = tmp_path / "model"
+    shutil.copytree(OPTIONS["model"], model, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    calibrate(str(model), model / FILE_NAME, data=_text_file(tmp_path), samples=8, progress=False)
+    generate = ["generate", PROMPTS, 3]
+    stats = run_engine([generate, ["rpc", "sere_stats"]], sere={}, options={"model": str(model)})[1]
+    assert stats[0]["0"]["steps"] == 2
+
+
+def _text_file(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("\n\n".join(e.prompt + e.answer for e in examples(8, seed=1)))
+    return path
+
+
+def test_an_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symbols, "version", lambda name: "0.8.4")
+    assert "vLLM 0.8.4 is not supported: install 'vllm>=0.32,<0.33'" in str(symbols.obstacle())
+
+
+def test_a_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(symbols.MEMBERS, "MoERunner", ("layer_id", "gone"))
+    assert "MoERunner.gone" in str(symbols.obstacle())
+
+
+def test_another_rerouting_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rival = FunctionType((lambda: None).__code__, {"__name__": "lynx.plugin"})
+    monkeypatch.setattr(symbols.router_module(), "create_fused_moe_router", rival)
+    assert "lynx.plugin has replaced vLLM's router factory" in str(symbols.obstacle())
+
+
+def test_registering_twice_wraps_once() -> None:
+    register()
+    factory = symbols.router_module().create_fused_moe_router
+    register()
+    assert symbols.router_module().create_fused_moe_router is factory
+
+
+def test_a_dense_model_is_refused(table_path: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(OPTIONS["model"]) / name, tmp_path)
+    with pytest.raises(EngineFailure, match=r"belongs to another model(.|\n)*LlamaForCausalLM"):
+        run_engine([], sere={"table": str(table_path)}, options={"model": str(tmp_path)})
+
+
+def test_plugins_without_ours_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(RuntimeError, match="does not name 'sere'"):
+        check_plugin_allowed()
+    assert doctor.examine(None, None) == 1
+    monkeypatch.setenv("VLLM_PLUGINS", "other,sere")
+    assert doctor.examine(None, None) == 0
+
+
+class _Worker:
+    """Just enough of a worker for the self check."""
+
+    def __init__(self, runners: list[Any], session: Any) -> None:
+        context = {str(i): runner for i, runner in enumerate(runners)}
+        compilation = SimpleNamespace(static_forward_context=context, _sere_session=session)
+        self.vllm_config = SimpleNamespace(compilation_config=compilation)
+        self.model_runner = SimpleNamespace(_dummy_run=lambda rows: None)
+
+
+def _runner(**attributes: Any) -> Any:
+    class Runner(symbols.symbol("MoERunner")):  # type: ignore[misc]
+        is_monolithic = attributes.pop("is_monolithic", False)
+
+        def __init__(self) -> None:
+            self.__dict__.update(layer_name="model.layers.0.mlp.experts", **attributes)
+
+    return Runner()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({}, "not bound to model.layers.0"),
+        ({"sere": SimpleNamespace(calls=1), "is_monolithic": True}, "--moe-backend triton"),
+        ({"sere": SimpleNamespace(calls=0)}, "never called in model.layers.0"),
+    ],
+)
+def test_the_self_check_refuses_what_is_silently_inert(
+    attributes: dict[str, Any], reason: str
+) -> None:
+    session = SimpleNamespace(check_bound=lambda config: None)
+    with pytest.raises(ServingError, match=reason):
+        self_check(_Worker([_runner(**attributes)], session))
+    self_check(_Worker([_runner(sere=SimpleNamespace(calls=1))], session))
+
+
+def test_the_self_check_refuses_a_model_without_moe_layers() -> None:
+    with pytest.raises(ServingError, match="found no MoE layer"):
+        self_check(_Worker([], None))
