@@ -20,6 +20,7 @@ check: setup
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements/cpu.lock tools/install.py
+	@rm -f $@
 	$(PYTHON) tools/install.py
 	@touch $@
 
