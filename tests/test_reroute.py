@@ -343,6 +343,7 @@ def test_counters_tell_what_happened() -> None:
         reroute(ids, weights, plan, rows, counters)
     reroute(ids, weights, plan, torch.full_like(rows, VOID), counters)
     reroute(ids, weights, plan, torch.full_like(rows, EXACT), counters)
+    reroute(ids, weights, Plan.off(4), rows, counters)
     assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == {
         "steps": 2,
         "active_before": 8,

@@ -64,9 +64,9 @@ def with_plugin(table_path: Path) -> dict[str, Any]:
         "off": ["rpc", "sere_policy", None],
         "reset": ["rpc", "sere_reset"],
         "stock": GENERATE,
-        "stock stats": ["rpc", "sere_stats"],
         "S=K": ["rpc", "sere_policy", {"S": 4}],
         "S=K run": GENERATE,
+        "S=K stats": ["rpc", "sere_stats"],
         "rho": ["rpc", "sere_policy", {"S": 1, "rho": 1.01}],
         "rho run": GENERATE,
         "all": ["rpc", "sere_policy", {"S": 1, "rows": "all"}],
@@ -104,7 +104,7 @@ def test_rerouting_touches_fewer_experts_and_changes_decoding(
     for layer in with_plugin["S=1 stats"][0].values():
         assert layer["active_after"] < 0.8 * layer["active_before"]
         assert layer["slots_rerouted"] > 0
-    for layer in with_plugin["stock stats"][0].values():
+    for layer in with_plugin["S=K stats"][0].values():
         assert layer["active_after"] == layer["active_before"] > 0
         assert layer["slots_rerouted"] == 0
     assert with_plugin["S=1"] != without_plugin[0]

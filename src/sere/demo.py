@@ -85,11 +85,12 @@ def run(
     engine = _engine(table_path, batch)
     held_out = examples(prompts, seed=seed, split="held_out")
     parts = [held_out[start : start + batch] for start in range(0, prompts, batch)]
+    K = table.fingerprint.K
     for arm in arms:  # warm-up, not counted
-        _decode(engine, arm, parts[0])
+        _decode(engine, arm, parts[0], K)
     for i, part in enumerate(tqdm(parts, "decode", unit="batch")):
         for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
-            arm.take(part, *_decode(engine, arm, part))
+            arm.take(part, *_decode(engine, arm, part, K))
     result = _result(arms, table, batch)
     report.save_json(folder / "demo.json", result)
     plot(result, folder / "demo.png")
@@ -129,12 +130,24 @@ def _engine(table: Path, batch: int) -> Engine:
 
 
 def _decode(
-    engine: Engine, arm: Arm, part: list[Example]
+    engine: Engine, arm: Arm, part: list[Example], K: int
 ) -> tuple[Batch, dict[int, dict[str, int]]]:
-    engine.set_policy(arm.policy)
+    """Decode one batch. Stock routing counts nothing, at no cost: its experts are counted in a
+    second run with S=K, which must give the same tokens (the gate for all speeds)."""
+    prompts = [example.prompt for example in part]
+    engine.set_policy(arm.policy or Policy(S=K))
     engine.reset_stats()
-    decoded = engine.generate([example.prompt for example in part], _MAX_TOKENS)
-    return decoded, engine.stats()
+    decoded = engine.generate(prompts, _MAX_TOKENS)
+    stats = engine.stats()
+    if arm.policy is None:
+        engine.set_policy(None)
+        stock = engine.generate(prompts, _MAX_TOKENS)
+        if stock.token_ids != decoded.token_ids:
+            raise RuntimeError(
+                "S=K differs from stock routing: no speed is reported; please report"
+            )
+        decoded = stock
+    return decoded, stats
 
 
 def _result(arms: list[Arm], table: Table, batch: int) -> dict[str, Any]:

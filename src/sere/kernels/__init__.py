@@ -41,7 +41,7 @@ def reroute(
     _check(topk_ids, topk_weights, rows)
     routing = reference.route(topk_ids, topk_weights, plan, rows)
     if counters is not None:
-        reference.count(counters, topk_ids, routing, rows)
+        reference.count(counters, topk_ids, routing, plan, rows)
     return routing.ids
 
 

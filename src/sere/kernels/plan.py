@@ -55,7 +55,7 @@ class Plan:
 
     @classmethod
     def off(cls, num_experts: int, device: torch.device | str | None = None) -> Plan:
-        """A plan that leaves every batch as it is."""
+        """A plan that leaves every batch as it is, and counts nothing."""
         return cls(
             torch.full((num_experts, num_experts - 1), -1, dtype=torch.int32, device=device),
             torch.tensor([OFF, 1, NO_CEILING], dtype=torch.int32, device=device),

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sere.kernels.plan import Plan
+from sere.kernels.plan import OFF, Plan
 
 
 class RowClass(IntEnum):
@@ -135,15 +135,12 @@ def _targets(neighbours: Tensor, primary: Tensor) -> Tensor:
 
 
 def count(
-    counters: Tensor,
-    topk_ids: Tensor,
-    routing: Routing,
-    rows: Tensor | None,
+    counters: Tensor, topk_ids: Tensor, routing: Routing, plan: Plan, rows: Tensor | None
 ) -> None:
     """Add one step's figures to `counters` [len(COUNTERS)] int64, without a host sync.
 
     Steps and active experts count only where there is a FAST row: a step of prefill or of void
-    rows alone (graph capture, dummy runs) adds nothing but its rows.
+    rows alone (graph capture, dummy runs) adds nothing but its rows. `Plan.off` counts nothing.
     """
     T = topk_ids.shape[0]
     E = routing.primary.shape[0]
@@ -159,7 +156,7 @@ def count(
         routing.critical.sum(),
         *((rows == c).sum() for c in (RowClass.FAST, RowClass.EXACT, RowClass.VOID)),
     ]
-    counters.add_(torch.stack(figures))
+    counters.add_(torch.stack(figures) * (plan.settings[0] != OFF))
 
 
 def _distinct(ids: Tensor, real: Tensor, E: int) -> Tensor:

@@ -24,6 +24,8 @@ class ReroutedLayer(nn.Module):
         self.index = index
         self.rows = rows
         self.calls = 0
+        # Off without any work: a decision of the host, hence only where no graph can freeze it.
+        self.bypassed = False
         self.recording: list[tuple[Tensor, ...]] | None = None
         self.register_buffer("neighbours", plan.neighbours, persistent=False)
         self.register_buffer("settings", plan.settings, persistent=False)
@@ -33,9 +35,16 @@ class ReroutedLayer(nn.Module):
     def plan(self) -> Plan:
         return Plan(self.neighbours, self.settings)
 
+    def follow(self, plan: Plan | None) -> None:
+        """Re-route by another plan from now on; None is stock routing, at no cost on a CPU."""
+        self.bypassed = plan is None and self.neighbours.device.type == "cpu"
+        self.plan.copy_(plan or Plan.off(self.neighbours.shape[0]))
+
     def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Ids [T, K] after re-routing the batch under way."""
         self.calls += 1
+        if self.bypassed:
+            return topk_ids.clone()  # an operator must not return its input
         rows = self.rows.of(topk_ids.shape[0])
         ids = reroute(topk_ids, topk_weights, self.plan, rows, self.counters)
         if self.recording is not None:

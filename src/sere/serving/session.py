@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sere.checkpoint import Fingerprint, weight_hashes
-from sere.kernels import Plan
 from sere.policy import Policy
 from sere.serving.layer import ReroutedLayer
 from sere.serving.rows import RowClasses
@@ -56,8 +55,7 @@ class Session:
             check_policy(policy, self.table)
             self.rows.gate = policy.rows
         for index, layer in self.layers.items():
-            E = self.table.fingerprint.E
-            layer.plan.copy_(self.table.plan(index, policy) if policy else Plan.off(E))
+            layer.follow(self.table.plan(index, policy) if policy else None)
 
     def check_bound(self, config: Any) -> None:
         """Raise unless exactly the table's layers are bound and the table fits the model."""
