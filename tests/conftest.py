@@ -78,7 +78,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty texts of very different lengths, as JSON lines."""
     path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
-    words = "the quick brown fox jumps over a lazy dog while 17 experts watch".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "17", "times"]
     texts = [" ".join(words[i % 5 : i % 5 + 1 + i // 2]) for i in range(20)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path

@@ -21,7 +21,7 @@ def test_a_failure_keeps_the_old_bytes_and_leaves_nothing(
         temporary.write_bytes(b"half of the n")
         raise failure
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_old_file_is_whole_until_the_block_ends(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_the_old_file_is_whole_until_the_block_ends(tmp_path: Path) -> None:
         temporary.write_bytes(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_file_gets_ordinary_permissions(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,7 +190,7 @@ def test_a_failed_save_keeps_the_old_table(
     with pytest.raises(OSError, match="No space left"):
         table.save(path)
     assert path.read_bytes() == old
-    assert os.listdir(tmp_path) == ["t.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
 def test_a_disk_that_really_refuses_is_an_os_error_that_names_the_file(
@@ -211,7 +210,7 @@ def test_a_disk_that_really_refuses_is_an_os_error_that_names_the_file(
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
     assert f"refused {path} cannot be written" in done.stdout, done.stderr
     assert path.read_bytes() == old
-    assert os.listdir(tmp_path) == ["t.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
 def test_layers_and_fingerprint_must_agree(table: Table) -> None:

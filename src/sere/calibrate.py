@@ -148,17 +148,19 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             dtype="auto",
             device_map="auto" if torch.cuda.is_available() else None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the reason
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CalibrationError(
             f"{folder}: cannot be loaded as a transformers model: {error}"
         ) from error
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
+    unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unset:
         raise CalibrationError(
-            f"{folder}: {len(info['missing_keys'])} weights are missing from the checkpoint "
-            f"({some} ...) and would be random; calibrate the original, unquantised checkpoint"
+            f"{folder}: {len(unset)} weights are missing from the checkpoint or of another shape "
+            f"({', '.join(unset[:3])} ...) and would be random; calibrate the original, "
+            "unquantised checkpoint"
         )
     if getattr(tokenizer, "pad_token_id", None) is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -10,6 +10,8 @@ from importlib import import_module
 
 from sere import __version__
 
+# `sere.similarity.METHODS`, named here because importing that takes torch.
+_METHODS = ("frobenius", "cosine", "cka-linear", "cka-rbf", "cka-polynomial")
 # argparse keeps what the verb's function does not take under these names.
 _VERB = "verb"
 
@@ -18,11 +20,7 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
     parser.add_argument("--data", metavar="FILE", help="text: .txt, .jsonl or .parquet")
     parser.add_argument("-o", "--output", default="table.safetensors", metavar="FILE")
-    parser.add_argument(
-        "--method",
-        default="frobenius",
-        choices=["frobenius", "cosine", "cka-linear", "cka-rbf", "cka-polynomial"],
-    )
+    parser.add_argument("--method", default="frobenius", choices=_METHODS)
     parser.add_argument("--samples", type=_positive, default=400, help="texts to draw")
     parser.add_argument("--length", type=_positive, default=128, help="tokens per text, at most")
     parser.add_argument("--batch", type=_positive, default=16, help="texts per forward pass")
@@ -43,7 +41,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="out", metavar="FOLDER")
     parser.add_argument("--prompts", type=_positive, default=640, help="held-out prompts")
     parser.add_argument("--batch", type=_positive, default=32, help="requests decoded together")
-    parser.add_argument("--method", default="frobenius")
+    parser.add_argument("--method", default="frobenius", choices=_METHODS)
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -21,8 +21,10 @@ def calibrate(output: str, **flags: Any) -> None:
 def inspect(table: str, rho: float, plot: str | None, **flags: Any) -> None:
     """`sere inspect TABLE [--plot PNG] [--json]`."""
     from sere import inspect as inspection
+    from sere.policy import Policy
     from sere.table import Table
 
+    rho = Policy(rho=rho).rho  # refuses one that cannot be meant
     loaded = Table.load(table)
     if flags["json"]:
         print(json.dumps([asdict(layer) for layer in inspection.report(loaded, rho)]))

@@ -1,0 +1,176 @@
+"""The command line: quick help, one-line errors, exit codes that scripts can rely on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+import sere.calibrate
+from sere import verbs
+from sere.cli import VERBS, main, parser
+from sere.similarity import METHODS
+from sere.table import Table
+
+HELP = [["--help"], *([verb, "--help"] for verb in VERBS)]
+
+
+@pytest.mark.parametrize("argv", HELP, ids=" ".join)
+def test_help_loads_no_heavy_library(argv: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from sere.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'numpy', 'safetensors', 'tqdm'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
+    assert "usage: sere" in done.stdout, done.stderr
+    assert done.stdout.endswith("loaded: []\n")
+
+
+def test_help_starts_quickly() -> None:
+    """CPU time beyond bare Python, best of five: what a busy machine adds does not count."""
+
+    def cpu_seconds(*arguments: str) -> float:
+        def once() -> float:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+        return min(once() for _ in range(5))
+
+    assert cpu_seconds("-m", "sere", "calibrate", "--help") - cpu_seconds("-c", "") < 0.3
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
+    """A flag that nobody reads, or an argument that no flag gives, would fail only when run."""
+    required = {"calibrate": ["m"], "inspect": ["t"]}.get(verb, [])
+    given = vars(parser().parse_args([verb, *required]))
+    given.pop("verb")
+    signature(getattr(verbs, verb)).bind(**given)
+    module, function = VERBS[verb][2].split(":")
+    assert (module, function) == ("sere.verbs", verb)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["inspect", "absent.safetensors"], "absent.safetensors: no such table"),
+        (["calibrate", "absent"], "--data FILE is needed"),
+        (["calibrate", "absent", "--data", "absent.txt"], "absent.txt: no such file"),
+        (["calibrate", "demo", "-o", "absent/t.safetensors"], "absent does not exist"),
+    ],
+)
+def test_an_expected_failure_is_one_line_and_status_1(
+    argv: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("sere: error: ")
+    assert error.count("\n") == 1
+    assert complaint in error
+
+
+def test_a_shell_sees_the_status_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sere", "inspect", str(tmp_path / "absent.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sere: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["dance"],
+        ["inspect"],
+        ["calibrate", "m", "--methd", "cosine"],
+        ["calibrate", "m", "--method", "euclid"],
+        ["demo", "--method", "euclid"],
+        ["calibrate", "m", "--samples", "0"],
+        ["calibrate", "m", "--batch", "many"],
+        ["inspect", "t", "--rho", "high"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_flag_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert "usage: sere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "demo"])
+def test_every_measure_is_offered(verb: str) -> None:
+    required = ["m"] if verb == "calibrate" else []
+    for method in METHODS:
+        assert parser().parse_args([verb, *required, "--method", method]).method == method
+
+
+def test_calibrate_then_inspect(
+    model_dir: Path, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, png = tmp_path / "t.safetensors", tmp_path / "t.png"
+    flags = ["--data", str(corpus_file), "--samples", "50", "--length", "8", "--method", "cosine"]
+    assert main(["calibrate", str(model_dir), "-o", str(output), *flags]) == 1
+    assert "use --samples 20, --allow-fewer" in capsys.readouterr().err
+    assert main(["calibrate", str(model_dir), "-o", str(output), *flags, "--allow-fewer"]) == 0
+    assert "2 layers, E=8, K=2" in capsys.readouterr().out
+    table = Table.load(output)
+    assert (table.method, table.provenance["length"]) == ("cosine", 8)
+
+    assert main(["inspect", str(output), "--json", "--rho", "1.5"]) == 0
+    layers = json.loads(capsys.readouterr().out)
+    assert [layer["critical_fraction"] for layer in layers] == [1, 1]
+    arguments = ["inspect", str(output), "--rho", "0"]
+    if importlib.util.find_spec("matplotlib"):
+        arguments += ["--plot", str(png)]
+    assert main(arguments) == 0
+    assert "critical at rho=0" in capsys.readouterr().out
+    assert png.exists() == ("--plot" in arguments)
+
+
+@pytest.mark.parametrize("rho", ["nan", "-1"])
+def test_a_rho_that_cannot_be_meant(
+    table: Table, tmp_path: Path, rho: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.save(tmp_path / "t.safetensors")
+    assert main(["inspect", str(tmp_path / "t.safetensors"), f"--rho={rho}"]) == 1
+    assert f"rho={float(rho)}: expected a number >= 0" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sere.calibrate, "calibrate", interrupted)
+    assert main(["calibrate", "m"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(sere.calibrate, "calibrate", broken)
+    with pytest.raises(AssertionError):
+        main(["calibrate", "m"])
