@@ -185,9 +185,10 @@ def test_the_model_is_as_before_afterwards(observer: Callable[..., None]) -> Non
 
 def test_an_offloaded_module_is_watched_inside_its_wrapper() -> None:
     """accelerate replaces `forward` and keeps the true one as `_old_forward`: weights are there
-    only between the two."""
+    only between the two, and are fetched once for all experts."""
     model = tiny("Qwen3Moe")
     layers = moe_layers(model)
+    fetched = []
     for layer in layers:
         experts = layer.experts
         loaded, experts.down_proj.data = experts.down_proj.data, torch.empty(0)
@@ -195,6 +196,7 @@ def test_an_offloaded_module_is_watched_inside_its_wrapper() -> None:
 
         def wrapper(*args: Tensor, experts: Any = experts, loaded: Tensor = loaded) -> Tensor:
             experts.down_proj.data = loaded
+            fetched.append(1)
             try:
                 return experts._old_forward(*args)
             finally:
@@ -205,6 +207,7 @@ def test_an_offloaded_module_is_watched_inside_its_wrapper() -> None:
     with observed(layers, lambda layer, hidden, i, w: sizes.append(layer.outputs(hidden).shape)):
         logits(model)
     assert sizes == [(8, 6, 32)] * 2
+    assert len(fetched) == 2
 
 
 def test_models_that_cannot_be_re_routed_are_refused_with_the_reason() -> None:

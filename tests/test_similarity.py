@@ -68,7 +68,7 @@ def cka_by_hand(outputs: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def linear(x: Tensor) -> Tensor:
-    return torch.stack([torch.stack([a @ b for b in x]) for a in x])
+    return torch.stack([(a * x).sum(-1) for a in x])
 
 
 def rbf(x: Tensor) -> Tensor:
