@@ -187,6 +187,8 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_engine_modes(mode: str, table_path: Path) -> None:
     options, env = MODES[mode]
+    if mode == "torch.compile" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ on the CPU")
     steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_policy", None], GENERATE]
     on, stats, _, off = run_engine(
         steps, sere={"table": str(table_path), **S1}, options=options, env=env

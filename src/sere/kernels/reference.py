@@ -95,9 +95,10 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
 
 def _ranks(weights: Tensor, counts: Tensor) -> Tensor:
     """[T, K]: how many counting slots of the row come before each slot (rule 2)."""
-    earlier = torch.ones(weights.shape[1], weights.shape[1], dtype=torch.bool).triu(1)
+    K, device = weights.shape[1], weights.device
+    earlier = torch.ones(K, K, dtype=torch.bool, device=device).triu(1)
     mine, other = weights[:, None, :], weights[:, :, None]  # [T, other slot, slot]
-    ahead = (other > mine) | ((other == mine) & earlier.to(weights.device))
+    ahead = (other > mine) | ((other == mine) & earlier)
     return (ahead & counts[:, :, None]).sum(1)
 
 
