@@ -88,9 +88,7 @@ CHECKS: list[Callable[[], str]] = [
 ]
 
 
-def _batches() -> Iterator[
-    tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]
-]:
+def _batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]]:
     g = torch.Generator().manual_seed(0)
     classes = torch.tensor([RowClass.FAST, RowClass.FAST, RowClass.EXACT, RowClass.VOID])
     for E, K in [(8, 2), (60, 4), (64, 6), (128, 8), (896, 16)]:

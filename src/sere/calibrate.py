@@ -71,11 +71,14 @@ class Observer:
                     f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint "
                     "intact, and its dtype fit for this device?"
                 )
-            own.measure.update(outputs)
             own.gram.update(outputs)
+            if own.measure is not own.gram:
+                own.measure.update(outputs)
 
     def _empty(self, E: int) -> _Statistics:
-        return _Statistics(METHODS[self.method](E), Gram(E), torch.zeros(E, dtype=torch.int64))
+        measure = METHODS[self.method](E)
+        gram = measure if isinstance(measure, Gram) else Gram(E)
+        return _Statistics(measure, gram, torch.zeros(E, dtype=torch.int64))
 
 
 def calibrate(

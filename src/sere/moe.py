@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,14 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
             f"{type(model).__name__} has no routed experts: re-routing needs a "
             "Mixture-of-Experts model"
         )
-    return sorted(layers, key=lambda layer: layer.index)
+    layers.sort(key=lambda layer: layer.index)
+    for one, other in pairwise(layers):
+        if one.index == other.index:
+            raise NoExpertsError(
+                f"{one.name} and {other.name} share decoder layer {one.index}: models with "
+                "several routed-experts modules in a layer are not supported"
+            )
+    return layers
 
 
 Observer = Callable[[MoELayer, Tensor, Tensor, Tensor], None]
