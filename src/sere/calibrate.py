@@ -72,7 +72,7 @@ class Observer:
                     "intact, and its dtype fit for this device?"
                 )
             own.gram.update(outputs)
-            if own.measure is not own.gram:
+            if not isinstance(own.measure, Gram):  # frobenius is the Gram matrix itself
                 own.measure.update(outputs)
 
     def _empty(self, E: int) -> _Statistics:
