@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
+from sere.kernels import (
+    COUNTERS,
+    IMPLEMENTATIONS,
+    Plan,
+    RowClass,
+    implementation_for,
+    new_counters,
+    reroute,
+)
 from sere.kernels.reference import route
 from sere.policy import Policy
 
@@ -110,9 +118,45 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Policy, list[int]]:
 def run(
     ids: Tensor, weights: Tensor, similarity: Tensor, policy: Policy, rows: list[int] | None = None
 ) -> Tensor:
+    """New ids, the same from every implementation, counters too."""
     plan = Plan.build(similarity, policy, K=ids.shape[1])
-    return reroute(
+    return run_all(
         ids, weights, plan, None if rows is None else torch.tensor(rows, dtype=torch.int8)
+    )
+
+
+def run_all(ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+    expected, counted = reroute(ids, weights, plan, rows), None
+    for name, implementation in IMPLEMENTATIONS.items():
+        counters = new_counters()
+        assert torch.equal(implementation(ids, weights, plan, rows, counters), expected), name
+        counted = counters if counted is None else counted
+        assert torch.equal(counters, counted), name
+    return expected
+
+
+def test_there_is_more_than_the_reference() -> None:
+    assert implementation_for(torch.device("cpu")) == "numba"
+
+
+def test_implementations_agree_on_two_thousand_batches() -> None:
+    g = torch.Generator().manual_seed(1)
+    for seed in range(2000):
+        E, K, T = ((8, 2), (32, 4), (60, 4), (128, 8))[seed % 4] + (seed % 40,)
+        ids, weights, similarity = batch(seed, T, K, E, coarse=seed % 3 == 0)
+        ids = ids.masked_fill(torch.rand(T, K, generator=g) < 0.05, -1)
+        weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.05, 0)
+        rows = torch.randint(0, 3, (T,), generator=g).to(torch.int8)
+        policy = Policy(S=1 + seed % K, rho=(seed % 5) / 5, max_active=K + seed % (E - K))
+        run_all(ids, weights, Plan.build(similarity, policy, K=K), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_precision(dtype: torch.dtype) -> None:
+    ids, weights, similarity = batch(4, 16, 4, 32, coarse=True)
+    assert torch.equal(
+        run(ids, weights.to(dtype), similarity, Policy(S=1)),
+        run(ids, weights, similarity, Policy(S=1)),
     )
 
 
@@ -122,6 +166,7 @@ def test_equals_the_definition(case: tuple[Tensor, Tensor, Tensor, Policy, list[
     ids, weights, similarity, policy, rows = case
     plan = Plan.build(similarity, policy, K=ids.shape[1])
     routing = route(ids, weights, plan, torch.tensor(rows, dtype=torch.int8))
+    assert torch.equal(run(ids, weights, similarity, policy, rows), routing.ids)
     expected, primary, critical = by_hand(ids, weights, similarity, policy, rows)
     assert routing.ids.tolist() == expected
     assert set(routing.primary.nonzero().flatten().tolist()) == primary

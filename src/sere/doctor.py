@@ -22,6 +22,7 @@ def examine(table: str | None, model: str | None) -> int:
         ("plug-in allowed", _allowed),
         ("only re-router", _alone),
         ("vLLM", _vllm),
+        ("operator", _operator),
     ]
     if table is not None:
         checks.append(("table", lambda: _table(table, model)))
@@ -66,6 +67,15 @@ def _vllm() -> str:
     if reason:
         raise RuntimeError(reason)
     return " ".join(_versions()) + ", every symbol that sere relies on is there"
+
+
+def _operator() -> str:
+    import torch
+
+    from sere.kernels import implementation_for
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return ", ".join(f"{implementation_for(torch.device(d))} on {d}" for d in devices)
 
 
 def _versions() -> Iterator[str]:

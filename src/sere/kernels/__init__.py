@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,27 @@ from sere.kernels import reference
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS, RowClass
 
-__all__ = ["COUNTERS", "Plan", "RowClass", "new_counters", "reroute"]
+__all__ = [
+    "COUNTERS",
+    "IMPLEMENTATIONS",
+    "Plan",
+    "RowClass",
+    "implementation_for",
+    "new_counters",
+    "reroute",
+]
+
+Implementation = Callable[[Tensor, Tensor, Plan, Tensor | None, Tensor | None], Tensor]
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference.run}
+if find_spec("numba"):
+    from sere.kernels import numba_kernel
+
+    IMPLEMENTATIONS["numba"] = numba_kernel.run
+
+
+def implementation_for(device: torch.device) -> str:
+    """Which implementation serves tensors of a device."""
+    return "numba" if device.type == "cpu" and "numba" in IMPLEMENTATIONS else "reference"
 
 
 def new_counters(device: torch.device | str | None = None) -> Tensor:
@@ -39,10 +62,8 @@ def reroute(
     in `sere.kernels.reference`. Raises `ValueError` for shapes that do not fit together.
     """
     _check(topk_ids, topk_weights, rows)
-    routing = reference.route(topk_ids, topk_weights, plan, rows)
-    if counters is not None:
-        reference.count(counters, topk_ids, routing, plan, rows)
-    return routing.ids
+    run = IMPLEMENTATIONS[implementation_for(topk_ids.device)]
+    return run(topk_ids, topk_weights, plan, rows, counters)
 
 
 def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:

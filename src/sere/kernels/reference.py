@@ -68,6 +68,16 @@ class Routing(NamedTuple):
     critical: Tensor  # [T, K] bool: slots kept because no primary is similar enough
 
 
+def run(
+    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+) -> Tensor:
+    """New ids [T, K]; counts the step if `counters` are given."""
+    routing = route(topk_ids, topk_weights, plan, rows)
+    if counters is not None:
+        count(counters, topk_ids, routing, plan, rows)
+    return routing.ids
+
+
 def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Routing:
     """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
     T, K = topk_ids.shape

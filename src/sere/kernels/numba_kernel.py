@@ -1,0 +1,177 @@
+"""The specification as plain loops, compiled for CPUs by numba (which every vLLM brings along).
+
+The reference needs some sixty small tensor operations for a decode batch, a tenth of a small
+model's step; one pass over the slots needs none. Same rules, same order, same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from sere.kernels.plan import OFF, Plan
+from sere.kernels.reference import COUNTERS, RowClass
+
+VOID, FAST, EXACT = (int(c) for c in RowClass)
+_UNKNOWN = -2  # a target that was not looked up yet
+
+
+def run(
+    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+) -> Tensor:
+    """New ids [T, K] (see `sere.kernels.reroute`); all tensors on the CPU."""
+    T = topk_ids.shape[0]
+    if rows is None:
+        rows = torch.full((T,), FAST, dtype=torch.int8)
+    if counters is None:
+        counters = torch.empty(0, dtype=torch.int64)
+    if topk_weights.dtype not in (torch.float32, torch.float64):
+        topk_weights = topk_weights.float()  # numpy has no bfloat16; order and zeros are kept
+    out = topk_ids.contiguous().clone()
+    _reroute(
+        out.numpy(),
+        topk_weights.detach().contiguous().numpy(),
+        plan.neighbours.numpy(),
+        plan.settings.numpy(),
+        rows.contiguous().numpy(),
+        counters.numpy(),
+    )
+    return out
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = njit(cache=True, nogil=True)(function)
+    return compiled
+
+
+@_compiled
+def _reroute(
+    ids: Any,  # [T, K], rewritten in place
+    weights: Any,  # [T, K]
+    neighbours: Any,  # [E, E-1]
+    settings: Any,  # [3]
+    rows: Any,  # [T]
+    counters: Any,  # [8], or [0]: count nothing
+) -> None:
+    K, E = ids.shape[1], neighbours.shape[0]
+    S = settings[0]
+    before = _active(ids, rows, E)
+    first_rank = _first_ranks(ids, weights, rows, E)
+    s = _choose_s(first_rank, S, settings[1], settings[2], K)
+    lowest = E
+    for e in range(E - 1, -1, -1):
+        if first_rank[e] < s:
+            lowest = e
+    moved = critical = 0
+    if lowest < E and S < K:
+        moved, critical = _move(ids, weights, neighbours, rows, first_rank, s, lowest)
+    if counters.size > 0 and S != OFF:
+        _count(counters, rows, before, _active(ids, rows, E), moved, critical)
+
+
+@_compiled
+def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
+    """[E]: rules 1 to 3; K where nobody chose the expert."""
+    T, K = ids.shape
+    first = np.full(E, K, np.int64)
+    for t in range(T):
+        for k in range(K):
+            e = ids[t, k]
+            if rows[t] == VOID or e < 0 or e >= E:
+                continue
+            if rows[t] == EXACT:
+                first[e] = 0
+            elif weights[t, k] != 0:
+                first[e] = min(first[e], _rank(ids[t], weights[t], k, E))
+    return first
+
+
+@_compiled
+def _rank(ids: Any, weights: Any, k: int, E: int) -> int:
+    """How many counting slots of the row come before slot k."""
+    rank = 0
+    for j in range(len(ids)):
+        if 0 <= ids[j] < E and weights[j] != 0:
+            tie = weights[j] == weights[k] and j < k
+            rank += weights[j] > weights[k] or tie
+    return rank
+
+
+@_compiled
+def _choose_s(first_rank: Any, S: int, min_active: int, max_active: int, K: int) -> Any:
+    """Rule 4."""
+    sizes = np.zeros(K + 1, np.int64)
+    for rank in first_rank:
+        sizes[rank] += 1
+    sizes = np.cumsum(sizes[:K])
+    grown = min(np.sum(sizes < min_active) + 1, K)
+    capped = max(np.sum(sizes <= max_active), 1)
+    return min(max(S, grown), capped)
+
+
+@_compiled
+def _move(
+    ids: Any, weights: Any, neighbours: Any, rows: Any, first_rank: Any, s: int, lowest: int
+) -> tuple[int, int]:
+    """Rules 5 and 6, in place; (slots of real rows that moved, critical slots)."""
+    E = len(first_rank)
+    targets = np.full(E, _UNKNOWN, np.int64)
+    moved = critical = 0
+    for t in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            e = ids[t, k]
+            if rows[t] == EXACT or e < 0 or e >= E or first_rank[e] < s:
+                continue
+            if rows[t] != FAST or weights[t, k] == 0:
+                ids[t, k] = lowest
+                moved += rows[t] == FAST
+                continue
+            if targets[e] == _UNKNOWN:
+                targets[e] = _nearest(neighbours[e], first_rank, s)
+            if targets[e] < 0:
+                critical += 1
+            else:
+                ids[t, k] = targets[e]
+                moved += 1
+    return moved, critical
+
+
+@_compiled
+def _nearest(listed: Any, first_rank: Any, s: int) -> int:
+    """The first primary in a neighbour list, or -1."""
+    for v in listed:
+        if v < 0:
+            return -1
+        if first_rank[v] < s:
+            return int(v)
+    return -1
+
+
+@_compiled
+def _active(ids: Any, rows: Any, E: int) -> int:
+    """Distinct experts that the real rows name."""
+    seen = np.zeros(E, np.bool_)
+    for t in range(ids.shape[0]):
+        for e in ids[t]:
+            if rows[t] != VOID and 0 <= e < E:
+                seen[e] = True
+    return int(np.sum(seen))
+
+
+@_compiled
+def _count(counters: Any, rows: Any, before: int, after: int, moved: int, critical: int) -> None:
+    """Add one step, in the order of `COUNTERS`."""
+    fast, exact, void = np.sum(rows == FAST), np.sum(rows == EXACT), np.sum(rows == VOID)
+    decoding = fast > 0
+    counters += np.array(
+        [decoding, decoding * before, decoding * after, moved, critical, fast, exact, void],
+        np.int64,
+    )
+
+
+assert len(COUNTERS) == 8, "_count lists them by hand"
