@@ -5,7 +5,7 @@ carry their working (digits from the lowest up, then the result), because a smal
 down what it cannot guess, and because longer answers exercise decoding.
 
     add 347+586:            ->  "3390>0933"     lowest digit first, then as usual
-    run 3>a;a+4>b;b-2>c:    ->  "3>a;a+4=7>b;b-2=5>c"
+    run A=3,A+4>B,B-2>C:    ->  "A:3+4,B=7,B:7-2,C=5"
     count abbab:            ->  "a1b1b2a2b3"    each letter's first, second, ... occurrence
     close ([{}<(:           ->  ")>])"          what closes the open brackets
 """
@@ -71,19 +71,19 @@ def _multiply(rng: Random) -> tuple[str, str]:
 
 
 def _assign(rng: Random) -> tuple[str, str]:
-    """A chain of assignments, each to be repeated with the value it stores."""
-    names = rng.sample(string.ascii_lowercase, rng.randint(3, 4))
+    """A chain of assignments: recall each operand, compute, store the result under its name."""
+    names = rng.sample(string.ascii_uppercase, 3)
     values = {names[0]: rng.randint(0, 9)}
-    prompt, answer = [f"{values[names[0]]}>{names[0]}"], [f"{values[names[0]]}>{names[0]}"]
+    prompt, answer = f"run {names[0]}={values[names[0]]}", []
     for name in names[1:]:
         source, amount = rng.choice(list(values)), rng.randint(1, 9)
         # Results stay in 0..18, so that every answer is one or two digits and never negative.
         adds = values[source] <= 9 and (values[source] < amount or rng.random() < 0.5)
         sign = "+" if adds else "-"
         values[name] = values[source] + (amount if adds else -amount)
-        prompt.append(f"{source}{sign}{amount}>{name}")
-        answer.append(f"{source}{sign}{amount}={values[name]}>{name}")
-    return f"run {';'.join(prompt)}:", ";".join(answer)
+        prompt += f",{source}{sign}{amount}>{name}"
+        answer.append(f"{source}:{values[source]}{sign}{amount},{name}={values[name]}")
+    return f"{prompt}:", ",".join(answer)
 
 
 def _sort(rng: Random) -> tuple[str, str]:
