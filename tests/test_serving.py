@@ -180,6 +180,7 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     ),
     "torch.compile": ({"enforce_eager": False}, {}),
+    "bfloat16": ({"dtype": "bfloat16"}, {}),
 }
 
 
@@ -325,6 +326,14 @@ def test_another_rerouting_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     rival = FunctionType((lambda: None).__code__, {"__name__": "lynx.plugin"})
     monkeypatch.setattr(symbols.router_module(), "create_fused_moe_router", rival)
     assert "lynx.plugin has replaced vLLM's router factory" in str(symbols.obstacle())
+
+
+def test_tables_load_while_another_device_is_the_default(table_path: Path) -> None:
+    """vLLM builds models with the accelerator as default device; the table is read on the host."""
+    with torch.device("meta"):
+        plan = Table.load(table_path).plan(0, Policy(S=1))
+    assert plan.neighbours.device == plan.settings.device == torch.device("cpu")
+    assert int(plan.settings[0]) == 1
 
 
 def test_registering_twice_wraps_once() -> None:

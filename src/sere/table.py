@@ -185,4 +185,6 @@ def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:
 
 
 def _is_identity(similarity: Tensor) -> bool:
-    return torch.equal(similarity, torch.eye(similarity.shape[0], dtype=similarity.dtype))
+    return torch.equal(
+        similarity, torch.eye(len(similarity), dtype=similarity.dtype, device=similarity.device)
+    )

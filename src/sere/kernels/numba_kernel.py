@@ -45,7 +45,10 @@ def run(
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = njit(cache=True, nogil=True)(function)
+    try:
+        compiled: Callable[..., Any] = njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
+        compiled = njit(nogil=True)(function)
     return compiled
 
 
