@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,19 @@ __all__ = [
 ]
 
 Implementation = Callable[[Tensor, Tensor, Plan, Tensor | None, Tensor | None], Tensor]
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference.run}
-if find_spec("numba"):
+
+
+def _numba(*arguments: Any) -> Tensor:
+    # Imported on first use: vLLM 0.32's CPU workers fail to start in a process that has llvmlite
+    # loaded (their scan for Triton kernels trips over one of its objects).
     from sere.kernels import numba_kernel
 
-    IMPLEMENTATIONS["numba"] = numba_kernel.run
+    return numba_kernel.run(*arguments)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference.run}
+if find_spec("numba"):
+    IMPLEMENTATIONS["numba"] = _numba
 
 
 def implementation_for(device: torch.device) -> str:
