@@ -1,50 +1,22 @@
 """The operator: one function, one specification, several implementations.
 
 `sere.kernels.reference` is the specification; implementations are tested to equal it bit for bit.
+`torch.ops.sere.route` is the operator as PyTorch sees it: opaque to `torch.compile`, and free of
+host syncs, so that CUDA graphs can hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sere.kernels import reference
+from sere.kernels.implementations import implementation_for, load
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS, RowClass
 
-__all__ = [
-    "COUNTERS",
-    "IMPLEMENTATIONS",
-    "Plan",
-    "RowClass",
-    "implementation_for",
-    "new_counters",
-    "reroute",
-]
-
-Implementation = Callable[[Tensor, Tensor, Plan, Tensor | None, Tensor | None], Tensor]
-
-
-def _numba(*arguments: Any) -> Tensor:
-    # Imported on first use: vLLM 0.32's CPU workers fail to start in a process that has llvmlite
-    # loaded (their scan for Triton kernels trips over one of its objects).
-    from sere.kernels import numba_kernel
-
-    return numba_kernel.run(*arguments)
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference.run}
-if find_spec("numba"):
-    IMPLEMENTATIONS["numba"] = _numba
-
-
-def implementation_for(device: torch.device) -> str:
-    """Which implementation serves tensors of a device."""
-    return "numba" if device.type == "cpu" and "numba" in IMPLEMENTATIONS else "reference"
+__all__ = ["COUNTERS", "Plan", "RowClass", "implementation_for", "new_counters", "reroute"]
 
 
 def new_counters(device: torch.device | str | None = None) -> Tensor:
@@ -71,8 +43,10 @@ def reroute(
     in `sere.kernels.reference`. Raises `ValueError` for shapes that do not fit together.
     """
     _check(topk_ids, topk_weights, rows)
-    run = IMPLEMENTATIONS[implementation_for(topk_ids.device)]
-    return run(topk_ids, topk_weights, plan, rows, counters)
+    ids: Tensor = torch.ops.sere.route(
+        topk_ids, topk_weights, plan.neighbours, plan.settings, rows, counters
+    )
+    return ids
 
 
 def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
@@ -88,3 +62,28 @@ def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
         )
     if rows is not None and rows.shape != topk_ids.shape[:1]:
         raise ValueError(f"rows {list(rows.shape)}: expected [T] = [{topk_ids.shape[0]}]")
+
+
+def _route(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    neighbours: Tensor,
+    settings: Tensor,
+    rows: Tensor | None,
+    counters: Tensor | None,
+) -> Tensor:
+    run = load(implementation_for(topk_ids.device))
+    return run(topk_ids, topk_weights, Plan(neighbours, settings), rows, counters)
+
+
+def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:
+    return torch.empty_like(topk_ids, memory_format=torch.contiguous_format)
+
+
+_LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "route(Tensor topk_ids, Tensor topk_weights, Tensor neighbours, Tensor settings, "
+    "Tensor? rows, Tensor(a!)? counters) -> Tensor"
+)
+_LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
+torch.library.register_fake("sere::route", _like_ids, lib=_LIBRARY)

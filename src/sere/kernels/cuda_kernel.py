@@ -1,0 +1,143 @@
+"""The specification for NVIDIA GPUs in CUDA C++ (reroute.cu), compiled when it is first used.
+
+NVIDIA's own Python packages compile (NVRTC) and launch it: no toolkit, no build step at install.
+One launch for decode-sized batches; three (a fill, the votes, the moves) for larger ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from ctypes import c_int
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere.files import replaced
+from sere.kernels.plan import Plan
+
+MAX_E, MAX_K = 1024, 32
+ONE_BLOCK = 8192
+"""Up to how many slots one block serves."""
+THREADS = 1024
+_NEVER = 1 << 30  # as in reroute.cu
+_C_TYPES = {
+    torch.int16: "short",
+    torch.int32: "int",
+    torch.int64: "long long",
+    torch.float32: "float",
+    torch.float64: "double",
+}
+
+
+def run(
+    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+) -> Tensor:
+    """New ids [T, K] (see `sere.kernels.reroute`); all tensors on one NVIDIA GPU."""
+    T, K = topk_ids.shape
+    E = plan.num_experts
+    if K > MAX_K or E > MAX_E:
+        raise ValueError(f"E={E}, K={K}: the CUDA kernel goes to E={MAX_E}, K={MAX_K}; use triton")
+    out = torch.empty((T, K), dtype=topk_ids.dtype, device=topk_ids.device)
+    if T == 0 or K == 0:
+        return out
+    if topk_weights.dtype not in (torch.float32, torch.float64):
+        topk_weights = topk_weights.float()  # order and zeros are kept
+    batch = (
+        *(topk_ids.data_ptr(), topk_ids.stride(0), topk_ids.stride(1)),
+        *(topk_weights.data_ptr(), topk_weights.stride(0), topk_weights.stride(1)),
+        *(_pointer(rows), c_int(T), c_int(K), c_int(E)),
+    )
+    decision = (
+        *(plan.neighbours.data_ptr(), plan.settings.data_ptr()),
+        *(out.data_ptr(), _pointer(counters)),
+    )
+    kernels = _kernels(topk_ids.device, topk_ids.dtype, topk_weights.dtype)
+    if T * K <= ONE_BLOCK:
+        kernels.launch("reroute_at_once", 1, *batch, *decision)
+        return out
+    votes = torch.full((E + 1,), _NEVER, dtype=torch.int32, device=topk_ids.device)
+    share = max(1, THREADS // K)
+    blocks = -(-T // share)
+    kernels.launch("reroute_vote", blocks, *batch, c_int(share), votes.data_ptr())
+    kernels.launch("reroute_move", blocks, *batch, c_int(share), votes.data_ptr(), *decision)
+    return out
+
+
+def obstacle() -> str | None:
+    """Why this machine cannot use the kernel, or None. Compiles and loads it."""
+    try:
+        _kernels(torch.device("cuda", torch.cuda.current_device()), torch.int32, torch.float32)
+    except Exception as error:  # a compiler's, a driver's, a loader's
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Kernels:
+    """The loaded kernels of one device."""
+
+    def __init__(self, device: torch.device, cubin: bytes) -> None:
+        from cuda.core import Device, ObjectCode
+
+        Device(device.index or 0).set_current()
+        module = ObjectCode.from_cubin(cubin)
+        names = ("reroute_at_once", "reroute_vote", "reroute_move")
+        self._kernels = {name: module.get_kernel(name) for name in names}
+        self._device = device
+
+    def launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        """Launch on PyTorch's current stream."""
+        from cuda.core import LaunchConfig, Stream, launch
+
+        stream = Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
+        launch(stream, LaunchConfig(grid=blocks, block=THREADS), self._kernels[name], *arguments)
+
+
+@functools.cache
+def _kernels(device: torch.device, ids: torch.dtype, weights: torch.dtype) -> Kernels:
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernels(device, compiled(f"sm_{major}{minor}", ids, weights))
+
+
+def compiled(architecture: str, ids: torch.dtype, weights: torch.dtype) -> bytes:
+    """The cubin for an architecture ("sm_90") and types of ids and weights, from a cache on disk.
+
+    Processes that compile at the same time write equal files, each in one piece.
+    """
+    from cuda.bindings import nvrtc
+
+    source = (files("sere.kernels") / "reroute.cu").read_text()
+    macros = {"ID": _C_TYPES[ids], "WEIGHT": _C_TYPES[weights]}
+    key = repr((source, architecture, macros, nvrtc.nvrtcVersion()))
+    path = _cache_folder() / f"reroute-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin = _compile(source, architecture, macros)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial:
+            partial.write_bytes(cubin)
+    except OSError:
+        pass  # a read-only home: compiled again next time, half a second
+    return cubin
+
+
+def _compile(source: str, architecture: str, macros: dict[str, str]) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch=architecture, std="c++17", define_macro=list(macros.items()), name="reroute.cu"
+    )
+    return bytes(Program(source, "c++", options).compile("cubin").code)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sere"

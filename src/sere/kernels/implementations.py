@@ -1,0 +1,95 @@
+"""Which code runs the operator on which device.
+
+Each implementation is a function of (ids, weights, plan, rows, counters), imported on first use:
+none of their libraries is needed on a machine that has no use for it, and vLLM 0.32's CPU workers
+fail to start in a process that has numba's llvmlite loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from sere.kernels.plan import Plan
+
+Implementation = Callable[[Tensor, Tensor, Plan, Tensor | None, Tensor | None], Tensor]
+
+MODULES = {
+    "reference": "sere.kernels.reference",
+    "numba": "sere.kernels.numba_kernel",
+    "triton": "sere.kernels.triton_kernel",
+    "cuda": "sere.kernels.cuda_kernel",
+}
+# What an implementation needs besides torch, and the devices it serves.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "numba": ("numba",),
+    "triton": ("triton",),
+    "cuda": ("cuda.core", "cuda.bindings"),
+}
+DEVICES: dict[str, tuple[str, ...]] = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
+# In order of preference.
+DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("triton",), "xpu": ("triton",)}
+
+ENVIRONMENT = "SERE_KERNEL"
+"""Environment variable that names an implementation to be preferred to the default."""
+
+
+@functools.cache
+def load(name: str) -> Implementation:
+    """The function behind a name of `MODULES`; `ImportError` where it has no library."""
+    run: Implementation = import_module(MODULES[name]).run
+    return run
+
+
+def installed(name: str) -> bool:
+    """Whether the libraries of an implementation are there."""
+    return all(_found(module) for module in NEEDS[name])
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
+
+
+def implementation_for(device: torch.device) -> str:
+    """The name of the implementation that serves tensors of a device."""
+    return _chosen(device.type, os.environ.get(ENVIRONMENT))
+
+
+@functools.cache
+def _chosen(device: str, asked: str | None) -> str:
+    wanted = DEFAULTS.get(device, ())
+    if asked:
+        if asked not in MODULES:
+            raise ValueError(f"{ENVIRONMENT}={asked}: expected one of {', '.join(MODULES)}")
+        wanted = (asked, *wanted)
+    names = (*wanted, "reference")
+    for name, otherwise in zip(names, (*names[1:], ""), strict=True):
+        reason = _obstacle(name, device)
+        if reason is None:
+            return name
+        warnings.warn(f"sere: no {name} kernel: {reason}; {otherwise} serves", stacklevel=2)
+    raise AssertionError("the reference serves every device")
+
+
+def _obstacle(name: str, device: str) -> str | None:
+    """Why an implementation cannot serve a device, or None. Compiles what is compiled first."""
+    if device not in DEVICES.get(name, (device,)):
+        return f"it does not run on {device}"
+    if not installed(name):
+        return f"{', '.join(NEEDS[name])} is not installed"
+    if name == "cuda":
+        from sere.kernels.cuda_kernel import obstacle
+
+        return obstacle()
+    return None

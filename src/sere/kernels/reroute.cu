@@ -1,0 +1,271 @@
+// The specification (reference.py) for NVIDIA GPUs: one launch for decode-sized batches.
+//
+// One block keeps a value for every expert in shared memory. Its steps, a barrier between each:
+//   vote     first_rank[e] = the lowest rank at which any voting row chose e     (rules 1 to 3)
+//   tally    how many experts have each rank, from which every thread finds s    (rule 4)
+//   look up  a warp walks a secondary's neighbour list, 32 entries at a time     (rule 5)
+//   move     every slot to its expert's target, and count                        (rules 5 to 7)
+// Batches too large for one block take three launches: a fill, `vote` by many blocks into global
+// memory, and the rest by many blocks.
+//
+// Compiled with -DID=int or long long, -DWEIGHT=float or double. Loops step by blockDim.x and by
+// LANES, so that the same source is correct with any number of threads: tests run it on CPUs.
+
+#ifndef LANES
+#define LANES 32
+#endif
+
+enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };
+// first_rank of an expert that nobody voted for: named by a real row, or by none.
+enum { NAMED = 1 << 20, NEVER = 1 << 30 };
+enum { OFF = 0x7fffffff, MAX_K = 32, MAX_E = 1024, GROUP = 4 };
+enum Counter { STEPS, BEFORE, AFTER, REROUTED, CRITICAL, ROWS_FAST, ROWS_EXACT, ROWS_VOID, COUNTERS };
+
+struct Batch {
+    const ID* ids;
+    long long ids_row, ids_slot;
+    const WEIGHT* weights;
+    long long weights_row, weights_slot;
+    const signed char* rows;  // or null: all FAST
+    int T, K, E;
+};
+
+struct Decision {
+    const int* neighbours;  // [E, E - 1]
+    const int* settings;    // S, min_active, max_active
+    ID* out;                // [T, K]
+    unsigned long long* counters;  // or null
+};
+
+// What the threads of a block share.
+struct Shared {
+    int first_rank[MAX_E];
+    int target[MAX_E];
+    int tally[MAX_K + 1];  // experts by first_rank; the last: named, but without a vote
+    int lowest;
+    int critical_experts;
+    int counts[COUNTERS];
+};
+
+__device__ static int kind_of(const Batch& batch, int t) {
+    return batch.rows ? batch.rows[t] : FAST;
+}
+
+__device__ static long long expert_at(const Batch& batch, int t, int k) {
+    return (long long)batch.ids[t * batch.ids_row + k * batch.ids_slot];
+}
+
+__device__ static WEIGHT weight_at(const Batch& batch, int t, int k) {
+    return batch.weights[t * batch.weights_row + k * batch.weights_slot];
+}
+
+__device__ static bool in_range(const Batch& batch, long long e) { return e >= 0 && e < batch.E; }
+
+// How many counting slots of the row come before slot k.
+__device__ static int rank_of(const Batch& batch, int t, int k) {
+    const WEIGHT mine = weight_at(batch, t, k);
+    int rank = 0;
+    for (int j = 0; j < batch.K; ++j) {
+        const WEIGHT other = weight_at(batch, t, j);
+        const bool counts = other != 0 && in_range(batch, expert_at(batch, t, j));
+        rank += counts && (other > mine || (other == mine && j < k));
+    }
+    return rank;
+}
+
+__device__ static void clear(Shared& shared, int E) {
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        shared.first_rank[e] = NEVER;
+        shared.target[e] = -1;
+    }
+    for (int i = threadIdx.x; i <= MAX_K; i += blockDim.x) shared.tally[i] = 0;
+    for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x) shared.counts[i] = 0;
+    if (threadIdx.x == 0) {
+        shared.lowest = NEVER;
+        shared.critical_experts = 0;
+    }
+}
+
+__device__ static void vote(const Batch& batch, Shared& shared, int start, int stop) {
+    for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x) {
+        const int t = slot / batch.K, k = slot % batch.K, kind = kind_of(batch, t);
+        const long long e = expert_at(batch, t, k);
+        if (kind == VOID || !in_range(batch, e)) continue;
+        const bool counts = weight_at(batch, t, k) != 0;
+        const int value = kind == EXACT ? 0 : counts ? rank_of(batch, t, k) : (int)NAMED;
+        atomicMin(&shared.first_rank[e], value);
+    }
+}
+
+__device__ static void tally(const Batch& batch, Shared& shared) {
+    for (int e = threadIdx.x; e < batch.E; e += blockDim.x) {
+        const int rank = shared.first_rank[e];
+        if (rank < NEVER) atomicAdd(&shared.tally[rank < batch.K ? rank : batch.K], 1);
+    }
+}
+
+// Rule 4. Every thread finds the same s, and the number of primaries.
+__device__ static int choose_s(const Shared& shared, const int* settings, int K, int* primaries) {
+    const int S = settings[0], min_active = settings[1], max_active = settings[2];
+    int size = 0, too_few = 0, within = 0;
+    for (int s = 1; s <= K; ++s) {
+        size += shared.tally[s - 1];
+        too_few += size < min_active;
+        within += size <= max_active;
+    }
+    const int grown = too_few + 1 < K ? too_few + 1 : K, capped = within > 1 ? within : 1;
+    int s = S > grown ? S : grown;
+    s = s < capped ? s : capped;
+    *primaries = 0;
+    for (int rank = 0; rank < s && rank < K; ++rank) *primaries += shared.tally[rank];
+    return s;
+}
+
+// The first entries of GROUP neighbour lists: independent loads, so that they are under way at once.
+__device__ static void prefetch(const Batch& batch, const int* neighbours, int first, int (&listed)[GROUP]) {
+    const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES;
+    for (int i = 0; i < GROUP; ++i) {
+        const int e = first + i * warps;
+        listed[i] = e < batch.E && lane < batch.E - 1 ? neighbours[e * (batch.E - 1) + lane] : -1;
+    }
+}
+
+// The first primary in e's list, or -1, found by the lanes of a warp together.
+__device__ static int nearest(
+    const Shared& shared, const int* list, int length, int s, int listed) {
+    const int lane = threadIdx.x % LANES;
+    for (int at = 0; at < length; at += LANES) {
+        if (at > 0) listed = at + lane < length ? list[at + lane] : -1;
+        const bool hit = listed >= 0 && shared.first_rank[listed] < s;
+        const unsigned hits = __ballot_sync(~0u, hit);
+        if (hits) return __shfl_sync(~0u, listed, __ffs(hits) - 1);
+        if (__ballot_sync(~0u, listed < 0)) return -1;
+    }
+    return -1;
+}
+
+__device__ static void look_up(
+    const Batch& batch, const int* neighbours, Shared& shared, int s, int (&listed)[GROUP]) {
+    const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES, lane = threadIdx.x % LANES;
+    for (int first = warp; first < batch.E; first += GROUP * warps) {
+        if (first != warp) prefetch(batch, neighbours, first, listed);
+        for (int i = 0; i < GROUP; ++i) {
+            const int e = first + i * warps;
+            if (e >= batch.E) break;
+            const int rank = shared.first_rank[e];
+            if (lane == 0 && rank < s) atomicMin(&shared.lowest, e);
+            if (rank < s || rank >= NAMED) continue;
+            const int length = batch.E - 1;
+            const int found = nearest(shared, neighbours + e * length, length, s, listed[i]);
+            if (lane == 0) {
+                shared.target[e] = found;
+                if (found < 0) atomicAdd(&shared.critical_experts, 1);
+            }
+        }
+    }
+}
+
+__device__ static void move(
+    const Batch& batch, const Decision& decision, Shared& shared, int s, bool movable, int start, int stop) {
+    int rerouted = 0, critical = 0;
+    for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x) {
+        const int t = slot / batch.K, k = slot % batch.K, kind = kind_of(batch, t);
+        const long long e = expert_at(batch, t, k);
+        long long goes_to = e;
+        if (movable && kind != EXACT && in_range(batch, e) && shared.first_rank[e] >= s) {
+            if (kind != FAST || weight_at(batch, t, k) == 0)
+                goes_to = shared.lowest;
+            else if (shared.target[e] >= 0)
+                goes_to = shared.target[e];
+            else
+                ++critical;
+            rerouted += kind == FAST && goes_to != e;
+        }
+        decision.out[slot] = (ID)goes_to;
+    }
+    if (!decision.counters) return;
+    if (rerouted) atomicAdd(&shared.counts[REROUTED], rerouted);
+    if (critical) atomicAdd(&shared.counts[CRITICAL], critical);
+    for (int t = start + threadIdx.x; t < stop; t += blockDim.x) {
+        const int kind = kind_of(batch, t);
+        atomicAdd(&shared.counts[kind == FAST ? ROWS_FAST : kind == EXACT ? ROWS_EXACT : ROWS_VOID], 1);
+    }
+}
+
+// Everything after the vote. `any_fast` is null where this block sees all rows.
+__device__ static void decide_and_move(
+    const Batch& batch, const Decision& decision, Shared& shared, int (&listed)[GROUP], int start,
+    int stop, const int* any_fast) {
+    tally(batch, shared);
+    __syncthreads();
+    int primaries;
+    const int s = choose_s(shared, decision.settings, batch.K, &primaries);
+    const bool movable = decision.settings[0] < batch.K && primaries > 0;
+    if (movable) look_up(batch, decision.neighbours, shared, s, listed);
+    __syncthreads();
+    move(batch, decision, shared, s, movable, start, stop);
+    if (!decision.counters || decision.settings[0] == OFF) return;
+    __syncthreads();
+    if (threadIdx.x == 0 && blockIdx.x == 0 && (any_fast ? *any_fast == 0 : shared.counts[ROWS_FAST] > 0)) {
+        int before = 0;
+        for (int rank = 0; rank <= batch.K; ++rank) before += shared.tally[rank];
+        shared.counts[STEPS] = 1;
+        shared.counts[BEFORE] = before;
+        shared.counts[AFTER] = movable ? primaries + shared.critical_experts : before;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x)
+        if (shared.counts[i]) atomicAdd(&decision.counters[i], (unsigned long long)shared.counts[i]);
+}
+
+#define BATCH_PARAMETERS                                                                          \
+    const ID *ids, long long ids_row, long long ids_slot, const WEIGHT *weights,                  \
+        long long weights_row, long long weights_slot, const signed char *rows, int T, int K, int E
+#define BATCH \
+    Batch { ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E }
+#define DECISION_PARAMETERS \
+    const int *neighbours, const int *settings, ID *out, unsigned long long *counters
+#define DECISION \
+    Decision { neighbours, settings, out, counters }
+
+extern "C" __global__ void reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
+    __shared__ Shared shared;
+    const Batch batch = BATCH;
+    int listed[GROUP];
+    prefetch(batch, neighbours, threadIdx.x / LANES, listed);
+    clear(shared, E);
+    __syncthreads();
+    vote(batch, shared, 0, T);
+    __syncthreads();
+    decide_and_move(batch, DECISION, shared, listed, 0, T, nullptr);
+}
+
+// votes: [E + 1], filled with NEVER; the last becomes 0 if there is a FAST row.
+extern "C" __global__ void reroute_vote(BATCH_PARAMETERS, int share, int* votes) {
+    __shared__ Shared shared;
+    const Batch batch = BATCH;
+    const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
+    clear(shared, E);
+    __syncthreads();
+    vote(batch, shared, start, stop);
+    for (int t = start + threadIdx.x; t < stop; t += blockDim.x)
+        if (kind_of(batch, t) == FAST) atomicAdd(&shared.counts[ROWS_FAST], 1);
+    __syncthreads();
+    for (int e = threadIdx.x; e < E; e += blockDim.x)
+        if (shared.first_rank[e] < NEVER) atomicMin(&votes[e], shared.first_rank[e]);
+    if (threadIdx.x == 0 && shared.counts[ROWS_FAST]) atomicMin(&votes[E], 0);
+}
+
+extern "C" __global__ void reroute_move(
+    BATCH_PARAMETERS, int share, const int* votes, DECISION_PARAMETERS) {
+    __shared__ Shared shared;
+    const Batch batch = BATCH;
+    const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
+    int listed[GROUP];
+    prefetch(batch, neighbours, threadIdx.x / LANES, listed);
+    clear(shared, E);
+    __syncthreads();
+    for (int e = threadIdx.x; e < E; e += blockDim.x) shared.first_rank[e] = votes[e];
+    __syncthreads();
+    decide_and_move(batch, DECISION, shared, listed, start, stop, &votes[E]);
+}

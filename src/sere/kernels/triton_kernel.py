@@ -1,0 +1,287 @@
+"""The specification for GPUs in Triton: one launch for decode-sized batches.
+
+One program holds a value for every expert in registers, so nothing is shared but the answer: votes
+are found by comparing slots with experts, and looked up with `tl.gather`. Batches too large for
+one program take three launches: a fill, the votes of many programs, and their slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sere.kernels.plan import OFF, Plan
+from sere.kernels.reference import COUNTERS, RowClass
+
+VOID, FAST = tl.constexpr(int(RowClass.VOID)), tl.constexpr(int(RowClass.FAST))
+EXACT = tl.constexpr(int(RowClass.EXACT))
+_OFF = tl.constexpr(OFF)
+# `first_rank` of an expert that nobody voted for: named by a real row (NAMED), or by none (NEVER).
+NAMED, NEVER = tl.constexpr(1 << 20), tl.constexpr(1 << 30)
+
+ONE_PROGRAM = 2**17
+"""Up to how many comparisons of a slot with an expert one program does it all."""
+TILE = 4096
+"""Elements of the largest tensor that a program holds in registers."""
+
+
+def run(
+    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+) -> Tensor:
+    """New ids [T, K] (see `sere.kernels.reroute`); all tensors on one GPU."""
+    T, K = topk_ids.shape
+    out = torch.empty((T, K), dtype=topk_ids.dtype, device=topk_ids.device)
+    if T == 0 or K == 0:
+        return out
+    E = plan.num_experts
+    sizes = _sizes(E, K)
+    batch = (
+        *(topk_ids, topk_ids.stride(0), topk_ids.stride(1)),
+        *(topk_weights, topk_weights.stride(0), topk_weights.stride(1)),
+        *(rows, T),
+    )
+    decision = (plan.neighbours, plan.settings, out, counters)
+    if T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
+        _all_at_once[(1,)](*batch, *decision, **sizes)
+        return out
+    first_rank = torch.full((E + 1,), NEVER.value, dtype=torch.int32, device=topk_ids.device)
+    share = max(sizes["ROWS"], triton.next_power_of_2(triton.cdiv(T, 64)))
+    grid = (triton.cdiv(T, share),)
+    _vote[grid](*batch, first_rank, share, **sizes)
+    _decide_and_move[grid](*batch, first_rank, share, *decision, **sizes)
+    return out
+
+
+def _sizes(E: int, K: int) -> dict[str, int]:
+    """Compile-time sizes; tensors in Triton have powers of two."""
+    E_PADDED, K_PADDED = triton.next_power_of_2(E), triton.next_power_of_2(K)
+    return {
+        "E": E,
+        "K": K,
+        "E_PADDED": E_PADDED,
+        "K_PADDED": K_PADDED,
+        "ROWS": max(1, TILE // (E_PADDED * K_PADDED)),
+        "LISTED": min(max(4, TILE // E_PADDED), triton.next_power_of_2(max(E - 1, 1))),
+        "num_warps": 8,
+    }
+
+
+@triton.jit
+def _all_at_once(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T,
+    neighbours, settings, out, counters,
+    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    first_rank, fast = _first_ranks(
+        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, 0, T,
+        E, K, E_PADDED, K_PADDED, ROWS,
+    )  # fmt: skip
+    s, target, lowest, before, after = _decide(
+        first_rank, neighbours, settings, E, K, E_PADDED, K_PADDED, LISTED
+    )
+    _move(
+        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, 0, T,
+        first_rank, s, target, lowest, settings, out, counters,
+        E, K, K_PADDED, ROWS,
+    )  # fmt: skip
+    _count_step(counters, settings, fast, before, after)
+
+
+@triton.jit
+def _vote(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share,
+    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * share
+    first_rank, fast = _first_ranks(
+        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, start + share,
+        E, K, E_PADDED, K_PADDED, ROWS,
+    )  # fmt: skip
+    experts = tl.arange(0, E_PADDED)
+    tl.atomic_min(votes + experts, first_rank, mask=first_rank < NEVER)
+    tl.atomic_min(votes + E, 0, mask=fast > 0)
+
+
+@triton.jit
+def _decide_and_move(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share,
+    neighbours, settings, out, counters,
+    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    experts = tl.arange(0, E_PADDED)
+    first_rank = tl.load(votes + experts, mask=experts < E, other=NEVER)
+    s, target, lowest, before, after = _decide(
+        first_rank, neighbours, settings, E, K, E_PADDED, K_PADDED, LISTED
+    )
+    start = tl.program_id(0) * share
+    _move(
+        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, start + share,
+        first_rank, s, target, lowest, settings, out, counters,
+        E, K, K_PADDED, ROWS,
+    )  # fmt: skip
+    if tl.program_id(0) == 0:
+        _count_step(counters, settings, tl.load(votes + E) == 0, before, after)
+
+
+@triton.jit
+def _load(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start,
+    E: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Slots [ROWS, K_PADDED] from row `start` on, flat but for the weights: what every pass needs.
+
+    Slots beyond the batch are VOID rows with the id -1.
+    """
+    t, k = start + tl.arange(0, ROWS), tl.arange(0, K_PADDED)
+    inside = (t < T)[:, None] & (k < K)[None, :]
+    t_wide = t.to(tl.int64)[:, None]
+    chosen = tl.load(ids + t_wide * ids_row + k[None, :] * ids_slot, mask=inside, other=-1)
+    weight = tl.load(
+        weights + t_wide * weights_row + k[None, :] * weights_slot, mask=inside, other=0.0
+    )
+    if weight.dtype != tl.float64:
+        weight = weight.to(tl.float32)
+    if rows is None:
+        kind = tl.where(t < T, FAST, VOID)
+    else:
+        kind = tl.load(rows + t, mask=t < T, other=0).to(tl.int32)
+    valid = (chosen >= 0) & (chosen < E)
+    return t, k, inside, chosen, weight, kind, valid, valid & (weight != 0)
+
+
+@triton.jit
+def _first_ranks(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
+    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """[E_PADDED]: rules 1 to 3 over some rows; and how many of the rows are FAST."""
+    experts = tl.arange(0, E_PADDED)
+    first_rank = tl.full([E_PADDED], NEVER, tl.int32)
+    fast_rows = 0
+    for begin in range(start, tl.minimum(stop, T), ROWS):
+        _, k, _, chosen, weight, kind, valid, counts = _load(
+            ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
+            E, K, K_PADDED, ROWS,
+        )  # fmt: skip
+        tie = (weight[:, :, None] == weight[:, None, :]) & (k[:, None] < k[None, :])[None, :, :]
+        ahead = ((weight[:, :, None] > weight[:, None, :]) | tie) & counts[:, :, None]
+        rank = tl.sum(ahead.to(tl.int32), 1)
+        vote = tl.where(counts, rank, NAMED)
+        vote = tl.where((kind == EXACT)[:, None], 0, vote)
+        vote = tl.where(valid & (kind != VOID)[:, None], vote, NEVER)
+        expert = tl.where(valid, chosen, 0).to(tl.int32)
+        flat_vote = tl.reshape(vote, [ROWS * K_PADDED])
+        flat_expert = tl.reshape(expert, [ROWS * K_PADDED])
+        here = flat_expert[:, None] == experts[None, :]
+        first_rank = tl.minimum(first_rank, tl.min(tl.where(here, flat_vote[:, None], NEVER), 0))
+        fast_rows += tl.sum((kind == FAST).to(tl.int32))
+    return first_rank, fast_rows
+
+
+@triton.jit
+def _decide(
+    first_rank, neighbours, settings,
+    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
+    LISTED: tl.constexpr,
+):  # fmt: skip
+    """s of rule 4; each expert's target [E_PADDED] (-1: none) and the idle slots' of rules 5 and 6;
+    distinct experts named before and after."""
+    S, min_active = tl.load(settings), tl.load(settings + 1)
+    max_active = tl.load(settings + 2)
+    level = tl.arange(0, K_PADDED)
+    sizes = tl.sum((first_rank[None, :] <= level[:, None]).to(tl.int32), 1)
+    grown = tl.minimum(tl.sum(((sizes < min_active) & (level < K)).to(tl.int32)) + 1, K)
+    capped = tl.maximum(tl.sum(((sizes <= max_active) & (level < K)).to(tl.int32)), 1)
+    s = tl.minimum(tl.maximum(S, grown), capped)
+
+    experts = tl.arange(0, E_PADDED)
+    primary = (first_rank < s).to(tl.int32)
+    lowest = tl.min(tl.where(primary != 0, experts, E_PADDED))
+    movable = (S < K) & (lowest < E_PADDED)
+    target = tl.full([E_PADDED], -1, tl.int32)
+    wanting = tl.where((primary == 0) & (first_rank < NAMED) & movable, 1, 0)
+    at = 0
+    while (at < E - 1) & (tl.max(wanting) > 0):
+        place = at + tl.arange(0, LISTED)
+        listed = tl.load(
+            neighbours + experts[:, None] * (E - 1) + place[None, :],
+            mask=(wanting != 0)[:, None] & (place < E - 1)[None, :],
+            other=-1,
+        )
+        index = tl.reshape(tl.maximum(listed, 0), [E_PADDED * LISTED])
+        hit = tl.reshape(tl.gather(primary, index, 0), [E_PADDED, LISTED]) != 0
+        # The first hit wins: its place is the high part of the code, the expert the low part.
+        code = tl.where(
+            hit & (listed >= 0),
+            tl.arange(0, LISTED)[None, :] * E_PADDED + listed,
+            LISTED * E_PADDED,
+        )
+        best = tl.min(code, 1)
+        found = (wanting != 0) & (best < LISTED * E_PADDED)
+        target = tl.where(found, best % E_PADDED, target)
+        ended = tl.min(listed, 1) < 0
+        wanting = tl.where(found | ended, 0, wanting)
+        at += LISTED
+    before = tl.sum((first_rank < NEVER).to(tl.int32))
+    critical = (primary == 0) & (first_rank < NAMED) & (target < 0)
+    after = tl.sum(primary) + tl.sum(critical.to(tl.int32))
+    after = tl.where(movable, after, before)
+    return s, target, lowest, before, after
+
+
+@triton.jit
+def _move(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
+    first_rank, s, target, lowest, settings, out, counters,
+    E: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rules 5 to 7 for some rows, and their part of the counters."""
+    S = tl.load(settings)
+    movable = (S < K) & (lowest < E)
+    moved, critical, fast_rows, exact_rows, void_rows = 0, 0, 0, 0, 0
+    for begin in range(start, tl.minimum(stop, T), ROWS):
+        t, k, inside, chosen, _, kind, valid, counts = _load(
+            ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
+            E, K, K_PADDED, ROWS,
+        )  # fmt: skip
+        expert = tl.reshape(tl.where(valid, chosen, 0).to(tl.int32), [ROWS * K_PADDED])
+        secondary = tl.reshape(tl.gather(first_rank, expert, 0), [ROWS, K_PADDED]) >= s
+        goes_to = tl.reshape(tl.gather(target, expert, 0), [ROWS, K_PADDED])
+        fast, void = (kind == FAST)[:, None], (kind == VOID)[:, None]
+        moves = valid & secondary & movable
+        carrying = moves & counts & fast
+        idle = moves & (void | (fast & (counts == 0)))
+        new = tl.where(carrying & (goes_to >= 0), goes_to.to(chosen.dtype), chosen)
+        new = tl.where(idle, lowest.to(chosen.dtype), new)
+        tl.store(out + t.to(tl.int64)[:, None] * K + k[None, :], new, mask=inside)
+        moved += tl.sum(((new != chosen) & fast).to(tl.int32))
+        critical += tl.sum((carrying & (goes_to < 0)).to(tl.int32))
+        fast_rows += tl.sum((kind == FAST).to(tl.int32))
+        exact_rows += tl.sum((kind == EXACT).to(tl.int32))
+        void_rows += tl.sum(((kind == VOID) & (t < T)).to(tl.int32))
+    if counters is not None:  # noqa: SIM102 (known when compiled)
+        if S != _OFF:
+            tl.atomic_add(counters + 3, moved.to(tl.int64))
+            tl.atomic_add(counters + 4, critical.to(tl.int64))
+            tl.atomic_add(counters + 5, fast_rows.to(tl.int64))
+            tl.atomic_add(counters + 6, exact_rows.to(tl.int64))
+            tl.atomic_add(counters + 7, void_rows.to(tl.int64))
+
+
+@triton.jit
+def _count_step(counters, settings, decoding, before, after):
+    """The part of the counters that belongs to the whole batch."""
+    if counters is not None:  # noqa: SIM102
+        if (tl.load(settings) != _OFF) & (decoding > 0):
+            tl.atomic_add(counters, tl.full([], 1, tl.int64))
+            tl.atomic_add(counters + 1, before.to(tl.int64))
+            tl.atomic_add(counters + 2, after.to(tl.int64))
+
+
+assert COUNTERS[:3] == ("steps", "active_before", "active_after")
