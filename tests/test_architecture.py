@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"demo", "calibrate", "inspect", "doctor"},
+    {"demo", "calibrate", "inspect", "compare", "doctor"},
     {"moe", "similarity", "corpus", "tasks", "demo_model", "report", "serving"},
     {"policy", "kernels", "checkpoint", "files", "table"},
 ]

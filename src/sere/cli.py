@@ -34,6 +34,7 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", help="a table made by `sere calibrate`")
     parser.add_argument("--rho", type=float, default=0.3, help="threshold to judge the layers by")
     parser.add_argument("--plot", metavar="PNG", help="write heatmaps of all layers")
+    parser.add_argument("--compare", metavar="TABLE", help="another table of the same model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps
 from typing import Any
 
 
@@ -18,20 +19,27 @@ def calibrate(output: str, **flags: Any) -> None:
     )
 
 
-def inspect(table: str, rho: float, plot: str | None, **flags: Any) -> None:
-    """`sere inspect TABLE [--plot PNG] [--json]`."""
+def inspect(table: str, rho: float, plot: str | None, compare: str | None, json: bool) -> None:
+    """`sere inspect TABLE [--plot PNG] [--compare TABLE] [--json]`."""
     from sere import inspect as inspection
     from sere.policy import Policy
     from sere.table import Table
 
     rho = Policy(rho=rho).rho  # refuses one that cannot be meant
     loaded = Table.load(table)
-    if flags["json"]:
-        print(json.dumps([asdict(layer) for layer in inspection.report(loaded, rho)]))
+    if compare:
+        from sere import compare as comparison
+
+        found = comparison.compare(loaded, Table.load(compare))
+        print(_json(found) if json else comparison.as_text(found))
     else:
-        print(inspection.as_text(loaded, rho))
+        print(_json(inspection.report(loaded, rho)) if json else inspection.as_text(loaded, rho))
     if plot:
         inspection.plot(loaded, plot)
+
+
+def _json(layers: Sequence[Any]) -> str:
+    return dumps([asdict(layer) for layer in layers])
 
 
 def demo(output: str, prompts: int, batch: int, method: str, seed: int) -> None:
