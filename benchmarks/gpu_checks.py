@@ -3,12 +3,16 @@
     python benchmarks/gpu_checks.py -o benchmarks/results/gpu_checks.json
 
 Each check prints one line. Engine checks need a CUDA build of a supported vLLM and are listed as
-not run without it.
+not run without it. Speed is another command, for when these pass:
+
+    python benchmarks/bench_reroute.py -o benchmarks/results/reroute.json
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,44 +22,109 @@ from typing import Any
 import torch
 
 from sere import demo_model, report
-from sere.kernels import Plan, RowClass, new_counters, reroute
+from sere.kernels import Plan, RowClass, implementation_for, implementations, new_counters
 from sere.policy import Policy
+
+GPU_IMPLEMENTATIONS = ("triton", "cuda")
+
+
+def implementations_compile() -> str:
+    """Every implementation that a GPU can have is there."""
+    reasons = {name: implementations._obstacle(name, "cuda") for name in GPU_IMPLEMENTATIONS}
+    assert not any(reasons.values()), reasons
+    return f"{', '.join(reasons)}; default: {implementation_for(torch.device('cuda'))}"
 
 
 def operator_equals_specification() -> str:
-    """Every regime on the GPU against the CPU, bit for bit."""
+    """Every regime on the GPU against the specification on the CPU, bit for bit, counters too."""
     cases = 0
     for ids, weights, similarity, rows, policy in _batches():
-        K = ids.shape[1]
-        expected = reroute(ids, weights, Plan.build(similarity, policy, K=K), rows)
-        plan = Plan.build(similarity.cuda(), policy, K=K)
-        got = reroute(ids.cuda(), weights.cuda(), plan, rows.cuda())
-        assert torch.equal(got.cpu(), expected), (ids.shape, similarity.shape, policy)
-        cases += 1
+        plan = Plan.build(similarity, policy, K=ids.shape[1])
+        for dtype in (torch.int32, torch.int64):
+            expected, counted = _specified(ids.to(dtype), weights, plan, rows)
+            for name, run in _usable():
+                counters = new_counters("cuda")
+                on_gpu = Plan(plan.neighbours.cuda(), plan.settings.cuda())
+                inputs = ids.to(dtype).cuda(), weights.cuda(), on_gpu, rows.cuda()
+                torch.full_like(inputs[0], -7)  # poison what the result will be allocated from
+                got = run(*inputs, counters)
+                where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
+                assert torch.equal(got.cpu(), expected), where
+                assert torch.equal(counters.cpu(), counted), where
+                cases += 1
     return f"{cases} batches equal"
 
 
+def ten_thousand_random_batches() -> str:
+    """Small random batches with everything odd in them, all implementations."""
+    g = torch.Generator().manual_seed(1)
+    for seed in range(10_000):
+        E, K, T = ((8, 2), (32, 4), (60, 4), (128, 8))[seed % 4] + (seed % 40 + 1,)
+        ids = torch.rand(T, E, generator=g).argsort(1)[:, :K].to(torch.int32)
+        ids = ids.masked_fill(torch.rand(T, K, generator=g) < 0.05, (-1, E)[seed % 2])
+        weights = (torch.rand(T, K, generator=g) * 4).ceil() / 4
+        weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.05, 0)
+        rows = torch.randint(0, 3, (T,), generator=g).to(torch.int8)
+        policy = Policy(S=1 + seed % K, rho=(seed % 5) / 5, max_active=K + seed % (E - K))
+        plan = Plan.build(torch.rand(E, E, generator=g), policy, K=K)
+        expected, _ = _specified(ids, weights, plan, rows)
+        on_gpu = Plan(plan.neighbours.cuda(), plan.settings.cuda())
+        for name, run in _usable():
+            got = run(ids.cuda(), weights.cuda(), on_gpu, rows.cuda(), None)
+            assert torch.equal(got.cpu(), expected), (name, seed)
+    return "equal"
+
+
 def graph_replay_sees_new_rows_and_policy() -> str:
-    """One captured graph; row classes, inputs and plan change between replays."""
-    batches = [b for b in _batches() if b[0].shape == (32, 8) and b[2].shape[0] == 128]
-    ids, weights, similarity, rows, policy = (
-        x.cuda() if isinstance(x, torch.Tensor) else x for x in batches[0]
-    )
-    plan, counters = Plan.build(similarity, policy, K=8), new_counters("cuda")
-    reroute(ids, weights, plan, rows, counters)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = reroute(ids, weights, plan, rows, counters)
-    for other_ids, other_weights, other_similarity, other_rows, other_policy in batches:
-        ids.copy_(other_ids)
-        weights.copy_(other_weights)
-        rows.copy_(other_rows)
-        new = Plan.build(other_similarity, other_policy, K=8)
-        plan.copy_(new)
-        graph.replay()
-        expected = reroute(other_ids, other_weights, new, other_rows)
-        assert torch.equal(out.cpu(), expected), other_policy
-    return f"{len(batches)} replays equal"
+    """One captured graph; inputs, row classes, plan and counters change between replays."""
+    replays = 0
+    for name, run in _usable():
+        for T in (32, 2048):
+            batches = [b for b in _batches((T,)) if b[0].shape[1] == 8 and b[2].shape[0] == 128]
+            ids, weights, similarity, rows, policy = (
+                x.cuda() if isinstance(x, torch.Tensor) else x for x in batches[0]
+            )
+            plan, counters = Plan.build(similarity, policy, K=8), new_counters("cuda")
+            run(ids, weights, plan, rows, counters)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = run(ids, weights, plan, rows, counters)
+            for other_ids, other_weights, other_similarity, other_rows, other_policy in batches:
+                ids.copy_(other_ids)
+                weights.copy_(other_weights)
+                rows.copy_(other_rows)
+                new = Plan.build(other_similarity, other_policy, K=8)
+                plan.copy_(new)
+                counters.zero_()
+                out.fill_(-7)
+                graph.replay()
+                expected, counted = _specified(other_ids, other_weights, new, other_rows)
+                assert torch.equal(out.cpu(), expected), (name, T, other_policy)
+                assert torch.equal(counters.cpu(), counted), (name, T, other_policy)
+                replays += 1
+    return f"{replays} replays equal"
+
+
+def sanitizer_finds_nothing() -> str:
+    """compute-sanitizer's memcheck and racecheck over both forms of the kernels."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise ImportError("compute-sanitizer is not on the PATH")
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__]
+        done = subprocess.run([*command, "--sanitized"], capture_output=True, text=True)
+        assert done.returncode == 0, f"{check}: {done.stdout[-1500:]}"
+    return "memcheck and racecheck are clean"
+
+
+def sanitized() -> None:
+    """What runs under the sanitizer: small, both forms."""
+    for T in (33, 2048):
+        ids, weights, similarity, rows, policy = next(_batches((T,), ((128, 8),)))
+        plan = Plan.build(similarity.cuda(), policy, K=8)
+        for _, run in _usable():
+            run(ids.cuda(), weights.cuda(), plan, rows.cuda(), new_counters("cuda"))
+    torch.cuda.synchronize()
 
 
 def engine_with_graphs() -> str:
@@ -82,17 +151,38 @@ def engine_with_graphs() -> str:
 
 
 CHECKS: list[Callable[[], str]] = [
+    implementations_compile,
     operator_equals_specification,
+    ten_thousand_random_batches,
     graph_replay_sees_new_rows_and_policy,
+    sanitizer_finds_nothing,
     engine_with_graphs,
 ]
 
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]
 
-def _batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]]:
+
+def _usable() -> Iterator[tuple[str, implementations.Implementation]]:
+    for name in GPU_IMPLEMENTATIONS:
+        if implementations._obstacle(name, "cuda") is None:
+            yield name, implementations.load(name)
+
+
+def _specified(
+    ids: torch.Tensor, weights: torch.Tensor, plan: Plan, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    counters = new_counters()
+    return implementations.load("reference")(ids, weights, plan, rows, counters), counters
+
+
+def _batches(
+    sizes: tuple[int, ...] = (0, 1, 3, 32, 257, 4096),
+    shapes: tuple[tuple[int, int], ...] = ((8, 2), (60, 4), (64, 6), (128, 8), (896, 16)),
+) -> Iterator[Batch]:
     g = torch.Generator().manual_seed(0)
     classes = torch.tensor([RowClass.FAST, RowClass.FAST, RowClass.EXACT, RowClass.VOID])
-    for E, K in [(8, 2), (60, 4), (64, 6), (128, 8), (896, 16)]:
-        for T in (0, 1, 3, 32, 257):
+    for E, K in shapes:
+        for T in sizes:
             for policy in (Policy(S=1), Policy(S=2, rho=0.6), Policy(S=1, max_active=max(K, 12))):
                 if policy.max_active and policy.max_active > E:
                     continue
@@ -107,10 +197,14 @@ def main() -> int:
     """Run every check; 0 if none failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="gpu_checks.json")
-    output = parser.parse_args().output
+    parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was run", file=sys.stderr)
         return 1
+    if arguments.sanitized:
+        sanitized()
+        return 0
     results: dict[str, Any] = {}
     for check in CHECKS:
         try:
@@ -121,7 +215,7 @@ def main() -> int:
             results[check.__name__] = f"FAILED: {type(error).__name__}: {error}"
         print(f"{check.__name__}: {results[check.__name__]}", flush=True)
     where = {**report.provenance(), "gpu": torch.cuda.get_device_name()}
-    report.save_json(output, {"provenance": where, "checks": results})
+    report.save_json(arguments.output, {"provenance": where, "checks": results})
     return int(any(result.startswith("FAILED") for result in results.values()))
 
 

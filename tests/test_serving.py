@@ -167,6 +167,16 @@ def test_ids_inside_vllm_are_the_specifications(
     assert moved > 100
 
 
+def test_merged_duplicates_take_fewer_slots_and_change_no_token(
+    with_plugin: dict[str, Any], table_path: Path
+) -> None:
+    steps = [GENERATE, ["capture"], ["generate", PROMPTS, 4], ["captured"]]
+    merged, *_, captured = run_engine(steps, sere={"table": str(table_path), **S1, "merge": True})
+    assert [tokens for tokens, _ in merged] == [tokens for tokens, _ in with_plugin["S=1"]]
+    batches = [batch for layer in captured.values() for batch in layer]
+    assert min(len(batch[0]) for batch in batches) < 4
+
+
 def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> None:
     assert with_plugin["addresses"] == with_plugin["addresses after"]
 
@@ -248,12 +258,13 @@ def _complete(url: str, prompt: str, server: subprocess.Popen[bytes]) -> Any:
 # --- what cannot work is refused at start-up, with the reason ------------------------------------
 
 
-def configure(**sere: Any) -> None:
+def configure(options: dict[str, Any] | None = None, **sere: Any) -> None:
     """What `LLM(...)` and `vllm serve` do first, before anything is loaded."""
     from vllm.engine.arg_utils import EngineArgs
 
     register()
-    EngineArgs(**OPTIONS, additional_config={"sere": sere}).create_engine_config()
+    given = {**OPTIONS, **(options or {})}
+    EngineArgs(**given, additional_config={"sere": sere}).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -266,6 +277,7 @@ def configure(**sere: Any) -> None:
         ({"table": "nowhere.safetensors"}, "nowhere.safetensors: no such table"),
         ({"layers": {"9": {"S": 1}}}, r"layers \[9\] of the policy are not among"),
         ({"fingerprint": "none"}, 'expected "weights", "router" or "shape"'),
+        ({"merge": "yes"}, "merge='yes': expected true or false"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -275,6 +287,12 @@ def test_bad_settings_are_refused_before_loading(
     with pytest.raises(Exception, match=reason):
         configure(**{"table": str(table_path), **sere})
     configure(table=str(table_path))
+
+
+def test_merging_is_refused_where_shapes_are_fixed(table_path: Path) -> None:
+    with pytest.raises(ServingError, match="eager mode"):
+        configure({"enforce_eager": False}, table=str(table_path), merge=True)
+    configure(table=str(table_path), merge=True)
 
 
 def test_batch_invariance_is_refused(table_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,11 +61,16 @@ class Engine:
         """Switch the live engine; None is stock routing."""
         self.llm.collective_rpc("sere_policy", args=(policy.to_dict() if policy else None,))
 
-    def generate(self, prompts: Sequence[str], max_tokens: int, stop: str | None = None) -> Batch:
-        """Greedy completions of one batch, with the time that decoding took."""
+    def generate(
+        self, prompts: Sequence[str], max_tokens: int, *, to_the_end: bool = False
+    ) -> Batch:
+        """Greedy completions of one batch, with the time that decoding took.
+
+        to_the_end: decode `max_tokens` tokens for every prompt, whatever the model says.
+        """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, stop=stop)
+        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=to_the_end)
         requests = self.llm.generate(list(prompts), sampling, use_tqdm=False)
         lengths = [len(r.outputs[0].token_ids) for r in requests]
         begun = max(r.metrics.first_token_ts for r in requests)

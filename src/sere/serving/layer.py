@@ -19,9 +19,10 @@ class ReroutedLayer(nn.Module):
     settings: Tensor
     counters: Tensor
 
-    def __init__(self, index: int, plan: Plan, rows: RowClasses) -> None:
+    def __init__(self, index: int, plan: Plan, rows: RowClasses, *, merges: bool = False) -> None:
         super().__init__()
         self.index = index
+        self.merges = merges
         self.rows = rows
         self.calls = 0
         # Off without any work: a decision of the host, hence only where no graph can freeze it.

@@ -45,7 +45,8 @@ class Session:
                 f"sere cannot re-route {name}: it has {E} experts, {K} per token; the table was "
                 f"made for {known.E} and {known.K}; calibrate the model that you serve"
             )
-        layer = ReroutedLayer(index, self.table.plan(index, self.settings.policy), self.rows)
+        plan = self.table.plan(index, self.settings.policy)
+        layer = ReroutedLayer(index, plan, self.rows, merges=self.settings.merge)
         self.layers[index] = layer.to(self.rows.buffer.device)
         return layer
 
@@ -116,6 +117,12 @@ def check_config(config: Any) -> None:
             "shards the rows; use tensor parallel, or data and expert parallel"
         )
     settings = settings_of(config)
+    on_cpu = config.device_config.device_type == "cpu"
+    if settings.merge and not (on_cpu and config.model_config.enforce_eager):
+        raise ServingError(
+            'sere cannot merge duplicates here: "merge" needs the CPU engine in eager mode '
+            "(enforce_eager=True), as the number of slots follows the data; remove it"
+        )
     table = Table.load(settings.table)
     check_policy(settings.policy, table)
     check_model(config, settings, table, table.fingerprint.layers)

@@ -11,7 +11,7 @@ from sere.policy import Policy, PolicyError, check_keys
 from sere.table import FILE_NAME, TableError
 
 KEY = "sere"
-_OWN_KEYS = ("table", "fingerprint")
+_OWN_KEYS = ("table", "fingerprint", "merge")
 _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 
 
@@ -24,11 +24,14 @@ class Settings:
     fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
         "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
         compares only architecture, E, K and layers (engines with random weights).
+    merge: hand each expert once per row to the CPU engine's expert kernel, in as few slots as the
+        batch needs (see `sere.kernels.merge`); eager mode only.
     """
 
     table: Path
     policy: Policy
     fingerprint: Literal["weights", "router", "shape"] = "weights"
+    merge: bool = False
 
     @classmethod
     def parse(
@@ -55,9 +58,13 @@ class Settings:
         level = merged.get("fingerprint", "weights")
         if level not in ("weights", "router", "shape"):
             raise PolicyError(f'fingerprint={level!r}: expected "weights", "router" or "shape"')
+        merge = merged.get("merge", False)
+        if not isinstance(merge, bool):
+            raise PolicyError(f"merge={merge!r}: expected true or false")
         policy = Policy.from_dict({k: v for k, v in merged.items() if k in _POLICY_KEYS})
         from_model = "table" not in given
-        return cls(_find_table(merged.get("table"), model_folder, from_model), policy, level)
+        table = _find_table(merged.get("table"), model_folder, from_model)
+        return cls(table, policy, level, merge)
 
 
 def _find_table(named: str | None, folder: Path | None, from_model: bool) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sere.kernels.merge import narrow
 from sere.serving import worker
 from sere.serving.session import ServingError, check_config, given, open_session
 from sere.serving.symbols import (
@@ -107,7 +108,10 @@ def _rerouting(router: Any) -> type:
 
     def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         weights, ids = router._compute_routing(self, *args, **kwargs)
-        return weights, torch.ops.sere.reroute(ids, weights, self._sere_layer_name)
+        ids = torch.ops.sere.reroute(ids, weights, self._sere_layer_name)
+        if self._sere_merges:
+            ids, weights = narrow(ids, weights)
+        return weights, ids
 
     return type(f"Rerouting{router.__name__}", (router,), {"_compute_routing": _compute_routing})
 
@@ -125,6 +129,7 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
             K=runner.router.top_k,
         )
         runner.router._sere_layer_name = runner.layer_name
+        runner.router._sere_merges = runner.sere.merges
 
     return __init__
 

@@ -1,0 +1,76 @@
+"""What the plug-in costs where it can win nothing: decode steps of stock routing against S=K.
+
+    python benchmarks/bench_overhead.py -o benchmarks/results/overhead.json
+
+The demo model in vLLM's CPU engine: one engine, the two taking turns, every batch as wide and as
+long as the others. S=K does all the work (row classes, votes, counters) and moves nothing; the
+tokens must be equal, or no figure is given. A larger model's step takes longer, the operator does
+not: this is the worst case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sere import demo_model, report
+from sere.calibrate import calibrate
+from sere.policy import Policy
+from sere.serving.engine import Engine
+from sere.tasks import examples
+
+TOKENS = 64
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("-o", "--output", default="overhead.json")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=32)
+    arguments = parser.parse_args()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    prompts = [e.prompt for e in examples(arguments.batch, seed=0, split="held_out")]
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "demo.safetensors"
+        K = calibrate(demo_model.NAME, table, samples=32, progress=False).fingerprint.K
+        arms: dict[str, Policy | None] = {"stock": None, "S=K": Policy(S=K)}
+        steps: dict[str, list[float]] = {name: [] for name in arms}
+        engine = Engine(
+            demo_model.PATH,
+            table,
+            batch=arguments.batch,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=128,
+        )
+        for turn in tqdm(range(arguments.rounds + 2)):
+            tokens = []
+            for name in sorted(arms, reverse=turn % 2 == 0):
+                engine.set_policy(arms[name])
+                batch = engine.generate(prompts, TOKENS, to_the_end=True)
+                tokens.append(batch.token_ids)
+                if turn >= 2:
+                    steps[name].append(batch.decode_s / (TOKENS - 1) * 1e3)
+            if tokens[0] != tokens[1]:
+                raise SystemExit("S=K changes tokens: no figure is given")
+    ratios = [a / b for a, b in zip(steps["S=K"], steps["stock"], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    result = {
+        "provenance": report.provenance(),
+        "batch": arguments.batch,
+        "ms_a_step": {name: statistics.median(values) for name, values in steps.items()},
+        "overhead": {"median": median - 1, "quartiles": [low - 1, high - 1]},
+    }
+    report.save_json(arguments.output, result)
+    print(result["ms_a_step"], f"overhead {median - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})")
+
+
+if __name__ == "__main__":
+    main()

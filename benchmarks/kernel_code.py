@@ -1,0 +1,102 @@
+"""What the compiled GPU kernels are made of, without a GPU: instructions, registers, launches.
+
+python benchmarks/kernel_code.py -o benchmarks/results/kernel_code.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sere import report
+from sere.kernels import cuda_kernel, triton_kernel
+
+GPUS = (80, 90, 100)
+SHAPES = ((60, 4), (128, 8), (896, 16))
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+LAUNCHES = {"decode": "1", "large": "3 (a fill, the votes, the moves)"}
+
+
+def triton_cubin(kernel: Any, E: int, K: int, gpu: int) -> bytes:
+    """Compile one Triton kernel for the types that vLLM uses."""
+    types = {"ids": "*i32", "out": "*i32", "weights": "*fp32", "rows": "*i8", "votes": "*i32"}
+    types |= {"neighbours": "*i32", "settings": "*i32", "counters": "*i64"}
+    sizes = triton_kernel._sizes(E, K)
+    options = {"num_warps": sizes.pop("num_warps")}
+    signature = {n: "constexpr" if n in sizes else types.get(n, "i32") for n in kernel.arg_names}
+    source = ASTSource(kernel, signature=signature, constexprs=sizes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
+    return bytes(compiled.asm["cubin"])
+
+
+def figures(cubin: bytes) -> dict[str, dict[str, int]]:
+    """By kernel: SASS instructions, barriers, registers, bytes of shared memory and of stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = _run("-sass", file.name)
+        usage = _run("--dump-resource-usage", file.name)
+    found = {}
+    for part in re.split(r"\n\s*Function : ", sass)[1:]:
+        name = part.split()[0]
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w[\w.]*)", part)
+        resources = re.search(rf"{re.escape(name)}:\s*(.*)", usage)
+        used = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", resources[1] if resources else ""))
+        found[name] = {
+            "instructions": sum(op != "NOP" for op in code),
+            "barriers": sum(op.startswith("BAR") for op in code),
+            "registers": int(used["REG"]),
+            "shared_bytes": int(used["SHARED"]),
+            "stack_bytes": int(used["STACK"]),
+        }
+    return found
+
+
+def _run(*arguments: str) -> str:
+    done = subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def every_kernel() -> Iterator[dict[str, Any]]:
+    """One entry a kernel, shape (Triton compiles for each) and architecture."""
+    for gpu in GPUS:
+        cubin = cuda_kernel.compiled(f"sm_{gpu}", torch.int32, torch.float32)
+        for name, found in figures(cubin).items():
+            yield {"gpu": f"sm_{gpu}", "kernel": f"cuda {name}", "shape": "any", **found}
+        for E, K in SHAPES:
+            for kernel in (
+                triton_kernel._all_at_once,
+                triton_kernel._vote,
+                triton_kernel._decide_and_move,
+            ):
+                for name, found in figures(triton_cubin(kernel, E, K, gpu)).items():
+                    shape = f"({E}, {K})"
+                    yield {"gpu": f"sm_{gpu}", "kernel": f"triton {name}", "shape": shape, **found}
+
+
+def main() -> None:
+    """Compile and count."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("-o", "--output", default="kernel_code.json")
+    output = parser.parse_args().output
+    entries = list(every_kernel())
+    head = ["kernel", *(key for key in entries[0] if key != "kernel")]
+    print(report.text_table(head, [[str(entry[key]) for key in head] for entry in entries]))
+    print(f"launches a layer: {LAUNCHES}")
+    report.save_json(
+        output, {"provenance": report.provenance(), "launches": LAUNCHES, "kernels": entries}
+    )
+
+
+if __name__ == "__main__":
+    main()
