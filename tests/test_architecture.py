@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"verbs"},
     {"demo", "calibrate", "inspect", "compare", "doctor"},
+    {"agreement"},
     {"moe", "similarity", "corpus", "tasks", "demo_model", "report", "serving"},
     {"policy", "kernels", "checkpoint", "files", "table"},
 ]

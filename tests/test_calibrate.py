@@ -139,6 +139,28 @@ def test_what_stands_in_padded_rows_does_not_matter(model_dir: Path, method: str
         assert not torch.equal(similarity(9.0, everything), similarity(-1.0, everything))
 
 
+def test_stability_is_stored_and_ends_calibration_early(
+    model_dir: Path, corpus_file: Path, output: Path
+) -> None:
+    run(model_dir, corpus_file, output, batch=1)
+    whole = Table.load(output)
+    found = [layer.stability for layer in whole.layers.values()]
+    assert all(share is not None and 0 < share <= 1 for share in found)
+    assert len(set(found)) == len(found)
+    early = run(model_dir, corpus_file, output, batch=1, until_stable=0.01)
+    assert early.provenance["sequences"] == sere.calibrate.FOLDS
+    assert early.provenance["corpus_hash"] != whole.provenance["corpus_hash"]
+    never = run(model_dir, corpus_file, output, batch=1, until_stable=1.01)
+    assert same(never, whole)
+
+
+def test_one_batch_says_nothing_about_stability(
+    model_dir: Path, corpus_file: Path, output: Path
+) -> None:
+    table = run(model_dir, corpus_file, output, batch=20)
+    assert {layer.stability for layer in table.layers.values()} == {None}
+
+
 def test_bundled_texts_are_only_for_the_bundled_model(model_dir: Path, output: Path) -> None:
     with pytest.raises(CalibrationError, match="--data FILE is needed"):
         run(model_dir, None, output)

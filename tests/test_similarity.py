@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.similarity import CKA_CHUNK, METHODS, Gram
+from sere.similarity import CKA_CHUNK, METHODS, Frobenius, pooled
 
 
 def samples(E: int = 5, n: int = 96, H: int = 12, seed: int = 0) -> Tensor:
@@ -189,8 +189,22 @@ def test_nearly_identical_experts_are_still_ranked() -> None:
 
 def test_gram_is_the_mean_inner_product() -> None:
     outputs = samples()
-    gram = Gram(5)
+    gram = Frobenius(5)
     for part in outputs.split(40, dim=1):
         gram.update(part)
     expected = [[(u * v).sum(-1).mean().item() for v in outputs] for u in outputs]
     torch.testing.assert_close(gram.mean(), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_pool_to_the_whole(method: str) -> None:
+    outputs = samples(n=4 * CKA_CHUNK)
+    parts = [METHODS[method](5) for _ in range(4)]
+    for part, chunk in zip(parts, outputs.split(CKA_CHUNK, dim=1), strict=True):
+        part.update(chunk)
+    before = [part.total.clone() for part in parts]
+    whole = pooled(parts)
+    assert whole.tokens == 4 * CKA_CHUNK
+    torch.testing.assert_close(whole.result(), measured(method, outputs), atol=1e-6, rtol=0)
+    assert all(map(torch.equal, before, (part.total for part in parts)))
+    assert torch.equal(pooled([parts[0]] * 3).result(), parts[0].result()) or method == "frobenius"

@@ -7,7 +7,7 @@ statistics are kept. Padding never counts.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sere import __version__, demo_model
+from sere.agreement import stability
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.corpus import Corpus, read_texts
 from sere.files import check_writable
 from sere.moe import MoELayer, moe_layers, observed
-from sere.similarity import METHODS, Gram, Measure
+from sere.similarity import METHODS, Frobenius, Measure, pooled
 from sere.table import FILE_NAME, LayerStatistics, Table
 from sere.tasks import examples
 
@@ -36,14 +37,23 @@ class CalibrationError(ValueError):
     """A model that cannot be calibrated, and why."""
 
 
+# Parts of the text that are measured apart, so that a bootstrap can tell how stable the whole is.
+FOLDS = 8
+
+
 @dataclass
 class _Statistics:
     """What accumulates for one layer."""
 
-    measure: Measure
-    gram: Gram
+    folds: list[Measure]
+    gram: Frobenius
     choices: Tensor  # [E] int64
     tokens: int = 0
+
+    @property
+    def measure(self) -> Measure:
+        """Of all folds."""
+        return pooled(self.folds)
 
 
 @dataclass
@@ -53,6 +63,7 @@ class Observer:
     method: str
     statistics: dict[int, _Statistics] = field(default_factory=dict)
     real: Tensor | None = None  # [B * length] bool, of the forward pass under way
+    fold: int = 0  # which part of the text it belongs to
     K: int = 0
 
     def __call__(self, layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
@@ -71,14 +82,17 @@ class Observer:
                     f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint "
                     "intact, and its dtype fit for this device?"
                 )
-            own.gram.update(outputs)
-            if not isinstance(own.measure, Gram):  # frobenius is the Gram matrix itself
-                own.measure.update(outputs)
+            own.folds[self.fold].update(outputs)
+            if self.method != "frobenius":  # which sums up the Gram matrix itself
+                own.gram.update(outputs)
 
     def _empty(self, E: int) -> _Statistics:
-        measure = METHODS[self.method](E)
-        gram = measure if isinstance(measure, Gram) else Gram(E)
-        return _Statistics(measure, gram, torch.zeros(E, dtype=torch.int64))
+        folds = [METHODS[self.method](E) for _ in range(FOLDS)]
+        return _Statistics(folds, Frobenius(E), torch.zeros(E, dtype=torch.int64))
+
+    def stability(self) -> dict[int, float | None]:
+        """By layer: see `sere.agreement.stability`."""
+        return {index: stability(own.folds) for index, own in self.statistics.items()}
 
 
 def calibrate(
@@ -92,12 +106,15 @@ def calibrate(
     batch: int = 16,
     seed: int = 0,
     allow_fewer: bool = False,
+    until_stable: float | None = None,
     progress: bool = True,
 ) -> Table:
     """Calibrate `model_name` (a folder, a hub name, or "demo") and save the table to `output`.
 
     data: .txt, .jsonl or .parquet; the bundled demo model may go without (its own generator).
     samples, length, seed: how many texts are drawn, and their maximal length in tokens.
+    until_stable: stop early once a bootstrap says that every layer would choose this share of its
+        replacements again on other text of the kind.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     check_writable(output)
@@ -119,15 +136,34 @@ def calibrate(
     )
     observer = Observer(method)
     with torch.inference_mode(), observed(layers, observer):
-        for start in tqdm(
-            range(0, len(corpus.sequences), batch), "calibrate", unit="batch", disable=not progress
-        ):
-            ids, mask = _padded(corpus.sequences[start : start + batch], model.device)
-            observer.real = mask.flatten().bool()
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
-    table = _table(folder, model, layers, observer, corpus)
+        read = _observe(model, corpus, observer, batch, until_stable, progress)
+    table = _table(folder, model, layers, observer, replace(corpus, sequences=read))
     table.save(output)
     return table
+
+
+def _observe(
+    model: Any,
+    corpus: Corpus,
+    observer: Observer,
+    batch: int,
+    until_stable: float | None,
+    progress: bool,
+) -> list[list[int]]:
+    """Run the model over the corpus; returns the sequences that were read."""
+    starts = range(0, len(corpus.sequences), batch)
+    bar = tqdm(starts, "calibrate", unit="batch", disable=not progress)
+    for i, start in enumerate(bar):
+        ids, mask = _padded(corpus.sequences[start : start + batch], model.device)
+        observer.real, observer.fold = mask.flatten().bool(), i % FOLDS
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        if until_stable is not None and i % FOLDS == FOLDS - 1:
+            lowest = min(found or 0 for found in observer.stability().values())
+            bar.set_postfix(stability=f"{lowest:.0%}")
+            if lowest >= until_stable:
+                bar.close()
+                return corpus.sequences[: start + batch]
+    return corpus.sequences
 
 
 def _check_name(output: Path) -> None:
@@ -232,7 +268,11 @@ def _layer_statistics(layer: MoELayer, observer: Observer) -> LayerStatistics:
         E = layer.E
         return LayerStatistics(torch.eye(E), torch.zeros(E, E), torch.zeros(E), 0)
     load = own.choices / own.choices.sum().clamp(min=1)
-    return LayerStatistics(own.measure.result(), own.gram.mean(), load.float(), own.tokens)
+    measure = own.measure
+    gram = measure if observer.method == "frobenius" else own.gram
+    return LayerStatistics(
+        measure.result(), gram.mean(), load.float(), own.tokens, stability(own.folds)
+    )
 
 
 def _checkpoint_folder(name: str) -> Path:

@@ -28,6 +28,12 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-fewer", action="store_true", help="accept a corpus that is shorter"
     )
+    parser.add_argument(
+        "--until-stable",
+        type=float,
+        metavar="SHARE",
+        help="stop early once every layer would choose this share of its replacements again",
+    )
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,15 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sere.kernels import Plan
-from sere.policy import Policy
+from sere.agreement import rank_correlation, same_choice, same_nearest
 from sere.table import Table, TableError
-
-_DRAWS = 200
-_PRIMARY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -25,8 +18,7 @@ class LayerComparison:
 
     rank_correlation: Spearman's, over all pairs of different experts.
     same_nearest: share of experts with the same most similar other expert.
-    same_choice: share of replacements that are the same, a random quarter of the experts being
-        primary; with threshold 0.
+    same_choice: share of replacements that are the same (see `sere.agreement`).
     """
 
     index: int
@@ -35,7 +27,7 @@ class LayerComparison:
     same_choice: float
 
 
-def compare(one: Table, other: Table, seed: int = 0) -> list[LayerComparison]:
+def compare(one: Table, other: Table) -> list[LayerComparison]:
     """Compare two tables layer by layer; `TableError` if they are not of one model's shape."""
     shapes = [(t.fingerprint.E, t.fingerprint.layers) for t in (one, other)]
     if shapes[0] != shapes[1]:
@@ -43,47 +35,12 @@ def compare(one: Table, other: Table, seed: int = 0) -> list[LayerComparison]:
             f"tables of different models: E={shapes[0][0]}, layers {list(shapes[0][1])} against "
             f"E={shapes[1][0]}, layers {list(shapes[1][1])}"
         )
-    return [
-        LayerComparison(
-            index,
-            round(_rank_correlation(a.similarity, other.layers[index].similarity), 4),
-            *_agreement(a.similarity, other.layers[index].similarity, seed),
-        )
-        for index, a in one.layers.items()
-    ]
-
-
-def _rank_correlation(one: Tensor, other: Tensor) -> float:
-    u, v = torch.triu_indices(len(one), len(one), 1)
-    ranks = torch.stack([_ranks(one[u, v]), _ranks(other[u, v])])
-    correlation = torch.corrcoef(ranks)[0, 1]
-    return float(correlation) if torch.isfinite(correlation) else 0.0
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0; equal values share their mean rank."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return ((last - counts) + (last - 1))[inverse] / 2
-
-
-def _agreement(one: Tensor, other: Tensor, seed: int) -> tuple[float, float]:
-    """(same_nearest, same_choice), from the very lists that the operator walks."""
-    E = len(one)
-    if E < 2:
-        return 1.0, 1.0
-    lists = [Plan.build(x, Policy(S=1), K=1).neighbours.long() for x in (one, other)]
-    nearest = (lists[0][:, 0] == lists[1][:, 0]).double().mean().item()
-    generator = torch.Generator().manual_seed(seed)
-    same = total = 0
-    for _ in range(_DRAWS):
-        primary = torch.rand(E, generator=generator) < _PRIMARY_SHARE
-        if not primary.any() or primary.all():
-            continue
-        targets = [x.gather(1, primary[x].int().argmax(1, keepdim=True)) for x in lists]
-        same += int((targets[0] == targets[1])[~primary].sum())
-        total += int((~primary).sum())
-    return round(nearest, 4), round(same / max(total, 1), 4)
+    found = []
+    for index, layer in one.layers.items():
+        pair = layer.similarity, other.layers[index].similarity
+        figures = rank_correlation(*pair), same_nearest(*pair), same_choice(*pair)
+        found.append(LayerComparison(index, *(round(figure, 4) for figure in figures)))
+    return found
 
 
 def as_text(found: list[LayerComparison]) -> str:

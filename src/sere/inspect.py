@@ -13,6 +13,7 @@ from sere.table import LayerStatistics, Table
 
 # A layer whose farthest pair is this many times its median pair is scaled by an outlier.
 _OUTLIER = 3.0
+_UNSTABLE = 0.8
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class LayerReport:
     nearest: mean over experts of the similarity to their most similar other expert.
     most_replaceable, least_replaceable: (expert, similarity to its nearest) at both ends.
     critical_fraction: share of experts with no other expert at or above rho.
+    stability: share of replacements that other text of the kind would choose again.
     warnings: what a user should know before serving with this layer.
     """
 
@@ -33,6 +35,7 @@ class LayerReport:
     most_replaceable: list[tuple[int, float]]
     least_replaceable: list[tuple[int, float]]
     critical_fraction: float
+    stability: float | None
     warnings: list[str]
 
 
@@ -57,6 +60,7 @@ def _layer_report(index: int, layer: LayerStatistics, rho: float, method: str) -
         ends[:3],
         ends[:-4:-1],
         round((nearest < rho).float().mean().item(), 4),
+        None if layer.stability is None else round(layer.stability, 4),
         list(_warnings(layer, pairs, nearest, rho, method)),
     )
 
@@ -77,6 +81,11 @@ def _warnings(
         found.append("near-constant: this measure does not tell the experts apart")
     if method == "frobenius" and (1 - pairs.min()) > _OUTLIER * (1 - pairs.median()):
         found.append("outlier-dominated: one far pair sets the scale of all similarities")
+    if layer.stability is not None and layer.stability < _UNSTABLE:
+        found.append(
+            f"unstable: other text would choose {1 - layer.stability:.0%} of the replacements "
+            "differently; calibrate on more"
+        )
     unused = int((layer.load == 0).sum())
     if unused:
         found.append(f"{unused} experts were never chosen by the router on this text")
@@ -92,18 +101,23 @@ def as_text(table: Table, rho: float) -> str:
         f"{table.method} similarity from {about.get('tokens', '?')} tokens of "
         f"{about.get('corpus', '?')}, seed {about.get('seed', '?')}",
         "",
-        f"layer  5% / median / 95%      nearest  critical at rho={rho}   most / least replaceable",
+        f"layer  5% / median / 95%      nearest  critical at rho={rho}  stable   "
+        "most / least replaceable",
     ]
     for layer in report(table, rho):
         best, worst = layer.most_replaceable[0], layer.least_replaceable[0]
         low, middle, high = layer.quantiles
         lines.append(
             f"{layer.index:5d}  {low:.3f} / {middle:.3f} / {high:.3f}   {layer.nearest:7.3f}"
-            f"  {layer.critical_fraction:8.0%}              "
+            f"  {layer.critical_fraction:8.0%}            {_percent(layer.stability)}   "
             f"#{best[0]} ({best[1]:.3f}) / #{worst[0]} ({worst[1]:.3f})"
         )
         lines += [f"       warning: {warning}" for warning in layer.warnings]
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "     ?" if share is None else f"{share:6.0%}"
 
 
 def plot(table: Table, path: str | Path) -> None:

@@ -17,8 +17,10 @@ decided here:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,35 +30,50 @@ CKA_CHUNK = 128
 _CKA_MIN = 8
 
 
-class Measure(Protocol):
-    """A similarity that can be accumulated."""
+class Measure(ABC):
+    """A similarity that accumulates: a sum `total` [E, E] float64 over `tokens` tokens.
 
-    def update(self, outputs: Tensor) -> None:
-        """Take in the outputs [E, n, H] float32 of all experts on the same n tokens."""
-
-    def result(self) -> Tensor:
-        """Similarity [E, E] float32 in [0, 1], diagonal 1."""
-
-
-class Gram:
-    """Flat Gram matrix: sum over tokens of <E_u(x), E_v(x)>."""
+    Sums of parts add up to the sum of the whole (see `pooled`).
+    """
 
     def __init__(self, E: int) -> None:
         self.total = torch.zeros(E, E, dtype=torch.float64)
         self.tokens = 0
 
+    @abstractmethod
+    def update(self, outputs: Tensor) -> None:
+        """Take in the outputs [E, n, H] float32 of all experts on the same n tokens."""
+
+    @abstractmethod
+    def result(self) -> Tensor:
+        """Similarity [E, E] float32 in [0, 1], diagonal 1."""
+
+    def mean(self) -> Tensor:
+        """`total` per token, [E, E] float32."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
+_M = TypeVar("_M", bound=Measure)
+
+
+def pooled(measures: Sequence[_M]) -> _M:
+    """One measure of everything that `measures` took in; one that is listed twice counts twice."""
+    whole = copy(measures[0])
+    whole.total = torch.stack([measure.total for measure in measures]).sum(0)
+    whole.tokens = sum(measure.tokens for measure in measures)
+    return whole
+
+
+class Frobenius(Measure):
+    """1 - distance / largest distance of the layer, the paper's default.
+
+    `total` is the flat Gram matrix: the sum over tokens of <E_u(x), E_v(x)>.
+    """
+
     def update(self, outputs: Tensor) -> None:
         flat = outputs.flatten(1).double()
         self.total += (flat @ flat.T).cpu()
         self.tokens += outputs.shape[1]
-
-    def mean(self) -> Tensor:
-        """[E, E] float32 per token."""
-        return (self.total / max(self.tokens, 1)).float()
-
-
-class Frobenius(Gram):
-    """1 - distance / largest distance of the layer, the paper's default."""
 
     def result(self) -> Tensor:
         square = self.total.diagonal()
@@ -66,38 +83,34 @@ class Frobenius(Gram):
         return _finished(1 - scaled)
 
 
-class Cosine:
-    """Mean cosine of the two outputs of a token, mapped to [0, 1]."""
-
-    def __init__(self, E: int) -> None:
-        self.gram = Gram(E)
+class Cosine(Frobenius):
+    """Mean cosine of a token's two outputs, mapped to [0, 1]: the Gram matrix of directions."""
 
     def update(self, outputs: Tensor) -> None:
-        self.gram.update(torch.nn.functional.normalize(outputs.double(), dim=-1))
+        super().update(torch.nn.functional.normalize(outputs.double(), dim=-1))
 
     def result(self) -> Tensor:
-        return _finished((self.gram.total / max(self.gram.tokens, 1) + 1) / 2)
+        return _finished((self.total / max(self.tokens, 1) + 1) / 2)
 
 
-class Cka:
+class Cka(Measure):
     """Centred kernel alignment from unbiased HSIC, averaged over chunks of `CKA_CHUNK` tokens."""
 
     def __init__(self, E: int, kernel: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(E)
         self.kernel = kernel
-        self.hsic = torch.zeros(E, E, dtype=torch.float64)
-        self.tokens = 0
 
     def update(self, outputs: Tensor) -> None:
         for chunk in torch.split(outputs.double(), CKA_CHUNK, dim=1):
             n = chunk.shape[1]
             if n >= _CKA_MIN:  # the unbiased estimator needs n > 3 and is noise just above it
-                self.hsic += n * _unbiased_hsic(self.kernel(chunk)).cpu()
+                self.total += n * _unbiased_hsic(self.kernel(chunk)).cpu()
                 self.tokens += n
 
     def result(self) -> Tensor:
-        scale = self.hsic.diagonal().clamp(min=0).sqrt()
+        scale = self.total.diagonal().clamp(min=0).sqrt()
         product = scale[:, None] * scale[None, :]
-        return _finished(torch.where(product > 0, self.hsic / product, 0.0))
+        return _finished(torch.where(product > 0, self.total / product, 0.0))
 
 
 def _unbiased_hsic(kernels: Tensor) -> Tensor:

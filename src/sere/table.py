@@ -41,12 +41,15 @@ class LayerStatistics:
     gram: [E, E] float32, mean over tokens of <E_u(x), E_v(x)>, all experts on all tokens.
     load: [E] float32, share of the router's choices that went to each expert; sums to 1.
     tokens: how many tokens the layer saw; 0 means that nothing is known (never re-routed).
+    stability: share of replacements that other text of the kind would choose again, by bootstrap;
+        None where it is unknown.
     """
 
     similarity: Tensor
     gram: Tensor
     load: Tensor
     tokens: int
+    stability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Table:
             "fingerprint": asdict(self.fingerprint),
             "method": self.method,
             "tokens": {str(index): layer.tokens for index, layer in self.layers.items()},
+            "stability": {str(index): layer.stability for index, layer in self.layers.items()},
             "provenance": self.provenance,
         }
         with replaced(path) as temporary:
@@ -132,7 +136,7 @@ class Table:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(
                 fingerprint,
-                dict(_layers(fingerprint, document["tokens"], tensors)),
+                dict(_layers(fingerprint, document, tensors)),
                 document["method"],
                 document["provenance"],
             )
@@ -165,11 +169,15 @@ def _fingerprint(fields: dict[str, Any]) -> Fingerprint:
 
 
 def _layers(
-    fingerprint: Fingerprint, tokens: dict[str, int], tensors: dict[str, Tensor]
+    fingerprint: Fingerprint, document: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[int, LayerStatistics]]:
+    tokens, stability = document["tokens"], document.get("stability", {})
     for index in fingerprint.layers:
         similarity, gram, load = (tensors[f"layers.{index}.{name}"] for name in _TENSORS)
-        yield index, LayerStatistics(similarity, gram, load, tokens[str(index)])
+        yield (
+            index,
+            LayerStatistics(similarity, gram, load, tokens[str(index)], stability.get(str(index))),
+        )
 
 
 def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:
