@@ -58,7 +58,7 @@ def test_commands_and_code_run_as_written(tmp_path: Path) -> None:
         [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "3390>0933" in done.stdout
+    assert "53390>09335" in done.stdout
     assert "'slots_rerouted'" in done.stdout
 
 

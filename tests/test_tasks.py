@@ -42,8 +42,8 @@ def test_equal_arguments_give_equal_examples() -> None:
 def test_examples_do_not_change_between_versions() -> None:
     # The demo model's accuracy is stated on these; a changed generator must be a decision.
     assert examples(2, seed=0, split="held_out") == [
-        Example("add", "add 268+722:", "0990>0990"),
-        Example("subtract", "sub 862-142:", "027>720"),
+        Example("add", "add 5007+1245:", "25260>06252"),
+        Example("subtract", "sub 9307-6705:", "2062>2602"),
     ]
 
 
@@ -77,7 +77,7 @@ def test_splits_share_no_prompt() -> None:
 
 def test_answers_are_short_and_prompts_are_one_line() -> None:
     for example in examples(2000, seed=2):
-        assert 4 <= len(example.answer) <= 24
+        assert 3 <= len(example.answer) <= 24
         assert "\n" not in example.prompt + example.answer
         assert set(example.prompt + example.answer) <= set(ALPHABET)
 
@@ -100,22 +100,17 @@ def test_products_are_right() -> None:
             carry += number // 10**place % 10 * digit
             assert int(partial) == carry
             carry //= 10
-        assert len(working) == 6
+        assert len(working) == 2 * len(str(number))
 
 
-def test_assignments_are_right() -> None:
-    for example in of_family("assign"):
-        first, *statements = arguments(example, "run ").split(",")
-        values: dict[str, int] = {}
-        exec(first, {}, values)
-        steps = []
-        for statement in statements:
-            expression, name = statement.split(">")
-            values[name] = eval(expression, {}, values)
-            source, amount = expression[0], expression[1:]
-            steps += [f"{source}:{values[source]}{amount}", f"{name}={values[name]}"]
-        assert example.answer == ",".join(steps)
-        assert len(values) == 3
+def test_chains_are_right() -> None:
+    for example in of_family("chain"):
+        problem = arguments(example, "chain ")
+        assert re.sub(r"=\d", "", example.answer) == problem[1:]
+        value = int(problem[0])
+        for step, result in re.findall(r"(.\d)=(\d)", example.answer):
+            value = eval(f"{value}{step}") % 10
+            assert value == int(result)
 
 
 def test_sorted_letters_are_right() -> None:
@@ -152,7 +147,7 @@ def test_brackets_are_right() -> None:
 def test_looked_up_values_are_right() -> None:
     for example in of_family("lookup"):
         table, key = arguments(example, "get ").split(";")
-        assert re.findall(rf"\b{key}=([a-z]+)", table) == [example.answer]
+        assert re.findall(rf"{key}[a-z]+", table) == [example.answer]
 
 
 def test_shifted_letters_are_right() -> None:

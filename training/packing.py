@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sere.tasks import FAMILIES, examples
 
-MEAN_EXAMPLE_LENGTH = 27.6
+MEAN_EXAMPLE_LENGTH = 27.2
 FILL = 0.95
 """How full to aim to fill the rows; examples that then find no room are dropped."""
 

@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--steps", type=int, default=5800)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=32, help="rows in a batch")
     parser.add_argument("--row-length", type=int, default=128, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=2e-3)

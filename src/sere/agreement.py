@@ -63,9 +63,9 @@ def _listed(similarity: Tensor) -> Tensor:
 def stability(folds: Sequence[Measure], seed: int = 0) -> float | None:
     """Share of replacements that other text of the same kind would choose again.
 
-    A bootstrap over `folds`: the mean `same_choice` of pairs of samples, which differ from one another
-    as two texts do. (A sample against the whole is too rosy: they share their text. On synthetic
-    experts pairs were within 0.03 of two real texts down to 0.8, and too high below.)
+    A bootstrap over `folds`: the mean `same_choice` of pairs of samples, which differ from one
+    another as two texts do. (A sample against the whole is too rosy: they share their text. On
+    synthetic experts pairs were within 0.03 of two real texts down to 0.8, too high below.)
     None if fewer than two folds have seen a token.
     """
     folds = [fold for fold in folds if fold.tokens]

@@ -1,11 +1,14 @@
 """Ten families of short, exactly checkable tasks: the demo model's training data and test bed.
 
+Inputs vary in length: a small model learns the long ones by way of the short ones.
+
 Every prompt is one line that ends in a colon; the answer is what follows it. Arithmetic answers
 carry their working (digits from the lowest up, then the result), because a small model can write
 down what it cannot guess, and because longer answers exercise decoding.
 
-    add 347+586:            ->  "3390>0933"     lowest digit first, then as usual
-    run A=3,A+4>B,B-2>C:    ->  "A:3+4,B=7,B:7-2,C=5"
+    add 3475+5860:          ->  "53390>09335"       lowest digit first, then as usual
+    chain 7+5*3-8:          ->  "+5=2*3=6-8=8"      step by step, modulo ten
+    get Abcd,Bxyz;B:        ->  "Bxyz"              the entry under that key
     count abbab:            ->  "a1b1b2a2b3"    each letter's first, second, ... occurrence
     close ([{}<(:           ->  ")>])"          what closes the open brackets
 """
@@ -45,61 +48,64 @@ def _digits_then_number(value: int, width: int) -> str:
     return f"{digits[::-1]}>{digits}"
 
 
+def _number(rng: Random, digits: int) -> int:
+    return rng.randint(10 ** (digits - 1), 10**digits - 1)
+
+
 def _letters(rng: Random, shortest: int, longest: int) -> str:
     return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(shortest, longest)))
 
 
 def _add(rng: Random) -> tuple[str, str]:
-    a, b = rng.randint(100, 999), rng.randint(100, 999)
-    return f"add {a}+{b}:", _digits_then_number(a + b, 4)
+    digits = rng.randint(2, 4)
+    a, b = _number(rng, digits), _number(rng, digits)
+    return f"add {a}+{b}:", _digits_then_number(a + b, digits + 1)
 
 
 def _subtract(rng: Random) -> tuple[str, str]:
-    b, a = sorted((rng.randint(100, 999), rng.randint(100, 999)))
-    return f"sub {a}-{b}:", _digits_then_number(a - b, 3)
+    digits = rng.randint(2, 4)
+    b, a = sorted((_number(rng, digits), _number(rng, digits)))
+    return f"sub {a}-{b}:", _digits_then_number(a - b, digits)
 
 
 def _multiply(rng: Random) -> tuple[str, str]:
-    """Three digits times one: each partial product with its carry, then the product."""
-    a, b = rng.randint(100, 999), rng.randint(2, 9)
+    """Several digits times one: each partial product with its carry, then the product."""
+    digits = rng.randint(2, 4)
+    a, b = _number(rng, digits), rng.randint(2, 9)
     partials, carry = [], 0
     for digit in reversed(str(a)):
         partial = int(digit) * b + carry
         carry = partial // 10
         partials.append(f"{partial:02d}")
-    return f"mul {a}*{b}:", f"{''.join(partials)}>{a * b:04d}"
+    return f"mul {a}*{b}:", f"{''.join(partials)}>{a * b:0{digits + 1}d}"
 
 
-def _assign(rng: Random) -> tuple[str, str]:
-    """A chain of assignments: recall each operand, compute, store the result under its name."""
-    names = rng.sample(string.ascii_uppercase, 3)
-    values = {names[0]: rng.randint(0, 9)}
-    prompt, answer = f"run {names[0]}={values[names[0]]}", []
-    for name in names[1:]:
-        source, amount = rng.choice(list(values)), rng.randint(1, 9)
-        # Results stay in 0..18, so that every answer is one or two digits and never negative.
-        adds = values[source] <= 9 and (values[source] < amount or rng.random() < 0.5)
-        sign = "+" if adds else "-"
-        values[name] = values[source] + (amount if adds else -amount)
-        prompt += f",{source}{sign}{amount}>{name}"
-        answer.append(f"{source}:{values[source]}{sign}{amount},{name}={values[name]}")
-    return f"{prompt}:", ",".join(answer)
+def _chain(rng: Random) -> tuple[str, str]:
+    """Sums, differences and products modulo ten, one after another."""
+    value = rng.randint(0, 9)
+    prompt, answer = f"chain {value}", ""
+    for _ in range(rng.randint(3, 5)):
+        sign, amount = rng.choice("+-*"), rng.randint(2, 9)
+        value = {"+": value + amount, "-": value - amount, "*": value * amount}[sign] % 10
+        prompt += f"{sign}{amount}"
+        answer += f"{sign}{amount}={value}"
+    return f"{prompt}:", answer
 
 
 def _sort(rng: Random) -> tuple[str, str]:
-    letters = rng.sample(string.ascii_lowercase, rng.randint(7, 11))
+    letters = rng.sample(string.ascii_lowercase, rng.randint(8, 13))
     return f"sort {''.join(letters)}:", "".join(sorted(letters))
 
 
 def _reverse(rng: Random) -> tuple[str, str]:
-    word = _letters(rng, 7, 11)
+    word = _letters(rng, 8, 14)
     return f"rev {word}:", word[::-1]
 
 
 def _count(rng: Random) -> tuple[str, str]:
     """Count each letter along the way: its first, second, third occurrence."""
-    kinds = rng.sample(string.ascii_lowercase, rng.randint(2, 4))
-    letters = rng.choices(kinds, k=rng.randint(5, 8))
+    kinds = rng.sample(string.ascii_lowercase, rng.randint(2, 5))
+    letters = rng.choices(kinds, k=rng.randint(4, 11))
     seen, answer = Counter[str](), ""
     for letter in letters:
         seen[letter] += 1
@@ -108,8 +114,8 @@ def _count(rng: Random) -> tuple[str, str]:
 
 
 def _brackets(rng: Random) -> tuple[str, str]:
-    """Close what is still open, innermost first; four to seven brackets are."""
-    depth, text, open_brackets = rng.randint(4, 7), "", list[str]()
+    """Close what is still open, innermost first; three to nine brackets are."""
+    depth, text, open_brackets = rng.randint(3, 9), "", list[str]()
     while len(open_brackets) < depth:
         if open_brackets and rng.random() < 0.3:
             text += BRACKETS[open_brackets.pop()]
@@ -120,16 +126,16 @@ def _brackets(rng: Random) -> tuple[str, str]:
 
 
 def _lookup(rng: Random) -> tuple[str, str]:
-    keys = rng.sample(string.ascii_uppercase, rng.randint(3, 4))
-    table = {key: _letters(rng, 5, 7) for key in keys}
+    keys = rng.sample(string.ascii_uppercase, rng.randint(2, 4))
+    table = {key: _letters(rng, 3, 7) for key in keys}
     wanted = rng.choice(keys)
-    pairs = ",".join(f"{key}={value}" for key, value in table.items())
-    return f"get {pairs};{wanted}:", table[wanted]
+    entries = ",".join(f"{key}{value}" for key, value in table.items())
+    return f"get {entries};{wanted}:", f"{wanted}{table[wanted]}"
 
 
 def _shift(rng: Random) -> tuple[str, str]:
     """Caesar's cipher with a small key."""
-    key, word = rng.randint(1, 5), _letters(rng, 6, 10)
+    key, word = rng.randint(1, 9), _letters(rng, 7, 12)
     letters = string.ascii_lowercase
     shifted = word.translate(str.maketrans(letters, letters[key:] + letters[:key]))
     return f"shift{key} {word}:", shifted
@@ -139,7 +145,7 @@ _GENERATORS: dict[str, Callable[[Random], tuple[str, str]]] = {
     "add": _add,
     "subtract": _subtract,
     "multiply": _multiply,
-    "assign": _assign,
+    "chain": _chain,
     "sort": _sort,
     "reverse": _reverse,
     "count": _count,

@@ -34,7 +34,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "triton": ("triton",),
     "cuda": ("cuda.core", "cuda.bindings"),
 }
-DEVICES: dict[str, tuple[str, ...]] = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
+DEVICES: dict[str, tuple[str, ...]] = {
+    "numba": ("cpu",),
+    "triton": ("cuda", "xpu"),
+    "cuda": ("cuda",),
+}
 # In order of preference.
 DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("triton",), "xpu": ("triton",)}
 
