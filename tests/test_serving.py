@@ -411,8 +411,8 @@ def _runner(**attributes: Any) -> Any:
     ("attributes", "reason"),
     [
         ({}, "not bound to model.layers.0"),
-        ({"sere": SimpleNamespace(calls=1), "is_monolithic": True}, "--moe-backend triton"),
-        ({"sere": SimpleNamespace(calls=0)}, "never called in model.layers.0"),
+        ({"sere": SimpleNamespace(called=True), "is_monolithic": True}, "--moe-backend triton"),
+        ({"sere": SimpleNamespace(called=False)}, "never called in model.layers.0"),
     ],
 )
 def test_the_self_check_refuses_what_is_silently_inert(
@@ -421,7 +421,7 @@ def test_the_self_check_refuses_what_is_silently_inert(
     session = SimpleNamespace(check_bound=lambda config: None)
     with pytest.raises(ServingError, match=reason):
         self_check(_Worker([_runner(**attributes)], session))
-    self_check(_Worker([_runner(sere=SimpleNamespace(calls=1))], session))
+    self_check(_Worker([_runner(sere=SimpleNamespace(called=True))], session))
 
 
 def test_the_self_check_refuses_a_model_without_moe_layers() -> None:

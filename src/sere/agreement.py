@@ -75,6 +75,7 @@ def stability(folds: Sequence[Measure], seed: int = 0) -> float | None:
 
     def sample() -> Tensor:
         drawn = torch.randint(0, len(folds), (len(folds),), generator=generator)
-        return pooled([folds[i] for i in drawn.tolist()]).result()
+        similarity: Tensor = pooled([folds[i] for i in drawn.tolist()]).result()
+        return similarity
 
     return sum(same_choice(sample(), sample()) for _ in range(_BOOTSTRAP)) / _BOOTSTRAP

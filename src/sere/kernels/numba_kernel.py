@@ -6,18 +6,28 @@ model's step; one pass over the slots needs none. Same rules, same order, same r
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from sere.kernels.plan import OFF, Plan
 from sere.kernels.reference import COUNTERS, RowClass
 
 VOID, FAST, EXACT = (int(c) for c in RowClass)
+_TYPES = {
+    torch.int16: types.int16,
+    torch.int32: types.int32,
+    torch.int64: types.int64,
+    torch.float32: types.float32,
+    torch.float64: types.float64,
+}
+_KEPT: list[Any] = []
 _UNKNOWN = -2  # a target that was not looked up yet
 
 
@@ -25,23 +35,64 @@ def run(
     topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
 ) -> Tensor:
     """New ids [T, K] (see `sere.kernels.reroute`); all tensors on the CPU."""
-    T = topk_ids.shape[0]
+    T, K = topk_ids.shape
+    if topk_weights.dtype not in _TYPES:
+        topk_weights = topk_weights.float()  # numpy has no bfloat16; order and zeros are kept
+    topk_weights = topk_weights.contiguous()
+    out = topk_ids.clone(memory_format=torch.contiguous_format)
     if rows is None:
         rows = torch.full((T,), FAST, dtype=torch.int8)
-    if counters is None:
-        counters = torch.empty(0, dtype=torch.int64)
-    if topk_weights.dtype not in (torch.float32, torch.float64):
-        topk_weights = topk_weights.float()  # numpy has no bfloat16; order and zeros are kept
-    out = topk_ids.contiguous().clone()
-    _reroute(
-        out.numpy(),
-        topk_weights.detach().contiguous().numpy(),
-        plan.neighbours.numpy(),
-        plan.settings.numpy(),
-        rows.contiguous().numpy(),
-        counters.numpy(),
+    rows = rows.contiguous()
+    _entry(out.dtype, topk_weights.dtype)(
+        out.data_ptr(),
+        topk_weights.data_ptr(),
+        plan.neighbours.data_ptr(),
+        plan.settings.data_ptr(),
+        rows.data_ptr(),
+        None if counters is None else counters.data_ptr(),
+        T,
+        K,
+        plan.neighbours.shape[0],
+        0 if counters is None else len(COUNTERS),
     )
     return out
+
+
+@functools.cache
+def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
+    """The compiled loops behind plain pointers: numba takes microseconds to unpack arrays, which
+    in an engine, its caches full of weights, become tens of microseconds."""
+    pointers = [_TYPES[ids], _TYPES[weights], types.int32, types.int32, types.int8, types.int64]
+    signature = types.void(*map(types.CPointer, pointers), *[types.intp] * 4)
+
+    def entry(
+        ids: Any,
+        weights: Any,
+        neighbours: Any,
+        settings: Any,
+        rows: Any,
+        counters: Any,
+        T: int,
+        K: int,
+        E: int,
+        C: int,
+    ) -> None:
+        _reroute(
+            carray(ids, (T, K)),
+            carray(weights, (T, K)),
+            carray(neighbours, (E, E - 1)),
+            carray(settings, (3,)),
+            carray(rows, (T,)),
+            carray(counters, (C,)),
+        )
+
+    try:
+        compiled = cfunc(signature, cache=True)(entry)
+    except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
+        compiled = cfunc(signature)(entry)
+    _KEPT.append(compiled)  # its machine code lives as long as it does
+    called = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 6, *[ctypes.c_ssize_t] * 4)
+    return called(compiled.address)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

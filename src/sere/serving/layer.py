@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
 from torch import Tensor, nn
 
-from sere.kernels import COUNTERS, Plan, new_counters, reroute
+from sere.kernels import COUNTERS, Plan, implementation_for, new_counters
+from sere.kernels.implementations import load
 from sere.serving.rows import RowClasses
 
 
@@ -19,12 +23,12 @@ class ReroutedLayer(nn.Module):
     settings: Tensor
     counters: Tensor
 
-    def __init__(self, index: int, plan: Plan, rows: RowClasses, *, merges: bool = False) -> None:
+    def __init__(self, name: str, plan: Plan, rows: RowClasses, *, merges: bool = False) -> None:
         super().__init__()
-        self.index = index
+        self.name = name
         self.merges = merges
         self.rows = rows
-        self.calls = 0
+        self.called = False
         # Off without any work: a decision of the host, hence only where no graph can freeze it.
         self.bypassed = False
         self.recording: list[tuple[Tensor, ...]] | None = None
@@ -32,22 +36,31 @@ class ReroutedLayer(nn.Module):
         self.register_buffer("settings", plan.settings, persistent=False)
         self.register_buffer("counters", new_counters(plan.settings.device), persistent=False)
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
+        """The buffers as a plan: looked up once, as a module's attributes cost microseconds."""
         return Plan(self.neighbours, self.settings)
+
+    @cached_property
+    def _run(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The operator on this layer's buffers, without checks: shapes are vLLM's own."""
+        run = load(implementation_for(self.settings.device))
+        plan, counters = self.plan, self.counters
+        return lambda ids, weights, rows: run(ids, weights, plan, rows, counters)
 
     def follow(self, plan: Plan | None) -> None:
         """Re-route by another plan from now on; None is stock routing, at no cost on a CPU."""
-        self.bypassed = plan is None and self.neighbours.device.type == "cpu"
-        self.plan.copy_(plan or Plan.off(self.neighbours.shape[0]))
+        self.bypassed = plan is None and self.settings.device.type == "cpu"
+        self.plan.copy_(plan or Plan.off(self.plan.num_experts))
 
     def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Ids [T, K] after re-routing the batch under way."""
-        self.calls += 1
+        if not self.called:  # setting a module's attribute costs microseconds
+            self.called = True
         if self.bypassed:
-            return topk_ids.clone()  # an operator must not return its input
+            return topk_ids
         rows = self.rows.of(topk_ids.shape[0])
-        ids = reroute(topk_ids, topk_weights, self.plan, rows, self.counters)
+        ids = self._run(topk_ids, topk_weights, rows)
         if self.recording is not None:
             inputs = (topk_ids, topk_weights, rows)
             self.recording.append((*(t.detach().cpu().clone() for t in inputs), ids.cpu().clone()))

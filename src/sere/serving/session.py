@@ -46,7 +46,7 @@ class Session:
                 f"made for {known.E} and {known.K}; calibrate the model that you serve"
             )
         plan = self.table.plan(index, self.settings.policy)
-        layer = ReroutedLayer(index, plan, self.rows, merges=self.settings.merge)
+        layer = ReroutedLayer(name, plan, self.rows, merges=self.settings.merge)
         self.layers[index] = layer.to(self.rows.buffer.device)
         return layer
 

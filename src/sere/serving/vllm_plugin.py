@@ -108,8 +108,11 @@ def _rerouting(router: Any) -> type:
 
     def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         weights, ids = router._compute_routing(self, *args, **kwargs)
-        ids = torch.ops.sere.reroute(ids, weights, self._sere_layer_name)
-        if self._sere_merges:
+        if torch.compiler.is_compiling():
+            ids = torch.ops.sere.reroute(ids, weights, self._sere.name)
+        else:
+            ids = self._sere.forward(ids, weights)
+        if self._sere.merges:
             ids, weights = narrow(ids, weights)
         return weights, ids
 
@@ -128,8 +131,7 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
             E=runner.moe_config.num_logical_experts,
             K=runner.router.top_k,
         )
-        runner.router._sere_layer_name = runner.layer_name
-        runner.router._sere_merges = runner.sere.merges
+        runner.router._sere = runner.sere
 
     return __init__
 
@@ -159,8 +161,8 @@ def _define_operator() -> None:
 
 def _reroute(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
     layers = symbol("get_forward_context")().no_compile_layers
-    ids: Tensor = layers[layer_name].sere(topk_ids, topk_weights)
-    return ids
+    ids: Tensor = layers[layer_name].sere.forward(topk_ids, topk_weights)
+    return ids.clone() if ids is topk_ids else ids  # an operator must not return its input
 
 
 def _like_ids(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:

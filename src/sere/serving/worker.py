@@ -20,13 +20,13 @@ def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         session = session_of(runner.vllm_config)
         if session is not None:
             batch = runner.input_batch
-            lengths = num_scheduled_tokens[: batch.num_reqs]
-            in_prompt = (
-                batch.num_computed_tokens_cpu[: batch.num_reqs]
-                < batch.num_prompt_tokens[: batch.num_reqs]
-            )
-            too_long = lengths > runner.vllm_config.uniform_decode_query_len
-            session.rows.fill(lengths, in_prompt | too_long)
+            R = batch.num_reqs
+            prefilling = batch.num_computed_tokens_cpu[:R] < batch.num_prompt_tokens[:R]
+            lengths = None
+            if scheduler_output.total_num_scheduled_tokens != R:
+                lengths = num_scheduled_tokens[:R]
+                prefilling |= lengths > runner.vllm_config.uniform_decode_query_len
+            session.rows.fill(prefilling, lengths)
         return original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     return _prepare_inputs
@@ -39,7 +39,7 @@ def classifying_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         batch = original(runner, *args, **kwargs)
         session = session_of(runner.vllm_config)
         if session is not None:
-            session.rows.fill(batch.num_scheduled_tokens, batch.is_prefilling_np)
+            session.rows.fill(batch.is_prefilling_np, batch.num_scheduled_tokens)
         return batch
 
     return prepare_inputs
@@ -84,9 +84,9 @@ def self_check(worker: Any) -> None:
     session.check_bound(worker.vllm_config)
     for runner in runners:
         _check_runner(runner)
-    if not all(runner.sere.calls for runner in runners):
+    if not all(runner.sere.called for runner in runners):
         worker.model_runner._dummy_run(1)
-    silent = [runner.layer_name for runner in runners if not runner.sere.calls]
+    silent = [runner.layer_name for runner in runners if not runner.sere.called]
     if silent:
         raise ServingError(
             f"sere's operator was never called in {', '.join(silent)}; please report"
