@@ -167,14 +167,20 @@ def test_ids_inside_vllm_are_the_specifications(
     assert moved > 100
 
 
-def test_merged_duplicates_take_fewer_slots_and_change_no_token(
-    with_plugin: dict[str, Any], table_path: Path
-) -> None:
-    steps = [GENERATE, ["capture"], ["generate", PROMPTS, 4], ["captured"]]
-    merged, *_, captured = run_engine(steps, sere={"table": str(table_path), **S1, "merge": True})
-    assert [tokens for tokens, _ in merged] == [tokens for tokens, _ in with_plugin["S=1"]]
-    batches = [batch for layer in captured.values() for batch in layer]
-    assert min(len(batch[0]) for batch in batches) < 4
+def test_merged_duplicates_take_fewer_slots_and_change_no_token(table_path: Path) -> None:
+    """A batch of one that may collapse onto one expert: one slot instead of four."""
+    steps = [["capture"], ["generate", PROMPTS[:1], TOKENS], ["captured"], GENERATE]
+
+    def run(merge: bool) -> tuple[set[int], list[Any]]:
+        sere = {"table": str(table_path), **S1, "min_active": 1, "merge": merge}
+        _, alone, captured, together = run_engine(steps, sere=sere)
+        widths = {len(batch[0]) for layer in captured.values() for batch in layer}
+        return widths, [tokens for tokens, _ in alone + together]
+
+    (widths, tokens), (merged_widths, merged_tokens) = run(False), run(True)
+    assert merged_tokens == tokens
+    assert widths == {4}
+    assert min(merged_widths) < 4 == max(merged_widths)  # prefill is exact
 
 
 def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> None:
