@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+from random import Random
 
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("-o", "--output", default="overhead.json")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -61,15 +62,26 @@ def main() -> None:
             if tokens[0] != tokens[1]:
                 raise SystemExit("S=K changes tokens: no figure is given")
     ratios = [a / b for a, b in zip(steps["S=K"], steps["stock"], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    low, high = interval(ratios)
+    median = statistics.median(ratios)
     result = {
         "provenance": report.provenance(),
         "batch": arguments.batch,
+        "rounds": arguments.rounds,
         "ms_a_step": {name: statistics.median(values) for name, values in steps.items()},
-        "overhead": {"median": median - 1, "quartiles": [low - 1, high - 1]},
+        "overhead": {"median": median - 1, "interval_95": [low - 1, high - 1]},
     }
     report.save_json(arguments.output, result)
-    print(result["ms_a_step"], f"overhead {median - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})")
+    print(
+        result["ms_a_step"], f"overhead {median - 1:+.2%} (95 %: {low - 1:+.2%}, {high - 1:+.2%})"
+    )
+
+
+def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    random = Random(0)
+    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(draws))
+    return medians[draws // 40], medians[-draws // 40]
 
 
 if __name__ == "__main__":
