@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def make_table() -> Callable[..., Table]:
         for index in layers:
             similarity = 0.2 + 0.6 * torch.rand(E, E, generator=random)
             similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
+            known = LayerStatistics.without_text(similarity)
             gram = torch.randn(E, E, generator=random)
-            statistics[index] = LayerStatistics(
-                similarity, gram @ gram.T, torch.full((E,), 1 / E), tokens
-            )
+            load = torch.full((E,), 1 / E)
+            statistics[index] = replace(known, gram=gram @ gram.T, load=load, tokens=tokens)
         fields = {"E": E, "K": K, "router_hash": "a" * 64, "experts_hash": "b" * 64, **other}
         fingerprint = Fingerprint("Qwen3MoeForCausalLM", layers=layers, **fields)
         return Table(fingerprint, statistics, method, {"tokens": tokens, "seed": 0})

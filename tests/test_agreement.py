@@ -24,7 +24,8 @@ def folds(
         random.manual_seed(more_seed)
     parts = [METHODS["frobenius"](E) for _ in range(8)]
     for part in parts:
-        part.update(base[:, None, :] + noise * torch.randn(E, tokens, H, generator=random))
+        outputs = base[:, None, :] + noise * torch.randn(E, tokens, H, generator=random)
+        part.update(outputs, torch.ones(tokens, E, dtype=torch.bool))
     return parts
 
 

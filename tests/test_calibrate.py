@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sere.calibrate
-from sere.calibrate import CalibrationError, Observer, calibrate, load_model
+from sere.calibrate import CalibrationError, calibrate
 from sere.checkpoint import weight_hashes
 from sere.corpus import CorpusError
+from sere.loading import LoadError, load_model, load_tokenizer
 from sere.moe import MoELayer, NoExpertsError, moe_layers, observed
+from sere.observation import FOLDS, Observer, UnfitError
 from sere.table import Table
 from tests.conftest import LAYERS, E, K, save_tokenizer
+
+STATISTICS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
 
 
 def run(model: Path, data: Path | None, output: Path, **settings: Any) -> Table:
@@ -35,7 +39,7 @@ def same(one: Table, other: Table) -> bool:
     return all(
         torch.equal(getattr(one.layers[i], name), getattr(other.layers[i], name))
         for i in one.layers
-        for name in ("similarity", "gram", "load")
+        for name in STATISTICS
     )
 
 
@@ -63,7 +67,7 @@ def test_the_statistics_are_those_of_the_models_own_hidden_states(
 ) -> None:
     """One text at a time, nothing streamed: distances and loads from the definition."""
     table = run(model_dir, corpus_file, output)
-    model, tokenizer = load_model(str(model_dir))
+    model, tokenizer = load_model(str(model_dir)), load_tokenizer(str(model_dir))
     hidden: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     chosen: dict[int, list[int]] = {0: [], 1: []}
 
@@ -112,7 +116,7 @@ def test_padding_does_not_count(
     assert padded.provenance["tokens"] < 0.6 * 20 * longest
     for index, layer in padded.layers.items():
         assert layer.tokens == alone.layers[index].tokens
-        for name in ("similarity", "gram", "load"):
+        for name in STATISTICS:
             torch.testing.assert_close(
                 getattr(layer, name), getattr(alone.layers[index], name), atol=1e-4, rtol=1e-4
             )
@@ -120,7 +124,7 @@ def test_padding_does_not_count(
 
 @pytest.mark.parametrize("method", ["frobenius", "cosine", "cka-linear"])
 def test_what_stands_in_padded_rows_does_not_matter(model_dir: Path, method: str) -> None:
-    model, _ = load_model(str(model_dir))
+    model = load_model(str(model_dir))
     layer = moe_layers(model)[0]
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 32, generator=random)
@@ -128,10 +132,11 @@ def test_what_stands_in_padded_rows_does_not_matter(model_dir: Path, method: str
     real = torch.rand(40, generator=random) < 0.5
 
     def similarity(junk: float, mask: torch.Tensor) -> torch.Tensor:
-        observer = Observer(method, real=mask)
+        observer = Observer(method)
+        observer.begin(0, mask)
         padded = torch.where(real[:, None], hidden, torch.tensor(junk))
         observer(layer, padded, ids, torch.ones(40, K))
-        return observer.statistics[0].measure.result()
+        return observer.finish(layer).similarity
 
     everything = torch.ones(40, dtype=torch.bool)
     with torch.inference_mode():
@@ -148,7 +153,7 @@ def test_stability_is_stored_and_ends_calibration_early(
     assert all(share is not None and 0 < share <= 1 for share in found)
     assert len(set(found)) == len(found)
     early = run(model_dir, corpus_file, output, batch=1, until_stable=0.01)
-    assert early.provenance["sequences"] == sere.calibrate.FOLDS
+    assert early.provenance["sequences"] == FOLDS
     assert early.provenance["corpus_hash"] != whole.provenance["corpus_hash"]
     never = run(model_dir, corpus_file, output, batch=1, until_stable=1.01)
     assert same(never, whole)
@@ -184,7 +189,7 @@ def test_a_folder_without_a_model_is_named(
     folder = tmp_path / "absent"
     if made:
         folder.mkdir()
-    with pytest.raises(CalibrationError, match="absent: cannot be loaded"):
+    with pytest.raises(LoadError, match=r"absent: (its tokenizer )?cannot be loaded"):
         run(folder, corpus_file, output)
 
 
@@ -196,7 +201,7 @@ def test_a_checkpoint_without_some_weights_is_refused(
     weights = folder / "model.safetensors"
     kept = {name: t for name, t in load_file(weights).items() if part not in name}
     save_file(kept, weights, metadata={"format": "pt"})
-    with pytest.raises(CalibrationError, match=r"missing from the checkpoint.*would be random"):
+    with pytest.raises(LoadError, match=r"missing from the checkpoint.*would be random"):
         run(folder, corpus_file, output)
     assert not output.exists()
 
@@ -209,7 +214,7 @@ def test_a_checkpoint_without_one_expert_is_refused(
     weights = folder / "model.safetensors"
     kept = {n: t for n, t in load_file(weights).items() if f"layers.1.mlp.{part}" not in n}
     save_file(kept, weights, metadata={"format": "pt"})
-    with pytest.raises(CalibrationError, match=r"hole: .*(of another shape|cannot be loaded)"):
+    with pytest.raises(LoadError, match=r"hole: .*(of another shape|cannot be loaded)"):
         run(folder, corpus_file, output)
     assert not output.exists()
 
@@ -223,7 +228,7 @@ def test_nan_weights_are_refused(
     name = min(name for name in tensors if "layers.1.mlp.experts" in name)
     tensors[name].view(-1)[0] = torch.nan
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.experts: .*NaN"):
+    with pytest.raises(UnfitError, match=r"layers\.1\.mlp\.experts: .*NaN"):
         run(folder, corpus_file, output)
     assert not output.exists()
 
@@ -238,7 +243,7 @@ def test_ctrl_c_in_the_middle_writes_nothing(
 ) -> None:
     if old is not None:
         output.write_bytes(old)
-    model, tokenizer = load_model(str(model_dir))
+    model = load_model(str(model_dir))
     passes = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -248,7 +253,7 @@ def test_ctrl_c_in_the_middle_writes_nothing(
         return type(model).forward(model, *args, **kwargs)
 
     model.forward = forward
-    monkeypatch.setattr(sere.calibrate, "load_model", lambda _: (model, tokenizer))
+    monkeypatch.setattr(sere.calibrate, "load_model", lambda _: model)
     with pytest.raises(KeyboardInterrupt):
         run(model_dir, corpus_file, output)
     assert len(passes) == 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sere.inspect import as_text, plot, report
-from sere.table import Table
+from sere.table import LayerStatistics, Table
 
 E = 8
 Make = Callable[..., Table]
@@ -75,7 +75,10 @@ def test_experts_nobody_chose_and_layers_without_tokens(table: Table, make_table
     layer = dataclasses.replace(table.layers[0], load=load)
     unused = dataclasses.replace(table, layers={**table.layers, 0: layer})
     assert "6 experts were never chosen" in warnings(unused, 0.0)
-    assert warnings(make_table(tokens=0), 0.0) == "saw no token: never re-routed"
+    assert "made without text" in warnings(make_table(tokens=0), 0.0)
+    blind = LayerStatistics.without_text(torch.eye(8))
+    half = dataclasses.replace(table, layers={**table.layers, 0: blind})
+    assert warnings(half, 0.0) == "nothing is known of its experts: never re-routed"
 
 
 def test_figures_against_plain_loops(table: Table) -> None:

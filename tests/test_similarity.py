@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.similarity import CKA_CHUNK, METHODS, Frobenius, pooled
+from sere.similarity import CKA_CHUNK, METHODS, Directed, Frobenius, pooled
 
 
 def samples(E: int = 5, n: int = 96, H: int = 12, seed: int = 0) -> Tensor:
@@ -20,10 +20,19 @@ def samples(E: int = 5, n: int = 96, H: int = 12, seed: int = 0) -> Tensor:
     return mix * shared + 0.7 * own * torch.linspace(0.5, 2, E)[:, None, None]
 
 
+def sent(outputs: Tensor, seed: int = 0) -> Tensor:
+    """[n, E]: a router's choice of 2 experts a token; the last gets more than the others."""
+    E, n, _ = outputs.shape
+    scores = torch.rand(n, E, generator=torch.Generator().manual_seed(seed))
+    scores[:, -1] += 0.3
+    return torch.zeros(n, E, dtype=torch.bool).scatter_(1, scores.topk(2).indices, True)
+
+
 def measured(method: str, outputs: Tensor, chunk: int | None = None) -> Tensor:
-    measure = METHODS[method](outputs.shape[0])
-    for part in outputs.split(chunk or outputs.shape[1], dim=1):
-        measure.update(part)
+    measure, chosen = METHODS[method](outputs.shape[0]), sent(outputs)
+    step = chunk or outputs.shape[1]
+    for part, picks in zip(outputs.split(step, dim=1), chosen.split(step), strict=True):
+        measure.update(part, picks)
     return measure.result()
 
 
@@ -47,6 +56,19 @@ def cosine_by_hand(outputs: Tensor) -> Tensor:
         return (sum(cosines) / len(cosines) + 1) / 2
 
     return pairwise(outputs, mean_cosine)
+
+
+def directed_by_hand(outputs: Tensor) -> Tensor:
+    """The relative error of v on the tokens sent to u, token by token."""
+    chosen, experts = sent(outputs), outputs.double()
+    similarity = torch.zeros(len(experts), len(experts), dtype=torch.float64)
+    for u, mine in enumerate(experts):
+        tokens = chosen[:, u].nonzero()[:, 0].tolist()
+        own = sum((mine[t] ** 2).sum().item() for t in tokens)
+        for v, other in enumerate(experts):
+            error = sum(((mine[t] - other[t]) ** 2).sum().item() for t in tokens)
+            similarity[u, v] = 1 / (1 + (error / own) ** 0.5)
+    return similarity
 
 
 def cka_by_hand(outputs: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
@@ -83,6 +105,7 @@ def polynomial(x: Tensor) -> Tensor:
 BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "frobenius": frobenius_by_hand,
     "cosine": cosine_by_hand,
+    "directed": directed_by_hand,
     "cka-linear": lambda outputs: cka_by_hand(outputs, linear),
     "cka-rbf": lambda outputs: cka_by_hand(outputs, rbf),
     "cka-polynomial": lambda outputs: cka_by_hand(outputs, polynomial),
@@ -97,18 +120,18 @@ def test_equals_the_definition(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_symmetric_in_unit_range_with_unit_diagonal(method: str) -> None:
+def test_in_unit_range_with_unit_diagonal_and_symmetric_unless_directed(method: str) -> None:
     outputs = samples()
     outputs[1] = -outputs[4]  # the raw cosine is -1
     result = measured(method, outputs)
     assert result.dtype == torch.float32
-    assert torch.equal(result, result.T)
+    assert torch.equal(result, result.T) is (method != "directed")
     assert torch.equal(result.diagonal(), torch.ones(5))
     assert result.min() >= 0
     assert result.max() <= 1
 
 
-@pytest.mark.parametrize("method", ["frobenius", "cosine"])
+@pytest.mark.parametrize("method", ["frobenius", "cosine", "directed"])
 def test_chunks_make_no_difference(method: str) -> None:
     whole = measured(method, samples())
     for chunk in (1, 7, 50):
@@ -191,20 +214,54 @@ def test_gram_is_the_mean_inner_product() -> None:
     outputs = samples()
     gram = Frobenius(5)
     for part in outputs.split(40, dim=1):
-        gram.update(part)
+        gram.update(part, sent(part))
     expected = [[(u * v).sum(-1).mean().item() for v in outputs] for u in outputs]
-    torch.testing.assert_close(gram.mean(), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gram.gram(), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_the_directed_gram_is_of_the_tokens_that_the_router_sends() -> None:
+    outputs, chosen = samples(), sent(samples())
+    chosen[:, 3] = False  # nobody asks for expert 3
+    measure = Directed(5)
+    for part, picks in zip(outputs.split(40, dim=1), chosen.split(40), strict=True):
+        measure.update(part, picks)
+    cross, energy = measure.per_token(chosen.sum(0))
+    for u in (0, 1, 2, 4):
+        mine, tokens = outputs[u], chosen[:, u]
+        for v, other in enumerate(outputs):
+            inner, square = (mine * other).sum(-1)[tokens], (other**2).sum(-1)[tokens]
+            torch.testing.assert_close(cross[u, v], inner.mean(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(energy[u, v], square.mean(), atol=1e-4, rtol=1e-4)
+    assert not cross[3].any() and not energy[3].any()
+    assert torch.equal(measure.result()[3], torch.eye(5)[3])  # no stand-in is known
+
+
+def test_directed_tells_who_can_stand_in_for_whom() -> None:
+    """Expert 1 is right for the tokens of expert 0 only, which symmetric measures average out."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 100, 8, generator=random)
+    mine = torch.arange(100) < 30
+    x[1, mine] = x[0, mine]
+    chosen = torch.stack([mine, ~mine, ~mine], 1)
+    measure = Directed(3)
+    measure.update(x, chosen)
+    similarity = measure.result()
+    assert similarity[0, 1] == pytest.approx(1, abs=1e-6)
+    assert similarity[1, 0] < 0.45
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_pool_to_the_whole(method: str) -> None:
     outputs = samples(n=4 * CKA_CHUNK)
     parts = [METHODS[method](5) for _ in range(4)]
-    for part, chunk in zip(parts, outputs.split(CKA_CHUNK, dim=1), strict=True):
-        part.update(chunk)
+    chunks = zip(outputs.split(CKA_CHUNK, dim=1), sent(outputs).split(CKA_CHUNK), strict=True)
+    for part, (chunk, picks) in zip(parts, chunks, strict=True):
+        part.update(chunk, picks)
     before = [part.total.clone() for part in parts]
     whole = pooled(parts)
     assert whole.tokens == 4 * CKA_CHUNK
     torch.testing.assert_close(whole.result(), measured(method, outputs), atol=1e-6, rtol=0)
     assert all(map(torch.equal, before, (part.total for part in parts)))
-    assert torch.equal(pooled([parts[0]] * 3).result(), parts[0].result()) or method == "frobenius"
+    assert torch.equal(pooled([parts[0]] * 3).result(), parts[0].result()) or (
+        method == "frobenius"
+    )

@@ -93,7 +93,7 @@ def test_another_format_and_a_missing_layer_are_named(tmp_path: Path, table: Tab
     table.save(path)
     tensors, document = parts(path)
     rewrite(path, tensors, {**document, "format": 99})
-    with pytest.raises(TableError, match="format 99, this version reads 1"):
+    with pytest.raises(TableError, match="format 99, this version reads 2"):
         Table.load(path)
     del tensors["layers.1.gram"]
     rewrite(path, tensors, document)
@@ -158,9 +158,15 @@ def test_weights_nobody_could_read_and_layers_of_another_rank_do_not_count(table
     table.check_against(Fingerprint("Qwen3MoeForCausalLM", E, 2, (1,)))
 
 
-def test_a_layer_that_saw_no_token_is_never_re_routed(make_table: Callable[..., Table]) -> None:
-    assert make_table(tokens=100).plan(0, Policy(S=1)).neighbours.min() >= 0
-    assert (make_table(tokens=0).plan(0, Policy(S=1)).neighbours == -1).all()
+def test_a_layer_of_which_nothing_is_known_is_never_re_routed(table: Table) -> None:
+    assert table.plan(0, Policy(S=1)).neighbours.min() >= 0
+    blind = LayerStatistics.without_text(torch.eye(E))
+    half = dataclasses.replace(table, layers={0: blind, 1: table.layers[1]})
+    assert (half.plan(0, Policy(S=1)).neighbours == -1).all()
+
+
+def test_a_table_made_without_text_re_routes(make_table: Callable[..., Table]) -> None:
+    assert make_table(tokens=0).plan(0, Policy(S=1)).neighbours.min() >= 0
 
 
 def test_a_plan_follows_the_override_of_its_layer(table: Table) -> None:

@@ -17,9 +17,9 @@ _BOOTSTRAP = 16
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's, over all pairs of different experts; matrices [E, E], symmetric."""
-    u, v = torch.triu_indices(len(one), len(one), 1)
-    ranks = torch.stack([_ranks(one[u, v]), _ranks(other[u, v])])
+    """Spearman's, over all ordered pairs of different experts; matrices [E, E]."""
+    pairs = ~torch.eye(len(one), dtype=torch.bool)
+    ranks = torch.stack([_ranks(one[pairs]), _ranks(other[pairs])])
     correlation = torch.corrcoef(ranks)[0, 1]
     return float(correlation) if torch.isfinite(correlation) else 0.0
 

@@ -1,98 +1,51 @@
 """`sere calibrate`: run a model over a little text and write down how alike its experts are.
 
-Every MoE layer's experts all run on that layer's real hidden states, chunk by chunk; only [E, E]
-statistics are kept. Padding never counts.
+In memory where the model fits, else streamed from the checkpoint, one decoder layer at a time; the
+result is the same to the bit. Padding never counts.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sere import __version__, demo_model
-from sere.agreement import stability
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.corpus import Corpus, read_texts
 from sere.files import check_writable
+from sere.loading import exceeds_memory, load_model, load_tokenizer
 from sere.moe import MoELayer, moe_layers, observed
-from sere.similarity import METHODS, Frobenius, Measure, pooled
+from sere.observation import FOLDS, Observer
+from sere.similarity import METHODS
+from sere.skeleton import load_skeleton
+from sere.stream import read_by_layer
 from sere.table import FILE_NAME, LayerStatistics, Table
 from sere.tasks import examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# All experts' outputs of one chunk of tokens, in bytes; more tokens are split.
-_OUTPUT_BYTES = 256 * 2**20
+from sere.unfinished import Unfinished
 
 
 class CalibrationError(ValueError):
-    """A model that cannot be calibrated, and why."""
+    """A calibration that cannot be meant, and why."""
 
 
-# Parts of the text that are measured apart, so that a bootstrap can tell how stable the whole is.
-FOLDS = 8
+@dataclass(frozen=True)
+class _Found:
+    """What reading the text brought."""
 
-
-@dataclass
-class _Statistics:
-    """What accumulates for one layer."""
-
-    folds: list[Measure]
-    gram: Frobenius
-    choices: Tensor  # [E] int64
-    tokens: int = 0
-
-    @property
-    def measure(self) -> Measure:
-        """Of all folds."""
-        return pooled(self.folds)
-
-
-@dataclass
-class Observer:
-    """Takes in one forward pass after the other; padding is masked out by `real`."""
-
-    method: str
-    statistics: dict[int, _Statistics] = field(default_factory=dict)
-    real: Tensor | None = None  # [B * length] bool, of the forward pass under way
-    fold: int = 0  # which part of the text it belongs to
-    K: int = 0
-
-    def __call__(self, layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        assert self.real is not None, "set `real` before the forward pass"
-        hidden, ids = hidden[self.real], ids[self.real]
-        self.K = max(self.K, ids.shape[1])
-        own = self.statistics.setdefault(layer.index, self._empty(layer.E))
-        own.tokens += hidden.shape[0]
-        chosen = ids[(ids >= 0) & (ids < layer.E)]
-        own.choices += torch.bincount(chosen, minlength=layer.E).cpu()
-        step = max(1, _OUTPUT_BYTES // (4 * layer.E * hidden.shape[-1]))
-        for chunk in torch.split(hidden, step):
-            outputs = layer.outputs(chunk)
-            if not torch.isfinite(outputs).all():
-                raise CalibrationError(
-                    f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint "
-                    "intact, and its dtype fit for this device?"
-                )
-            own.folds[self.fold].update(outputs)
-            if self.method != "frobenius":  # which sums up the Gram matrix itself
-                own.gram.update(outputs)
-
-    def _empty(self, E: int) -> _Statistics:
-        folds = [METHODS[self.method](E) for _ in range(FOLDS)]
-        return _Statistics(folds, Frobenius(E), torch.zeros(E, dtype=torch.int64))
-
-    def stability(self) -> dict[int, float | None]:
-        """By layer: see `sere.agreement.stability`."""
-        return {index: stability(own.folds) for index, own in self.statistics.items()}
+    model: Any
+    layers: list[MoELayer]
+    statistics: dict[int, LayerStatistics]
+    K: int
+    sequences: list[list[int]]  # those that were read
+    work: Unfinished | None = None
 
 
 def calibrate(
@@ -107,6 +60,7 @@ def calibrate(
     seed: int = 0,
     allow_fewer: bool = False,
     until_stable: float | None = None,
+    stream: bool | None = None,
     progress: bool = True,
 ) -> Table:
     """Calibrate `model_name` (a folder, a hub name, or "demo") and save the table to `output`.
@@ -115,6 +69,8 @@ def calibrate(
     samples, length, seed: how many texts are drawn, and their maximal length in tokens.
     until_stable: stop early once a bootstrap says that every layer would choose this share of its
         replacements again on other text of the kind.
+    stream: hold one decoder layer in memory at a time; None decides by the free memory. What is
+        killed on the way goes on where it was when the same command is run again.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     check_writable(output)
@@ -123,8 +79,7 @@ def calibrate(
         raise CalibrationError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     folder = demo_model.resolve(model_name)
     texts = _texts(folder, data, samples, seed)
-    model, tokenizer = load_model(folder)
-    layers = moe_layers(model)
+    tokenizer = load_tokenizer(folder)
     corpus = Corpus.from_texts(
         texts,
         lambda text: list(tokenizer(text, add_special_tokens=True)["input_ids"]),
@@ -134,36 +89,84 @@ def calibrate(
         seed=seed,
         allow_fewer=allow_fewer,
     )
-    observer = Observer(method)
-    with torch.inference_mode(), observed(layers, observer):
-        read = _observe(model, corpus, observer, batch, until_stable, progress)
-    table = _table(folder, model, layers, observer, replace(corpus, sequences=read))
+    if stream is None:
+        stream = exceeds_memory(folder)
+    if stream and until_stable is not None:
+        raise CalibrationError(
+            "--until-stable needs the whole model in memory: a streamed layer is done with all "
+            "text before the next is read; choose --samples instead"
+        )
+    if stream:
+        found = _streamed(folder, corpus, method, batch, Path(f"{output}.unfinished"), progress)
+    else:
+        found = _in_memory(folder, corpus, method, batch, until_stable, progress)
+    table = _table(folder, found, method, replace(corpus, sequences=found.sequences))
     table.save(output)
+    if found.work:
+        found.work.remove()
     return table
 
 
-def _observe(
-    model: Any,
+@torch.inference_mode()
+def _in_memory(
+    folder: str,
     corpus: Corpus,
-    observer: Observer,
+    method: str,
     batch: int,
     until_stable: float | None,
     progress: bool,
-) -> list[list[int]]:
-    """Run the model over the corpus; returns the sequences that were read."""
-    starts = range(0, len(corpus.sequences), batch)
-    bar = tqdm(starts, "calibrate", unit="batch", disable=not progress)
-    for i, start in enumerate(bar):
-        ids, mask = _padded(corpus.sequences[start : start + batch], model.device)
-        observer.real, observer.fold = mask.flatten().bool(), i % FOLDS
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-        if until_stable is not None and i % FOLDS == FOLDS - 1:
-            lowest = min(found or 0 for found in observer.stability().values())
-            bar.set_postfix(stability=f"{lowest:.0%}")
-            if lowest >= until_stable:
-                bar.close()
-                return corpus.sequences[: start + batch]
-    return corpus.sequences
+) -> _Found:
+    model = load_model(folder)
+    layers, observer = moe_layers(model), Observer(method)
+    read = corpus.sequences
+    bar = tqdm(range(0, len(read), batch), "calibrate", unit="batch", disable=not progress)
+    with observed(layers, observer):
+        for i, start in enumerate(bar):
+            inputs = _padded(corpus.sequences[start : start + batch], model.device)
+            observer.begin(i, inputs["attention_mask"].bool())
+            model(**inputs, use_cache=False)
+            if until_stable is not None and i % FOLDS == FOLDS - 1:
+                lowest = observer.stability()
+                bar.set_postfix(stability=f"{lowest:.0%}")
+                if lowest >= until_stable:
+                    read = read[: start + batch]
+                    bar.close()
+                    break
+    statistics = {layer.index: observer.finish(layer) for layer in layers}
+    return _Found(model, layers, statistics, observer.K, read)
+
+
+@torch.inference_mode()
+def _streamed(
+    folder: str, corpus: Corpus, method: str, batch: int, unfinished: Path, progress: bool
+) -> _Found:
+    skeleton = load_skeleton(folder)
+    settings = {
+        "model": str(Path(folder).resolve()),
+        "text": corpus.hash,
+        "method": method,
+        "batch": batch,
+        "versions": _versions(),
+    }
+    device = skeleton.model.device
+    sequences = corpus.sequences
+    inputs = [
+        _padded(sequences[start : start + batch], device)
+        for start in range(0, len(sequences), batch)
+    ]
+    observer = Observer(method)
+    work = Unfinished(unfinished, settings, device)
+    with observed(skeleton.layers, observer):
+        read_by_layer(
+            skeleton,
+            [partial(skeleton.model, **each, use_cache=False) for each in inputs],
+            lambda i: observer.begin(i, inputs[i]["attention_mask"].bool()),
+            observer,
+            work,
+            progress,
+        )
+        statistics = {layer.index: work.statistics(layer.index) for layer in skeleton.layers}
+    return _Found(skeleton.model, skeleton.layers, statistics, work.K, sequences, work)
 
 
 def _check_name(output: Path) -> None:
@@ -172,38 +175,6 @@ def _check_name(output: Path) -> None:
             f"{output}: engines load every .safetensors file in a model's folder as weights; "
             f"name it {output.parent / FILE_NAME}"
         )
-
-
-def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A transformers causal model in its checkpoint's dtype, and its tokenizer.
-
-    Refuses a checkpoint that leaves weights unset: random experts would be calibrated.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map="auto" if torch.cuda.is_available() else None,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the reason
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CalibrationError(
-            f"{folder}: cannot be loaded as a transformers model: {error}"
-        ) from error
-    unset = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if unset:
-        raise CalibrationError(
-            f"{folder}: {len(unset)} weights are missing from the checkpoint or of another shape "
-            f"({', '.join(unset[:3])} ...) and would be random; calibrate the original, "
-            "unquantised checkpoint"
-        )
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
 
 
 def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> list[str]:
@@ -217,62 +188,53 @@ def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> lis
     return [example.prompt + example.answer for example in drawn]
 
 
-def _padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids [B, length] and their mask, 1 = a real token."""
+def _padded(sequences: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Right-padded input_ids [B, length] and their attention_mask, 1 = a real token."""
     longest = max(map(len, sequences))
     ids = [s + [0] * (longest - len(s)) for s in sequences]
     mask = [[1] * len(s) + [0] * (longest - len(s)) for s in sequences]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
-def _table(
-    folder: str, model: Any, layers: list[MoELayer], observer: Observer, corpus: Corpus
-) -> Table:
-    indices = tuple(layer.index for layer in layers)
-    E = layers[0].E
+def _table(folder: str, found: _Found, method: str, corpus: Corpus) -> Table:
+    indices = tuple(layer.index for layer in found.layers)
+    E = found.layers[0].E
     router_hash, experts_hash = weight_hashes(_checkpoint_folder(folder), indices, E)
     fingerprint = Fingerprint(
-        (model.config.architectures or [type(model).__name__])[0],
+        (found.model.config.architectures or [type(found.model).__name__])[0],
         E,
-        observer.K,
+        found.K,
         indices,
         router_hash,
         experts_hash,
     )
     return Table(
         fingerprint,
-        {layer.index: _layer_statistics(layer, observer) for layer in layers},
-        observer.method,
+        found.statistics,
+        method,
         {
             "model": Path(folder).name,
-            "layer_names": [layer.name for layer in layers],
+            "layer_names": [layer.name for layer in found.layers],
             "corpus": corpus.source,
             "corpus_hash": corpus.hash,
             "sequences": len(corpus.sequences),
             "tokens": corpus.tokens,
             "length": corpus.length,
             "seed": corpus.seed,
-            "versions": {
-                "sere": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers")},
-            },
+            "versions": _versions(),
         },
     )
 
 
-def _layer_statistics(layer: MoELayer, observer: Observer) -> LayerStatistics:
-    """A layer that saw no token gets the identity: nothing is known, nothing is re-routed."""
-    own = observer.statistics.get(layer.index)
-    if own is None:
-        E = layer.E
-        return LayerStatistics(torch.eye(E), torch.zeros(E, E), torch.zeros(E), 0)
-    load = own.choices / own.choices.sum().clamp(min=1)
-    measure = own.measure
-    gram = measure if observer.method == "frobenius" else own.gram
-    return LayerStatistics(
-        measure.result(), gram.mean(), load.float(), own.tokens, stability(own.folds)
-    )
+def _versions() -> dict[str, str]:
+    return {
+        "sere": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _checkpoint_folder(name: str) -> Path:

@@ -11,7 +11,7 @@ from importlib import import_module
 from sere import __version__
 
 # `sere.similarity.METHODS`, named here because importing that takes torch.
-_METHODS = ("frobenius", "cosine", "cka-linear", "cka-rbf", "cka-polynomial")
+_METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
 # argparse keeps what the verb's function does not take under these names.
 _VERB = "verb"
 
@@ -33,6 +33,11 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="stop early once every layer would choose this share of its replacements again",
+    )
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="hold one decoder layer in memory at a time; resumable (default: if it has to be)",
     )
 
 
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = getattr(import_module(module), function)(**arguments)
     except KeyboardInterrupt:
-        print("sere: interrupted; nothing was written", file=sys.stderr)
+        print("sere: interrupted; no output was written", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"sere: error: {error}", file=sys.stderr)

@@ -68,9 +68,9 @@ def _layer_report(index: int, layer: LayerStatistics, rho: float, method: str) -
 def _warnings(
     layer: LayerStatistics, pairs: Tensor, nearest: Tensor, rho: float, method: str
 ) -> list[str]:
-    if layer.tokens == 0:
-        return ["saw no token: never re-routed"]
-    found = []
+    if bool((pairs == 0).all()):
+        return ["nothing is known of its experts: never re-routed"]
+    found = [] if layer.tokens else ["made without text: a null model to compare with"]
     if rho > 0 and bool((nearest < rho).all()):
         found.append(f"rho={rho} is above every similarity: nothing is ever re-routed")
     if rho > 0 and bool((pairs >= rho).all()):
@@ -87,7 +87,7 @@ def _warnings(
             "differently; calibrate on more"
         )
     unused = int((layer.load == 0).sum())
-    if unused:
+    if layer.tokens and unused:
         found.append(f"{unused} experts were never chosen by the router on this text")
     return found
 

@@ -1,6 +1,6 @@
 """The side file: what calibration learnt about one model, in a few MB.
 
-A `.safetensors` file with three tensors per MoE layer and one JSON document of metadata. Loading
+A `.safetensors` file with six tensors per MoE layer and one JSON document of metadata. Loading
 checks the file in itself (`Table.load`) and against a model (`Table.check_against`), and refuses
 with the reason: a table of another model would re-route silently and wrongly.
 """
@@ -23,10 +23,10 @@ from sere.files import replaced
 from sere.kernels import Plan
 from sere.policy import Policy
 
-FORMAT = 1
+FORMAT = 2
 # Beside a model. Not *.safetensors: vLLM would take it for a shard of the model's weights.
 FILE_NAME = "sere.table"
-_TENSORS = ("similarity", "gram", "load")
+_TENSORS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
 
 
 class TableError(ValueError):
@@ -35,21 +35,36 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration knows of one MoE layer.
+    """What calibration knows of one MoE layer. Tensors are float32, [E, E] where nothing is said.
 
-    similarity: [E, E] float32 in [0, 1], diagonal 1.
-    gram: [E, E] float32, mean over tokens of <E_u(x), E_v(x)>, all experts on all tokens.
-    load: [E] float32, share of the router's choices that went to each expert; sums to 1.
-    tokens: how many tokens the layer saw; 0 means that nothing is known (never re-routed).
+    similarity: in [0, 1], diagonal 1; row u tells who can stand in for expert u. The identity means
+        that nothing is known: such a layer is never re-routed.
+    load: [E], share of the router's choices that went to each expert; sums to 1.
+    gram: mean over all tokens of <E_u(x), E_v(x)>; the diagonal is the experts' output energy.
+    cosine: mean over all tokens of the cosine of E_u(x) and E_v(x).
+    directed: mean over the tokens that the router sends to u of <E_u(x), E_v(x)>.
+    directed_energy: mean over the same tokens of |E_v(x)|^2.
+    tokens: how many tokens the layer saw; 0 in a table made without text, whose load and means are
+        all zero.
     stability: share of replacements that other text of the kind would choose again, by bootstrap;
         None where it is unknown.
     """
 
     similarity: Tensor
-    gram: Tensor
     load: Tensor
+    gram: Tensor
+    cosine: Tensor
+    directed: Tensor
+    directed_energy: Tensor
     tokens: int
     stability: float | None = None
+
+    @classmethod
+    def without_text(cls, similarity: Tensor) -> LayerStatistics:
+        """Of a layer that saw no token: `similarity` from elsewhere, or the identity."""
+        E = len(similarity)
+        empty = torch.zeros(E, E)
+        return cls(similarity, torch.zeros(E), empty, empty, empty, empty, tokens=0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class Table:
         layer = self.layers[index]
         settings = policy.for_layer(index)
         plan = Plan.build(layer.similarity, settings, K=self.fingerprint.K)
-        if layer.tokens == 0:
+        if _is_identity(layer.similarity):
             plan.neighbours.fill_(-1)
         return plan
 
@@ -173,16 +188,14 @@ def _layers(
 ) -> Iterator[tuple[int, LayerStatistics]]:
     tokens, stability = document["tokens"], document.get("stability", {})
     for index in fingerprint.layers:
-        similarity, gram, load = (tensors[f"layers.{index}.{name}"] for name in _TENSORS)
-        yield (
-            index,
-            LayerStatistics(similarity, gram, load, tokens[str(index)], stability.get(str(index))),
-        )
+        own: dict[str, Any] = {name: tensors[f"layers.{index}.{name}"] for name in _TENSORS}
+        own |= {"tokens": tokens[str(index)], "stability": stability.get(str(index))}
+        yield index, LayerStatistics(**own)
 
 
 def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:
-    for name, shape in [("similarity", [E, E]), ("gram", [E, E]), ("load", [E])]:
-        tensor = getattr(layer, name)
+    for name in _TENSORS:
+        tensor, shape = getattr(layer, name), [E] if name == "load" else [E, E]
         if list(tensor.shape) != shape:
             raise TableError(f"layer {index}: {name} is {list(tensor.shape)}, expected {shape}")
         if not torch.isfinite(tensor).all():

@@ -1,0 +1,104 @@
+"""A calibration under way, on disk: what a run that is killed leaves to the next one.
+
+Beside the table-to-be lies a folder with the statistics of every finished decoder layer and the
+outputs of the last one. A layer counts as finished when `progress.json` says so, which is renamed
+into place after all else has been written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sere.files import replaced
+from sere.table import LayerStatistics
+
+
+class UnfinishedError(ValueError):
+    """A folder of another run, or not one of ours."""
+
+
+class Unfinished:
+    """The folder of a run; it is made when there is something to keep.
+
+    finished: names of the decoder layers that need not be run again.
+    K: experts per token, as seen so far.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: dict[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
+        """Take up what is there; settings: all that the result depends on, JSON-able.
+
+        Raises `UnfinishedError` if it is the work of other settings.
+        """
+        self._folder = Path(folder)
+        self._device = torch.device(device)
+        self._settings = json.loads(json.dumps(settings))
+        self.finished: list[str] = []
+        self.K = 0
+        if (self._folder / "progress.json").exists():
+            self._resume()
+        for leftover in self._folder.glob("outputs-*"):
+            if leftover != self._outputs(len(self.finished)):
+                shutil.rmtree(leftover)
+
+    def _resume(self) -> None:
+        try:
+            state = json.loads((self._folder / "progress.json").read_text())
+            theirs, self.finished, self.K = state["settings"], state["finished"], state["K"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnfinishedError(
+                f"{self._folder}: not an unfinished calibration ({error}); remove the folder"
+            ) from error
+        for name, mine in self._settings.items():
+            if theirs.get(name) != mine:
+                raise UnfinishedError(
+                    f"{self._folder} holds an unfinished calibration of other settings ({name}: "
+                    f"{theirs.get(name)!r} there, {mine!r} now); finish that one, or remove the "
+                    "folder to start anew"
+                )
+
+    def keep(self, batch: int, output: Any) -> Any:
+        """Write what the layer under way gives out for a batch; return it, mapped from disk."""
+        folder = self._outputs(len(self.finished) + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{batch}.pt"
+        torch.save(output, path)
+        return self._load(path)
+
+    def output(self, batch: int) -> Any:
+        """What the last finished decoder layer gave out for a batch."""
+        return self._load(self._outputs(len(self.finished)) / f"{batch}.pt")
+
+    def _load(self, path: Path) -> Any:
+        mapped = self._device.type == "cpu"
+        return torch.load(path, map_location=self._device, mmap=mapped, weights_only=True)
+
+    def finish(self, unit: str, statistics: dict[int, LayerStatistics], K: int) -> None:
+        """Record that all batches are through a decoder layer."""
+        for index, layer in statistics.items():
+            torch.save(asdict(layer), self._folder / f"layer-{index}.pt")
+        self.finished.append(unit)
+        self.K = K
+        state = {"settings": self._settings, "finished": self.finished, "K": K}
+        with replaced(self._folder / "progress.json") as temporary:
+            temporary.write_text(json.dumps(state))
+        shutil.rmtree(self._outputs(len(self.finished) - 1), ignore_errors=True)
+
+    def statistics(self, index: int) -> LayerStatistics:
+        """Of a MoE layer in a finished decoder layer."""
+        path = self._folder / f"layer-{index}.pt"
+        return LayerStatistics(**torch.load(path, weights_only=True))
+
+    def remove(self) -> None:
+        """The table is written: nothing of this is needed any more."""
+        shutil.rmtree(self._folder)
+
+    def _outputs(self, number: int) -> Path:
+        return self._folder / f"outputs-{number}"
