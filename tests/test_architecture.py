@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"verbs"},
     {"demo", "calibrate", "inspect", "compare", "doctor"},
     {"stream"},
+    {"null_models"},
     {"observation", "skeleton"},
     {"agreement", "loading", "unfinished"},
     {"moe", "similarity", "corpus", "tasks", "demo_model", "report", "serving"},

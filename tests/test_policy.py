@@ -12,7 +12,8 @@ from sere.policy import Policy, PolicyError
 
 FULL: dict[str, Any] = {
     "S": 1,
-    "rho": 0.25,
+    "rho": 0.0,
+    "rho_quantile": 0.25,
     "min_active": 3,
     "max_active": 9,
     "rows": "all",
@@ -38,6 +39,10 @@ def test_round_trip_keeps_every_field() -> None:
         ({"rho": True}, "rho=True"),
         ({"rho": math.nan}, "rho=nan"),
         ({"rho": -0.1}, "rho=-0.1.*>= 0"),
+        ({"rho_quantile": 1}, "rho_quantile=1: expected a share.*0 <= share < 1"),
+        ({"rho_quantile": "half"}, "rho_quantile='half'"),
+        ({"rho_quantile": -0.1}, "rho_quantile=-0.1"),
+        ({"rho": 0.3, "rho_quantile": 0.5}, "give one threshold, not both"),
         ({"S": 0}, "S=0.*>= 1"),
         ({"S": True}, "S=True"),
         ({"S": "2"}, "S='2'.*whole number"),
@@ -71,7 +76,7 @@ def test_json_that_holds_no_policy_is_refused(text: str) -> None:
 def test_a_layer_takes_its_overrides_and_the_rest_from_the_policy() -> None:
     policy = Policy(**FULL)
     assert policy.for_layer(4) == Policy(S=3, rho=0.5, min_active=3, max_active=9, rows="all")
-    assert policy.for_layer(0) == Policy(S=1, rho=0.25, min_active=3, rows="all")
+    assert policy.for_layer(0) == Policy(S=1, rho_quantile=0.25, min_active=3, rows="all")
     assert policy.for_layer(7) == dataclasses.replace(policy, layers={})
 
 
@@ -97,3 +102,13 @@ def test_the_limits_themselves_fit_the_model() -> None:
 def test_a_policy_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Policy().S = 1  # type: ignore[misc]
+
+
+def test_a_layers_own_threshold_takes_the_place_of_the_other_kind() -> None:
+    policy = Policy(rho_quantile=0.5, layers={0: {"rho": 0.3}})
+    assert (policy.for_layer(0).rho, policy.for_layer(0).rho_quantile) == (0.3, None)
+    assert policy.for_layer(1).rho_quantile == 0.5
+    other = Policy(rho=0.3, layers={0: {"rho_quantile": 0.5}})
+    assert (other.for_layer(0).rho, other.for_layer(0).rho_quantile) == (0.0, 0.5)
+    with pytest.raises(PolicyError, match="not both"):
+        Policy(layers={0: {"rho": 0.3, "rho_quantile": 0.5}})

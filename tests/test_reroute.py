@@ -282,6 +282,17 @@ def test_similarity_equal_to_rho_moves() -> None:
     assert run(IDS, WEIGHTS, SIMILARITY, Policy(S=1, rho=exactly)).tolist()[1] == [1, 1]
 
 
+def test_a_quantile_spares_the_same_share_of_experts_whatever_the_scale() -> None:
+    random = torch.Generator().manual_seed(0)
+    similarity = torch.rand(9, 9, generator=random)
+    for scaled in (similarity, 0.1 * similarity, 0.9 + 0.1 * similarity):
+        for share, spared in [(0.0, 0), (0.3, 3), (0.5, 4), (0.99, 8)]:
+            plan = Plan.build(scaled, Policy(S=1, rho_quantile=share), K=2)
+            assert int((plan.neighbours == -1).all(1).sum()) == spared
+    alone = Plan.build(torch.eye(1), Policy(S=1, rho_quantile=0.5), K=1)
+    assert alone.neighbours.shape == (1, 0)
+
+
 def test_top_s_is_by_weight_not_by_slot() -> None:
     flipped = run(IDS.flip(1), WEIGHTS.flip(1), SIMILARITY, Policy(S=1))
     assert flipped.tolist() == [[0, 0], [1, 1]]

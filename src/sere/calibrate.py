@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sere import __version__, demo_model
+from sere import __version__, demo_model, null_models
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.corpus import Corpus, read_texts
 from sere.files import check_writable
@@ -71,13 +71,19 @@ def calibrate(
         replacements again on other text of the kind.
     stream: hold one decoder layer in memory at a time; None decides by the free memory. What is
         killed on the way goes on where it was when the same command is run again.
+    method: how similarity is measured; "weights" and "random" are null models, made without text.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     check_writable(output)
     _check_name(Path(output))
-    if method not in METHODS:
-        raise CalibrationError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    if method not in (*METHODS, *null_models.METHODS):
+        known = ", ".join((*METHODS, *null_models.METHODS))
+        raise CalibrationError(f"method {method!r}: expected one of {known}")
     folder = demo_model.resolve(model_name)
+    if method in null_models.METHODS:
+        table = _without_text(folder, method, seed, progress)
+        table.save(output)
+        return table
     texts = _texts(folder, data, samples, seed)
     tokenizer = load_tokenizer(folder)
     corpus = Corpus.from_texts(
@@ -100,7 +106,7 @@ def calibrate(
         found = _streamed(folder, corpus, method, batch, Path(f"{output}.unfinished"), progress)
     else:
         found = _in_memory(folder, corpus, method, batch, until_stable, progress)
-    table = _table(folder, found, method, replace(corpus, sequences=found.sequences))
+    table = _table(folder, found, method, _about(replace(corpus, sequences=found.sequences)))
     table.save(output)
     if found.work:
         found.work.remove()
@@ -169,6 +175,16 @@ def _streamed(
     return _Found(skeleton.model, skeleton.layers, statistics, work.K, sequences, work)
 
 
+@torch.inference_mode()
+def _without_text(folder: str, method: str, seed: int, progress: bool) -> Table:
+    skeleton = load_skeleton(folder)
+    found = null_models.similarities(skeleton, method, seed, progress)
+    statistics = {i: LayerStatistics.without_text(each) for i, each in found.items()}
+    K = null_models.experts_per_token(skeleton.model)
+    about = {"corpus": "no text", "tokens": 0, "seed": seed}
+    return _table(folder, _Found(skeleton.model, skeleton.layers, statistics, K, []), method, about)
+
+
 def _check_name(output: Path) -> None:
     if output.suffix == ".safetensors" and (output.parent / "config.json").exists():
         raise CalibrationError(
@@ -199,7 +215,18 @@ def _padded(sequences: list[list[int]], device: torch.device) -> dict[str, Tenso
     }
 
 
-def _table(folder: str, found: _Found, method: str, corpus: Corpus) -> Table:
+def _about(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "corpus": corpus.source,
+        "corpus_hash": corpus.hash,
+        "sequences": len(corpus.sequences),
+        "tokens": corpus.tokens,
+        "length": corpus.length,
+        "seed": corpus.seed,
+    }
+
+
+def _table(folder: str, found: _Found, method: str, text: dict[str, Any]) -> Table:
     indices = tuple(layer.index for layer in found.layers)
     E = found.layers[0].E
     router_hash, experts_hash = weight_hashes(_checkpoint_folder(folder), indices, E)
@@ -218,12 +245,7 @@ def _table(folder: str, found: _Found, method: str, corpus: Corpus) -> Table:
         {
             "model": Path(folder).name,
             "layer_names": [layer.name for layer in found.layers],
-            "corpus": corpus.source,
-            "corpus_hash": corpus.hash,
-            "sequences": len(corpus.sequences),
-            "tokens": corpus.tokens,
-            "length": corpus.length,
-            "seed": corpus.seed,
+            **text,
             "versions": _versions(),
         },
     )

@@ -12,6 +12,7 @@ from sere import __version__
 
 # `sere.similarity.METHODS`, named here because importing that takes torch.
 _METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
+_NULL_MODELS = ("weights", "random")  # `sere.null_models.METHODS`
 # argparse keeps what the verb's function does not take under these names.
 _VERB = "verb"
 
@@ -20,7 +21,12 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
     parser.add_argument("--data", metavar="FILE", help="text: .txt, .jsonl or .parquet")
     parser.add_argument("-o", "--output", default="table.safetensors", metavar="FILE")
-    parser.add_argument("--method", default="frobenius", choices=_METHODS)
+    parser.add_argument(
+        "--method",
+        default="frobenius",
+        choices=(*_METHODS, *_NULL_MODELS),
+        help="how to measure similarity; weights and random need no text, to compare with",
+    )
     parser.add_argument("--samples", type=_positive, default=400, help="texts to draw")
     parser.add_argument("--length", type=_positive, default=128, help="tokens per text, at most")
     parser.add_argument("--batch", type=_positive, default=16, help="texts per forward pass")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 # What a layer may override; `rows` is a property of the whole engine.
-LAYER_KEYS = ("S", "rho", "min_active", "max_active")
+LAYER_KEYS = ("S", "rho", "rho_quantile", "min_active", "max_active")
 
 
 class PolicyError(ValueError):
@@ -28,16 +28,20 @@ class Policy:
     S: primaries per token, >= 1. S >= K switches re-routing off.
     rho: keep a secondary expert whose best primary is less similar than this, >= 0.
         0 always re-routes; anything above 1 never does.
+    rho_quantile: instead of rho, the share of a layer's experts that are not to be replaced by
+        others, in [0, 1): the threshold is that quantile of the experts' similarities to their
+        nearest. Means the same in every layer, model and measure of similarity.
     min_active: S grows until the batch has this many primaries. None means K, so that a batch
         of one token is left exactly as it was.
     max_active: S shrinks (never below 1) until the batch has at most this many primaries.
         None means no ceiling.
     rows: "decode" re-routes only decode rows; "all" also prefill rows, as the paper's code does.
-    layers: per decoder layer index, any of S, rho, min_active, max_active.
+    layers: per decoder layer index, any of S, rho, rho_quantile, min_active, max_active.
     """
 
     S: int = 2
     rho: float = 0.0
+    rho_quantile: float | None = None
     min_active: int | None = None
     max_active: int | None = None
     rows: Literal["decode", "all"] = "decode"
@@ -48,6 +52,7 @@ class Policy:
         _check_count("min_active", self.min_active, optional=True)
         _check_count("max_active", self.max_active, optional=True)
         object.__setattr__(self, "rho", _checked_rho(self.rho))
+        _check_quantile(self.rho_quantile, self.rho)
         if self.min_active and self.max_active and self.min_active > self.max_active:
             raise PolicyError(
                 f"min_active={self.min_active} exceeds max_active={self.max_active}: "
@@ -68,12 +73,21 @@ class Policy:
                 raise PolicyError(f'layers[{key}]={override!r}: expected settings, e.g. {{"S": 4}}')
             check_keys(f"layers[{key}]", override, LAYER_KEYS)
             layers[int(key)] = dict(override)
-            replace(self, layers={}, **override)  # raises what is wrong with the override
+            self._overridden(override)  # raises what is wrong with it
         return dict(sorted(layers.items()))
 
     def for_layer(self, index: int) -> Policy:
         """The settings of one decoder layer, its overrides applied."""
-        return replace(self, layers={}, **self.layers.get(index, {}))
+        return self._overridden(self.layers.get(index, {}))
+
+    def _overridden(self, override: Mapping[str, Any]) -> Policy:
+        """One threshold takes the place of the other."""
+        base = replace(self, layers={})
+        if "rho" in override:
+            base = replace(base, rho_quantile=None)
+        elif "rho_quantile" in override:
+            base = replace(base, rho=0.0)
+        return replace(base, **override)
 
     def check_against(self, K: int, E: int) -> None:
         """Raise `PolicyError` if these settings make no sense for K of E experts per token."""
@@ -139,6 +153,17 @@ def _check_count(name: str, value: Any, *, optional: bool) -> None:
         raise PolicyError(f"{name}={value!r}: expected a whole number >= 1")
     if value < 1:
         raise PolicyError(f"{name}={value}: expected a whole number >= 1")
+
+
+def _check_quantile(value: Any, rho: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise PolicyError(
+            f"rho_quantile={value!r}: expected a share of the experts, 0 <= share < 1"
+        )
+    if rho:
+        raise PolicyError(f"rho={rho} and rho_quantile={value}: give one threshold, not both")
 
 
 def _checked_rho(value: Any) -> float:

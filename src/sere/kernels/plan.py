@@ -46,7 +46,7 @@ class Plan:
         policy.check_against(K, E)
         ranked = similarity.double().clone().fill_diagonal_(-torch.inf)
         values, order = torch.sort(ranked, dim=-1, descending=True, stable=True)
-        neighbours = order.masked_fill(values < policy.rho, -1)[:, : E - 1]
+        neighbours = order.masked_fill(values < _threshold(values, policy), -1)[:, : E - 1]
         settings = [policy.S, policy.min_active or K, policy.max_active or NO_CEILING]
         return cls(
             neighbours.to(torch.int32).contiguous(),
@@ -65,3 +65,10 @@ class Plan:
         """Overwrite this plan in place, so that whoever holds its buffers sees the new one."""
         self.neighbours.copy_(other.neighbours)
         self.settings.copy_(other.settings)
+
+
+def _threshold(ranked: Tensor, policy: Policy) -> float:
+    """rho, or the quantile that stands for it; ranked: [E, E] similarities, descending by row."""
+    if policy.rho_quantile is None or len(ranked) < 2:
+        return policy.rho
+    return torch.quantile(ranked[:, 0], policy.rho_quantile).item()
