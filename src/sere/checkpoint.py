@@ -78,7 +78,8 @@ def weight_hashes(
 
     Routers are the 2-D tensors [E, *] of a MoE layer outside its experts, hashed whole; of the
     experts, the first bytes of the first few tensors (by name) of every layer. (None, None) if
-    the folder has no safetensors files.
+    the folder has no safetensors files. A quantised checkpoint has no hash of its experts: they are
+    stored otherwise than the original's, whose table serves it as well.
     """
     routers, experts = hashlib.sha256(), hashlib.sha256()
     wanted, sampled = set(layers), dict.fromkeys(layers, 0)
@@ -96,7 +97,14 @@ def weight_hashes(
         elif _is_router(name, entry["shape"], E):
             _update(routers, name, entry, None)
             found = True
-    return (routers.hexdigest(), experts.hexdigest()) if found else (None, None)
+    if not found:
+        return None, None
+    return routers.hexdigest(), None if _is_quantised(Path(folder)) else experts.hexdigest()
+
+
+def _is_quantised(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text("utf-8"))
 
 
 def _is_router(name: str, shape: list[int], E: int) -> bool:
