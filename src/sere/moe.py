@@ -47,14 +47,16 @@ class MoELayer:
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """Every expert on every token: hidden [n, H] -> [E, n, H] float32."""
-        return torch.stack([self._output(hidden, expert) for expert in range(self.E)])
+        outputs = hidden.new_empty(self.E, *hidden.shape, dtype=torch.float32)
+        for expert in range(self.E):
+            outputs[expert] = self._output(hidden, expert)
+        return outputs
 
     def _output(self, hidden: Tensor, expert: int) -> Tensor:
         n = hidden.shape[0]
         ids = torch.full((n, 1), expert, dtype=torch.int64, device=hidden.device)
         weights = torch.ones(n, 1, dtype=hidden.dtype, device=hidden.device)
-        mixture: Tensor = _inner_forward(self.experts)(hidden, ids, weights)
-        return mixture.float()
+        return _inner_forward(self.experts)(hidden, ids, weights)
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

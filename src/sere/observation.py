@@ -92,13 +92,8 @@ class Observer:
         own.choices += chosen.sum(0).cpu()
         step = _chunk(layer.E, hidden)
         for part, picks in zip(torch.split(hidden, step), torch.split(chosen, step), strict=True):
-            outputs = layer.outputs(part)
-            if not torch.isfinite(outputs).all():
-                raise UnfitError(
-                    f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint "
-                    "intact, and its dtype fit for this device?"
-                )
-            own.update(outputs, picks, self._fold)
+            # not given a name here, so that it is gone before the next is made
+            own.update(_finite(layer.outputs(part), layer), picks, self._fold)
 
     def stability(self) -> float:
         """The least stable layer's stability so far, 0 while unknown."""
@@ -110,6 +105,15 @@ class Observer:
         if own is None:  # e.g. the vision experts of a model that read text
             return LayerStatistics.without_text(torch.eye(layer.E))
         return own.finished()
+
+
+def _finite(outputs: Tensor, layer: MoELayer) -> Tensor:
+    if not torch.isfinite(outputs).all():
+        raise UnfitError(
+            f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint intact, and "
+            "its dtype fit for this device?"
+        )
+    return outputs
 
 
 def _chosen(ids: Tensor, E: int) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 CKA_CHUNK = 128
 _CKA_MIN = 8
 # Tokens whose outputs are held in float64 at a time.
-_PIECE = 32
+_PIECE = 16
 
 
 class Measure(ABC):
@@ -157,7 +157,9 @@ class Cka(Measure):
         for chunk in torch.split(outputs, CKA_CHUNK, dim=1):
             n = chunk.shape[1]
             if n >= _CKA_MIN:  # the unbiased estimator needs n > 3 and is noise just above it
-                kernels = torch.stack([self.kernel(expert.double()) for expert in chunk])
+                kernels = chunk.new_empty(len(chunk), n, n, dtype=torch.float64)
+                for kernel, expert in zip(kernels, chunk, strict=True):
+                    kernel.copy_(self.kernel(expert.double()))
                 self.total += n * _unbiased_hsic(kernels).cpu()
                 self.tokens += n
 
