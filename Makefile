@@ -4,13 +4,17 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check setup lock clean
+.PHONY: demo test matrix check setup lock clean
 
 demo: setup
 	$(BIN)/sere demo
 
 test: setup
 	$(BIN)/pytest
+
+# Every architecture of transformers, not only one of each shape.
+matrix: setup
+	$(BIN)/pytest tests/test_architectures.py -m "matrix or not matrix"
 
 check: setup
 	$(BIN)/ruff check

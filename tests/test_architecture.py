@@ -27,7 +27,8 @@ LAYERS: list[set[str]] = [
     {"null_models"},
     {"observation", "skeleton"},
     {"agreement", "loading", "unfinished"},
-    {"moe", "similarity", "corpus", "tasks", "demo_model", "report", "serving"},
+    {"moe"},
+    {"adapters", "similarity", "corpus", "tasks", "demo_model", "report", "serving"},
     {"policy", "kernels", "checkpoint", "files", "table"},
 ]
 CORE = LAYERS[-1]

@@ -216,6 +216,6 @@ def test_models_that_cannot_be_re_routed_are_refused_with_the_reason() -> None:
     dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))
     with pytest.raises(NoExpertsError, match=r"LlamaForCausalLM has no routed experts.*Mixture"):
         moe_layers(dense)
-    dense.config.model_type = "jetmoe"
-    with pytest.raises(NoExpertsError, match="jetmoe is not supported: it dispatches inside"):
+    dense.config.model_type = "nllb-moe"
+    with pytest.raises(NoExpertsError, match="nllb-moe is not supported: its experts module"):
         moe_layers(dense)

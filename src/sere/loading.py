@@ -7,6 +7,7 @@ rounding of activations.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # How much larger a checkpoint is once its weights are bf16. Others are refused.
 _DEQUANTISED = {"fp8": 2, "mxfp4": 4, "compressed-tensors": 4}
+# Models whose parts are models of their own, and the one that decodes text.
+_TEXT_PART = {"Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 # Of the free memory that a model may fill, for its activations need some as well.
 _SHARE = 0.8
 
@@ -42,12 +45,10 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
     Raises `LoadError` for a checkpoint that leaves weights unset (random experts would be
     calibrated) or is quantised in a way that transformers cannot turn back into experts.
     """
-    from transformers import AutoModelForCausalLM
-
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _model_class(folder).from_pretrained(
             folder,
             dtype="auto",
             device_map=device_map,
@@ -61,6 +62,20 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
         raise LoadError(f"{folder}: cannot be loaded as a transformers model: {error}") from error
     refuse_unset(folder, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     return model.eval()
+
+
+def _model_class(folder: str) -> Any:
+    """The class that the checkpoint was saved from, be it of text alone or of images as well."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for name in config.architectures or []:
+        name = _TEXT_PART.get(name, name)
+        beside = type(config).__module__.replace("configuration_", "modeling_")
+        for module in (transformers, sys.modules.get(beside)):
+            if found := getattr(module, name, None):
+                return found
+    return transformers.AutoModelForCausalLM
 
 
 def refuse_unset(folder: str, unset: set[str]) -> None:

@@ -1,35 +1,32 @@
 """The MoE layers of any transformers model: find them, watch them, re-route them.
 
-One contract covers almost every architecture: `experts(hidden [T, H], ids [T, K], weights [T, K])`
-returns the mixture [T, H]. Asking that module for one expert per token with weight 1 gives the
-expert's own output, so nothing here knows how an architecture stores its weights.
-
-The hook replaces the instance's innermost `forward` and not a registered pre-hook: under
-accelerate's offloading a pre-hook runs before the weights are loaded.
+How architectures differ is the business of `sere.adapters`. The hook replaces the instance's
+innermost `forward` and is not a registered pre-hook: under accelerate's offloading a pre-hook runs
+before the weights are loaded.
 """
 
 from __future__ import annotations
 
-import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from sere.adapters import Adapter, Change, adapter_of, forward_attribute
 from sere.checkpoint import layer_index
 from sere.kernels import Plan, reroute
 
-# Architectures whose routed experts do not follow the contract, and why.
-_UNSUPPORTED = {
-    "doge": "its experts are product-key embeddings",
-    "nllb_moe": "its experts module ignores the router's choice in this transformers release",
-    "llama4": "its experts take a dense batch; an adapter is planned",
-    "jetmoe": "it dispatches inside the block; an adapter is planned",
-    "switch_transformers": "its experts take one-hot masks; an adapter is planned",
+# Architectures whose routed experts cannot be calibrated, and why.
+UNSUPPORTED = {
+    "doge": "its experts are rank-one products of two embeddings and have no outputs to compare",
+    "nllb-moe": "its experts module misreads the router's mask in this transformers release, so "
+    "that only experts 0 and 1 ever answer",
 }
+# The decoder layer in a module's name: `model.layers.3` of `model.layers.3.mlp.experts`.
+UNIT = re.compile(r"^(.*?(?:layers?|blocks?|h))\.\d+(?=\.|$)")
 
 
 class NoExpertsError(ValueError):
@@ -38,53 +35,74 @@ class NoExpertsError(ValueError):
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One routed-experts module: its name, decoder layer index, number of experts, the module."""
+    """One layer's routed experts: name and module, decoder layer index, number of experts."""
 
     name: str
     index: int
-    E: int
     experts: nn.Module
+    adapter: Adapter
+
+    @property
+    def E(self) -> int:
+        return self.adapter.E
 
     def outputs(self, hidden: Tensor) -> Tensor:
         """Every expert on every token: hidden [n, H] -> [E, n, H] float32."""
         outputs = hidden.new_empty(self.E, *hidden.shape, dtype=torch.float32)
         for expert in range(self.E):
-            outputs[expert] = self._output(hidden, expert)
+            outputs[expert] = self.adapter.output(hidden, expert)
         return outputs
-
-    def _output(self, hidden: Tensor, expert: int) -> Tensor:
-        n = hidden.shape[0]
-        ids = torch.full((n, 1), expert, dtype=torch.int64, device=hidden.device)
-        weights = torch.ones(n, 1, dtype=hidden.dtype, device=hidden.device)
-        return _inner_forward(self.experts)(hidden, ids, weights)
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """All routed-experts modules of a transformers model, by decoder layer.
+    """All routed experts of a transformers model, by decoder layer.
 
-    Raises `NoExpertsError` for dense models and for architectures outside the contract.
+    Where two stacks of layers have experts (encoder and decoder), the second is numbered after the
+    first. Experts for images (ernie4_5_vl_moe) never see text and are left out.
+    Raises `NoExpertsError` for dense models and for architectures that cannot be calibrated.
     """
     family = str(getattr(getattr(model, "config", None), "model_type", ""))
-    if family in _UNSUPPORTED:
-        raise NoExpertsError(f"{family} is not supported: {_UNSUPPORTED[family]}")
-    layers = [
-        MoELayer(name, layer_index(name), int(module.num_experts), module)
+    if family in UNSUPPORTED:
+        raise NoExpertsError(f"{family} is not supported: {UNSUPPORTED[family]}")
+    found = {
+        name: (module, adapter)
         for name, module in model.named_modules()
-        if _is_experts(module)
-    ]
-    if not layers:
+        if "vision" not in name and (adapter := adapter_of(module))
+    }
+    if not found:
         raise NoExpertsError(
             f"{type(model).__name__} has no routed experts: re-routing needs a "
             "Mixture-of-Experts model"
         )
-    layers.sort(key=lambda layer: layer.index)
-    for one, other in pairwise(layers):
-        if one.index == other.index:
-            raise NoExpertsError(
-                f"{one.name} and {other.name} share decoder layer {one.index}: models with "
-                "several routed-experts modules in a layer are not supported"
-            )
-    return layers
+    if any(getattr(module, "_is_expert_parallel", False) for module, _ in found.values()):
+        raise NoExpertsError(
+            f"{type(model).__name__} is split over processes (expert parallel): load it in one "
+            "process, with device_map or --stream where it is large"
+        )
+    indices = _indices(list(found))
+    layers = [MoELayer(name, indices[name], *found[name]) for name in found]
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _indices(names: list[str]) -> dict[str, int]:
+    """Decoder layer indices, stack after stack."""
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        match = UNIT.match(name)
+        stacks.setdefault(match.group(1) if match else "", []).append(name)
+    indices: dict[str, int] = {}
+    start = 0
+    for stack in stacks.values():
+        for name in stack:
+            index = start + layer_index(name)
+            if index in indices.values():
+                raise NoExpertsError(
+                    f"{name} shares decoder layer {index} with other routed experts: models with "
+                    "several routed-experts modules in a layer are not supported"
+                )
+            indices[name] = index
+        start = max(indices.values()) + 1
+    return indices
 
 
 Observer = Callable[[MoELayer, Tensor, Tensor, Tensor], None]
@@ -98,7 +116,7 @@ def observed(layers: list[MoELayer], observer: Observer) -> Iterator[None]:
     """
 
     def watch(layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        observer(layer, hidden.flatten(0, -2), ids, weights)
+        observer(layer, hidden, ids, weights)
         return ids
 
     with _routed(layers, watch):
@@ -135,47 +153,32 @@ def _routed(
 def _hooked(
     layer: MoELayer, change: Callable[[MoELayer, Tensor, Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
-    attribute = _forward_attribute(layer.experts)
-    inner = getattr(layer.experts, attribute)
-    had_own = attribute in vars(layer.experts)
+    module = layer.adapter.hooked
+    attribute = forward_attribute(module)
+    inner = getattr(module, attribute)
+    had_own = attribute in vars(module)
     inside = False
 
-    def forward(hidden: Tensor, ids: Tensor, weights: Tensor, *rest: object) -> object:
+    def once(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         nonlocal inside
-        if inside:  # the observer itself asks the experts for their outputs
-            return inner(hidden, ids, weights, *rest)
         inside = True
         try:
-            ids = change(layer, hidden, ids, weights)
+            return change(layer, hidden, ids, weights)
         finally:
             inside = False
-        return inner(hidden, ids, weights, *rest)
 
-    setattr(layer.experts, attribute, forward)
+    hook: Change = once
+    outer = layer.adapter.changed(inner, hook)
+
+    def forward(*arguments: object, **named: object) -> object:
+        # the observer itself asks the experts for their outputs
+        return inner(*arguments, **named) if inside else outer(*arguments, **named)
+
+    setattr(module, attribute, forward)
     try:
         yield
     finally:
         if had_own:
-            setattr(layer.experts, attribute, inner)
+            setattr(module, attribute, inner)
         else:
-            delattr(layer.experts, attribute)
-
-
-def _forward_attribute(module: nn.Module) -> str:
-    """`_old_forward` where accelerate has wrapped the module, so that we run inside its load."""
-    return "_old_forward" if hasattr(module, "_old_forward") else "forward"
-
-
-def _inner_forward(module: nn.Module) -> Callable[..., Tensor]:
-    inner: Callable[..., Tensor] = getattr(module, _forward_attribute(module))
-    return inner
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Structural: own expert count, own parameters, forward(x, *index*, *weights*)."""
-    if not isinstance(getattr(module, "num_experts", None), int):
-        return False
-    if not any(True for _ in module.parameters()):
-        return False
-    names = list(inspect.signature(type(module).forward).parameters)[1:4]
-    return len(names) == 3 and "ind" in names[1] and "weight" in names[2]
+            delattr(module, attribute)

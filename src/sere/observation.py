@@ -88,7 +88,7 @@ class Observer:
         self.K = max(self.K, ids.shape[1])
         own = self._layers.setdefault(layer.index, _Layer(layer.E, self.method))
         own.tokens += hidden.shape[0]
-        chosen = _chosen(ids, layer.E)
+        chosen = _chosen(ids, weights[self._real], layer.E)
         own.choices += chosen.sum(0).cpu()
         step = _chunk(layer.E, hidden)
         for part, picks in zip(torch.split(hidden, step), torch.split(chosen, step), strict=True):
@@ -102,8 +102,11 @@ class Observer:
     def finish(self, layer: MoELayer) -> LayerStatistics:
         """The layer's statistics; what they were made of is forgotten."""
         own = self._layers.pop(layer.index, None)
-        if own is None:  # e.g. the vision experts of a model that read text
-            return LayerStatistics.without_text(torch.eye(layer.E))
+        if own is None:
+            raise UnfitError(
+                f"{layer.name}: its experts were never called; does the model run them some other "
+                "way (use_kernels=True, a decoder that this text does not reach)?"
+            )
         return own.finished()
 
 
@@ -116,9 +119,9 @@ def _finite(outputs: Tensor, layer: MoELayer) -> Tensor:
     return outputs
 
 
-def _chosen(ids: Tensor, E: int) -> Tensor:
-    """[T, E] bool: which experts each row of ids [T, K] names."""
-    within = (ids >= 0) & (ids < E)
+def _chosen(ids: Tensor, weights: Tensor, E: int) -> Tensor:
+    """[T, E] bool: which experts each row of ids [T, K] names with a weight."""
+    within = (ids >= 0) & (ids < E) & (weights != 0)
     chosen = torch.zeros(len(ids), E + 1, dtype=torch.bool, device=ids.device)
     return chosen.scatter_(1, ids.where(within, E), True)[:, :E]
 

@@ -7,7 +7,6 @@ Names, merged experts, dtypes and quantisation are therefore transformers' busin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sere.loading import LoadError, load_model, refuse_unset
-from sere.moe import MoELayer, moe_layers
-
-# The decoder layer in a module's name: `model.layers.3` of `model.layers.3.mlp.experts`.
-_UNIT = re.compile(r"^(.*?(?:layers?|blocks?|h))\.\d+(?=\.|$)")
+from sere.moe import UNIT, MoELayer, moe_layers
 
 
 @dataclass
@@ -136,14 +132,14 @@ def _split(model: Any, files: list[str], config: Any) -> tuple[Skeleton, dict[st
     for key, path in _keys(files):
         targets = _targets(key, model.base_model_prefix, config.weight_mapping or [], state)
         expected -= targets
-        unit = next((u.group() for t in targets if (u := _UNIT.match(t))), None)
+        unit = next((u.group() for t in targets if (u := UNIT.match(t))), None)
         skeleton._sources.get(unit or "", rest)[key] = path
     return skeleton, rest, expected
 
 
 def _units(model: nn.Module, layers: list[MoELayer]) -> dict[str, nn.Module]:
     """All members of the module lists that hold the MoE layers."""
-    stacks = dict.fromkeys(m.group(1) for layer in layers if (m := _UNIT.match(layer.name)))
+    stacks = dict.fromkeys(m.group(1) for layer in layers if (m := UNIT.match(layer.name)))
     return {
         f"{stack}.{i}": unit
         for stack in stacks
