@@ -84,7 +84,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": _FOUR_LAYERS,
     "lfm2_moe": {**_FOUR_LAYERS, "layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "num_layers": 2,
-                      "num_hidden_layers": 4},
+                      "num_hidden_layers": 4, "zero_expert_num": 2},
     "mimo_v2_flash": {"head_dim": 16, "num_key_value_heads": 2},
     "mistral4": {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1,
@@ -169,3 +169,6 @@ def _give_values(model: nn.Module) -> None:
             or parameter.abs().max() > 1e3
         ):
             parameter.data = 0.02 * torch.randn(parameter.shape, generator=random)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):  # deepseek_v4: the experts of each token id
+            buffer.copy_(torch.rand(len(buffer), 6, generator=random).topk(buffer.shape[1]).indices)

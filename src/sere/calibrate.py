@@ -128,7 +128,7 @@ def _in_memory(
     bar = tqdm(range(0, len(read), batch), "calibrate", unit="batch", disable=not progress)
     with observed(layers, observer):
         for i, start in enumerate(bar):
-            inputs = _padded(corpus.sequences[start : start + batch], model.device)
+            inputs = _padded(corpus.sequences[start : start + batch], model)
             observer.begin(i, inputs["attention_mask"].bool())
             model(**inputs, use_cache=False)
             if until_stable is not None and i % FOLDS == FOLDS - 1:
@@ -154,14 +154,13 @@ def _streamed(
         "batch": batch,
         "versions": _versions(),
     }
-    device = skeleton.model.device
     sequences = corpus.sequences
     inputs = [
-        _padded(sequences[start : start + batch], device)
+        _padded(sequences[start : start + batch], skeleton.model)
         for start in range(0, len(sequences), batch)
     ]
     observer = Observer(method)
-    work = Unfinished(unfinished, settings, device)
+    work = Unfinished(unfinished, settings, skeleton.model.device)
     with observed(skeleton.layers, observer):
         read_by_layer(
             skeleton,
@@ -204,15 +203,21 @@ def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> lis
     return [example.prompt + example.answer for example in drawn]
 
 
-def _padded(sequences: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded input_ids [B, length] and their attention_mask, 1 = a real token."""
+def _padded(sequences: list[list[int]], model: Any) -> dict[str, Tensor]:
+    """Right-padded input_ids [B, length] and their attention_mask, 1 = a real token.
+
+    An encoder-decoder model reads the text on both sides.
+    """
     longest = max(map(len, sequences))
     ids = [s + [0] * (longest - len(s)) for s in sequences]
     mask = [[1] * len(s) + [0] * (longest - len(s)) for s in sequences]
-    return {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
+    inputs = {
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
     }
+    if model.config.is_encoder_decoder:
+        inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
+    return inputs
 
 
 def _about(corpus: Corpus) -> dict[str, Any]:
