@@ -54,7 +54,7 @@ Not supported:
 {refused}
 * `vitpose_backbone`: its experts are chosen by the data set, there is no router.
 
-Of models that also see images or hear, the part that decodes text was built. With one expert a token
+Of models that also see or hear, the part that decodes text was built. With one expert a token
 (llama4, switch_transformers, zaya as released) the rule can move nothing: S=1 is K. Experts for
 images (`vision_moe` of ernie4_5_vl_moe) never see text and are left out; of qwen3_omni_moe the
 thinker is calibrated. An encoder-decoder model reads the text on both sides, and its decoder layers
