@@ -25,9 +25,9 @@ from sere.calibrate import calibrate
 from sere.compare import compare
 from sere.table import Table
 
-METHODS = ("frobenius", "cosine", "directed", "cka-linear")
-SAMPLES = (25, 50, 100, 200, 400, 800)
-_TEXTS, _CHARACTERS = 400, 400
+METHODS = ("frobenius", "cosine", "directed")
+SAMPLES = (25, 100, 400)
+_TEXTS, _CHARACTERS = 200, 240
 
 
 def main() -> None:
@@ -112,10 +112,7 @@ def as_text(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     counts = [
         [
             f"{count} texts",
-            *(
-                f"{stable[m][count]['foretold']:.0%} / {stable[m][count]['seen']:.0%}"
-                for m in METHODS
-            ),
+            *("{foretold:.0%} / {seen:.0%}".format(**stable[m][count]) for m in METHODS),
         ]
         for count in map(str, SAMPLES)
     ]
