@@ -1,22 +1,25 @@
 """What the plug-in costs where it can win nothing: decode steps of stock routing against S=K.
 
     python benchmarks/bench_overhead.py -o benchmarks/results/overhead.json
+    python benchmarks/bench_overhead.py --random -o benchmarks/results/overhead_random.json
 
-The demo model in vLLM's CPU engine: one engine, the two taking turns, every batch as wide and as
-long as the others. S=K does all the work (row classes, votes, counters) and moves nothing; the
-tokens must be equal, or no figure is given. A larger model's step takes longer, the operator does
-not: this is the worst case.
+The demo model (or a random one of 8 layers, 64 experts, 8 chosen, H=512) in vLLM's CPU engine: one
+engine, the two taking turns, every batch as wide and as long as the others. S=K does all the work
+(row classes, votes, counters) and moves nothing; the tokens must be equal, or no figure is given.
+A larger model's step takes longer, the operator hardly: the demo model is the worst case.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
 from pathlib import Path
 from random import Random
 
+from random_model import write_random_model
 from tqdm import tqdm
 
 from sere import demo_model, report
@@ -34,17 +37,23 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="overhead.json")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--random", action="store_true", help="a larger model of random weights")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     prompts = [e.prompt for e in examples(arguments.batch, seed=0, split="held_out")]
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "demo.safetensors"
-        K = calibrate(demo_model.NAME, table, samples=32, progress=False).fingerprint.K
+        model, text = demo_model.PATH, Path(folder) / "text.jsonl"
+        if arguments.random:
+            sizes = {"layers": 8, "E": 64, "K": 8, "H": 512, "moe_intermediate": 256}
+            model = write_random_model(Path(folder) / "model", **sizes)
+        text.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+        table = Path(folder) / "sere.table"
+        K = calibrate(model, table, data=text, samples=32, progress=False).fingerprint.K
         arms: dict[str, Policy | None] = {"stock": None, "S=K": Policy(S=K)}
         steps: dict[str, list[float]] = {name: [] for name in arms}
         engine = Engine(
-            demo_model.PATH,
+            model,
             table,
             batch=arguments.batch,
             dtype="float32",
@@ -66,6 +75,7 @@ def main() -> None:
     median = statistics.median(ratios)
     result = {
         "provenance": report.provenance(),
+        "model": "random" if arguments.random else demo_model.NAME,
         "batch": arguments.batch,
         "rounds": arguments.rounds,
         "ms_a_step": {name: statistics.median(values) for name, values in steps.items()},

@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from sere import doctor
-from sere.calibrate import calibrate, load_model
+from sere.calibrate import calibrate
 from sere.kernels import RowClass, reroute
+from sere.loading import load_tokenizer
 from sere.policy import Policy
 from sere.serving import symbols
 from sere.serving.engine import check_plugin_allowed
@@ -240,7 +241,7 @@ def test_openai_server_answers(table_path: Path, without_plugin: list[Any]) -> N
             server.terminate()
     alone = without_plugin[1][0][0]
     assert answer["usage"]["completion_tokens"] == len(alone)
-    tokenizer = load_model(OPTIONS["model"])[1]
+    tokenizer = load_tokenizer(OPTIONS["model"])
     assert answer["choices"][0]["text"] == tokenizer.decode(alone, skip_special_tokens=True)
 
 
