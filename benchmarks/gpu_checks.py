@@ -23,6 +23,7 @@ import torch
 
 from sere import demo_model, report
 from sere.kernels import Plan, RowClass, implementation_for, implementations, new_counters
+from sere.kernels.plan import Substitution
 from sere.policy import Policy
 
 GPU_IMPLEMENTATIONS = ("triton", "cuda")
@@ -39,17 +40,17 @@ def operator_equals_specification() -> str:
     """Every regime on the GPU against the specification on the CPU, bit for bit, counters too."""
     cases = 0
     for ids, weights, similarity, rows, policy in _batches():
-        plan = Plan.build(similarity, policy, K=ids.shape[1])
+        plan = _plan(similarity, policy, ids.shape[1])
         for dtype in (torch.int32, torch.int64):
-            expected, counted = _specified(ids.to(dtype), weights, plan, rows)
+            expected, scaled, counted = _specified(ids.to(dtype), weights, plan, rows)
             for name, run in _usable():
                 counters = new_counters("cuda")
-                on_gpu = Plan(plan.neighbours.cuda(), plan.settings.cuda())
-                inputs = ids.to(dtype).cuda(), weights.cuda(), on_gpu, rows.cuda()
+                inputs = ids.to(dtype).cuda(), weights.cuda(), plan.to("cuda"), rows.cuda()
                 torch.full_like(inputs[0], -7)  # poison what the result will be allocated from
                 got = run(*inputs, counters)
                 where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
                 assert torch.equal(got.cpu(), expected), where
+                assert torch.equal(inputs[1].cpu(), scaled), where
                 assert torch.equal(counters.cpu(), counted), where
                 cases += 1
     return f"{cases} batches equal"
@@ -65,13 +66,15 @@ def ten_thousand_random_batches() -> str:
         weights = (torch.rand(T, K, generator=g) * 4).ceil() / 4
         weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.05, 0)
         rows = torch.randint(0, 3, (T,), generator=g).to(torch.int8)
-        policy = Policy(S=1 + seed % K, rho=(seed % 5) / 5, max_active=K + seed % (E - K))
-        plan = Plan.build(torch.rand(E, E, generator=g), policy, K=K)
-        expected, _ = _specified(ids, weights, plan, rows)
-        on_gpu = Plan(plan.neighbours.cuda(), plan.settings.cuda())
+        threshold = {"rho": (seed % 5) / 5} if seed % 2 else {"tau": (seed % 7) ** 3 / 1000}
+        policy = Policy(S=1 + seed % K, max_active=K + seed % (E - K), **threshold)
+        plan = _plan(torch.rand(E, E, generator=g), policy, K)
+        expected, scaled, _ = _specified(ids, weights, plan, rows)
         for name, run in _usable():
-            got = run(ids.cuda(), weights.cuda(), on_gpu, rows.cuda(), None)
+            on_gpu = weights.cuda()
+            got = run(ids.cuda(), on_gpu, plan.to("cuda"), rows.cuda(), None)
             assert torch.equal(got.cpu(), expected), (name, seed)
+            assert torch.equal(on_gpu.cpu(), scaled), (name, seed)
     return "equal"
 
 
@@ -84,7 +87,7 @@ def graph_replay_sees_new_rows_and_policy() -> str:
             ids, weights, similarity, rows, policy = (
                 x.cuda() if isinstance(x, torch.Tensor) else x for x in batches[0]
             )
-            plan, counters = Plan.build(similarity, policy, K=8), new_counters("cuda")
+            plan, counters = _plan(similarity, policy, 8), new_counters("cuda")
             run(ids, weights, plan, rows, counters)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -93,13 +96,14 @@ def graph_replay_sees_new_rows_and_policy() -> str:
                 ids.copy_(other_ids)
                 weights.copy_(other_weights)
                 rows.copy_(other_rows)
-                new = Plan.build(other_similarity, other_policy, K=8)
+                new = _plan(other_similarity, other_policy, 8)
                 plan.copy_(new)
                 counters.zero_()
                 out.fill_(-7)
                 graph.replay()
-                expected, counted = _specified(other_ids, other_weights, new, other_rows)
+                expected, scaled, counted = _specified(other_ids, other_weights, new, other_rows)
                 assert torch.equal(out.cpu(), expected), (name, T, other_policy)
+                assert torch.equal(weights.cpu(), scaled), (name, T, other_policy)
                 assert torch.equal(counters.cpu(), counted), (name, T, other_policy)
                 replays += 1
     return f"{replays} replays equal"
@@ -120,10 +124,10 @@ def sanitizer_finds_nothing() -> str:
 def sanitized() -> None:
     """What runs under the sanitizer: small, both forms."""
     for T in (33, 2048):
-        ids, weights, similarity, rows, policy = next(_batches((T,), ((128, 8),)))
-        plan = Plan.build(similarity.cuda(), policy, K=8)
-        for _, run in _usable():
-            run(ids.cuda(), weights.cuda(), plan, rows.cuda(), new_counters("cuda"))
+        for ids, weights, similarity, rows, policy in _batches((T,), ((128, 8),)):
+            plan = _plan(similarity, policy, 8).to("cuda")
+            for _, run in _usable():
+                run(ids.cuda(), weights.cuda(), plan, rows.cuda(), new_counters("cuda"))
     torch.cuda.synchronize()
 
 
@@ -168,11 +172,20 @@ def _usable() -> Iterator[tuple[str, implementations.Implementation]]:
             yield name, implementations.load(name)
 
 
+def _plan(similarity: torch.Tensor, policy: Policy, K: int) -> Plan:
+    """With errors and scales as varied as the similarities."""
+    return Plan.build(
+        similarity, policy, K=K, substitution=Substitution(similarity.T, similarity + 0.1)
+    )
+
+
 def _specified(
     ids: torch.Tensor, weights: torch.Tensor, plan: Plan, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    counters = new_counters()
-    return implementations.load("reference")(ids, weights, plan, rows, counters), counters
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New ids, scaled weights and counters of the specification."""
+    counters, scaled = new_counters(), weights.clone()
+    ids = implementations.load("reference")(ids, scaled, plan, rows, counters)
+    return ids, scaled, counters
 
 
 def _batches(
@@ -181,9 +194,11 @@ def _batches(
 ) -> Iterator[Batch]:
     g = torch.Generator().manual_seed(0)
     classes = torch.tensor([RowClass.FAST, RowClass.FAST, RowClass.EXACT, RowClass.VOID])
+    policies = (Policy(S=1), Policy(S=2, rho=0.6), Policy(S=1, tau=0.02))
     for E, K in shapes:
+        capped = Policy(S=1, tau=0.001, max_active=max(K, 12))
         for T in sizes:
-            for policy in (Policy(S=1), Policy(S=2, rho=0.6), Policy(S=1, max_active=max(K, 12))):
+            for policy in (*policies, Policy(S=1, max_active=max(K, 12)), capped):
                 if policy.max_active and policy.max_active > E:
                     continue
                 ids = torch.rand(T, E, generator=g).argsort(1)[:, :K].to(torch.int32)

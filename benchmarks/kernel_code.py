@@ -30,7 +30,8 @@ LAUNCHES = {"decode": "1", "large": "3 (a fill, the votes, the moves)"}
 def triton_cubin(kernel: Any, E: int, K: int, gpu: int) -> bytes:
     """Compile one Triton kernel for the types that vLLM uses."""
     types = {"ids": "*i32", "out": "*i32", "weights": "*fp32", "rows": "*i8", "votes": "*i32"}
-    types |= {"neighbours": "*i32", "settings": "*i32", "counters": "*i64"}
+    types |= {"neighbours": "*i32", "errors": "*i32", "scales": "*fp32", "settings": "*i32"}
+    types |= {"counters": "*i64"}
     sizes = triton_kernel._sizes(E, K)
     options = {"num_warps": sizes.pop("num_warps")}
     signature = {n: "constexpr" if n in sizes else types.get(n, "i32") for n in kernel.arg_names}

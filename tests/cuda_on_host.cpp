@@ -34,6 +34,14 @@ static void atomicMin(T* where, T value) {
 }
 
 template <class T>
+static void atomicMax(T* where, T value) {
+    std::atomic_ref<T> shared(*where);
+    T old = shared.load();
+    while (value > old && !shared.compare_exchange_weak(old, value)) {
+    }
+}
+
+template <class T>
 static void atomicAdd(T* where, T value) {
     std::atomic_ref<T>(*where).fetch_add(value);
 }
@@ -64,22 +72,24 @@ extern "C" void host_reroute(int share, int threads, BATCH_PARAMETERS, DECISION_
         };
     };
     if (share == 0) {
-        launch(1, threads, batch(reroute_at_once, neighbours, settings, out, counters));
+        launch(1, threads,
+               batch(reroute_at_once, neighbours, errors, scales, settings, out, counters));
         return;
     }
-    std::vector<int> votes(E + 1, NEVER);
+    std::vector<int> votes(2 * E + 1, NEVER);
     const int blocks = (T + share - 1) / share;
-    launch(blocks, threads, batch(reroute_vote, share, votes.data()));
+    launch(blocks, threads, batch(reroute_vote, share, votes.data(), settings));
     const int* cast = votes.data();
     launch(blocks, threads,
-           batch(reroute_move, share, cast, neighbours, settings, out, counters));
+           batch(reroute_move, share, cast, neighbours, errors, scales, settings, out, counters));
 }
 
 #ifdef RACES
 int main() {
     std::mt19937 random(0);
     const int T = 37, K = 4, E = 32;
-    std::vector<int> neighbours(E * (E - 1)), settings{1, 4, 12};
+    std::vector<int> neighbours(E * (E - 1)), errors(E * (E - 1)), settings{1, 4, 12, -1, 0};
+    std::vector<float> scales(E * (E - 1), 0.5f);
     std::vector<ID> ids(T * K), out(T * K);
     std::vector<WEIGHT> weights(T * K);
     std::vector<signed char> rows(T);
@@ -87,12 +97,16 @@ int main() {
     for (int round = 0; round < 30; ++round) {
         for (auto& n : neighbours) n = (int)(random() % (E + 4)) - 4;
         for (auto& n : neighbours) n = n < 0 ? -1 : n;
+        for (auto& error : errors) error = random() % FRACTION;
+        settings[TAU] = round % 2 ? FRACTION : -1;
+        settings[SCALES] = round % 2;
         for (auto& id : ids) id = (int)(random() % (E + 2)) - 1;
         for (auto& weight : weights) weight = (random() % 5) / 4.0f;
         for (auto& row : rows) row = random() % 3;
         for (int share : {0, 8})
             host_reroute(share, 6, ids.data(), K, 1, weights.data(), K, 1, rows.data(), T, K, E,
-                         neighbours.data(), settings.data(), out.data(), counters.data());
+                         neighbours.data(), errors.data(), scales.data(), settings.data(),
+                         out.data(), counters.data());
     }
 }
 #endif

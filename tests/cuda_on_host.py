@@ -47,18 +47,19 @@ def _run(
 ) -> Tensor:
     T, K = topk_ids.shape
     out = torch.full((T, K), -7, dtype=topk_ids.dtype)  # poisoned: every slot must be written
-    if topk_weights.dtype not in C_TYPES:
-        topk_weights = topk_weights.float()
+    weights = topk_weights if topk_weights.dtype in C_TYPES else topk_weights.float()
     threads = 1 + (T + K) % 3
     if T:
-        library(topk_ids.dtype, topk_weights.dtype)(
+        library(topk_ids.dtype, weights.dtype)(
             *(rows_per_block, threads),
             *(_pointer(topk_ids), *map(ctypes.c_longlong, topk_ids.stride())),
-            *(_pointer(topk_weights), *map(ctypes.c_longlong, topk_weights.stride())),
+            *(_pointer(weights), *map(ctypes.c_longlong, weights.stride())),
             *(_pointer(rows), T, K, plan.num_experts),
-            *(_pointer(plan.neighbours), _pointer(plan.settings)),
-            *(_pointer(out), _pointer(counters)),
+            *(_pointer(plan.neighbours), _pointer(plan.errors), _pointer(plan.scales)),
+            *(_pointer(plan.settings), _pointer(out), _pointer(counters)),
         )
+    if weights is not topk_weights:
+        topk_weights.copy_(weights)
     return out
 
 

@@ -118,10 +118,12 @@ def test_cuda_has_no_data_race(tmp_path: Path) -> None:
 def test_the_race_test_finds_a_missing_barrier(tmp_path: Path) -> None:
     source = (Path(cuda_kernel.__file__).parent / "reroute.cu").read_text()
     before, barrier, after = source.partition(
-        "    vote(batch, shared, 0, T);\n    __syncthreads();\n"
+        "    vote(batch, settings, shared, 0, T);\n    __syncthreads();\n"
     )
     assert barrier
-    (tmp_path / "reroute.cu").write_text(f"{before}    vote(batch, shared, 0, T);\n{after}")
+    (tmp_path / "reroute.cu").write_text(
+        f"{before}    vote(batch, settings, shared, 0, T);\n{after}"
+    )
     program = tmp_path / "races"
     first = f"-I{tmp_path}"  # found before the real one
     cuda_on_host.build(
@@ -172,15 +174,16 @@ def test_the_operator_keeps_pytorchs_promises() -> None:
     """Schema, fake kernel, tracing with fixed and with dynamic shapes."""
     ids, weights, plan, rows, counters = arguments()
     operator = torch.ops.sere.route.default
+    parts = (plan.neighbours, plan.errors, plan.scales, plan.settings)
     for more in ((rows, counters), (None, None)):
-        torch.library.opcheck(operator, (ids, weights, plan.neighbours, plan.settings, *more))
+        torch.library.opcheck(operator, (ids, weights, *parts, *more))
 
 
 def test_torch_compile_sees_one_graph() -> None:
     ids, weights, plan, rows, counters = arguments()
 
     def layer(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return reroute(ids, weights * 2, plan, rows, counters) + 1
+        return reroute(ids, weights * 2, plan, rows, counters)[0] + 1
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(

@@ -14,8 +14,11 @@ FULL: dict[str, Any] = {
     "S": 1,
     "rho": 0.0,
     "rho_quantile": 0.25,
+    "tau": None,
     "min_active": 3,
     "max_active": 9,
+    "fill": "similar",
+    "weights": "scale",
     "rows": "all",
     "layers": {4: {"S": 3, "rho": 0.5}, 0: {"max_active": None}},
 }
@@ -42,7 +45,14 @@ def test_round_trip_keeps_every_field() -> None:
         ({"rho_quantile": 1}, "rho_quantile=1: expected a share.*0 <= share < 1"),
         ({"rho_quantile": "half"}, "rho_quantile='half'"),
         ({"rho_quantile": -0.1}, "rho_quantile=-0.1"),
-        ({"rho": 0.3, "rho_quantile": 0.5}, "give one threshold, not both"),
+        ({"tau": -0.1}, "tau=-0.1: expected a loss"),
+        ({"tau": True}, "tau=True"),
+        ({"tau": 0, "rho": 0.3}, "rho=0.3 and tau=0: give one threshold"),
+        ({"tau": 0.1, "rho_quantile": 0.3}, "give one threshold"),
+        ({"fill": "nearest"}, "fill='nearest': expected one of similar, error"),
+        ({"weights": "renormalise"}, "expected one of keep, scale"),
+        ({"fill": "error", "rho": 0.3}, "use tau instead"),
+        ({"rho": 0.3, "rho_quantile": 0.5}, "give one threshold, not several"),
         ({"S": 0}, "S=0.*>= 1"),
         ({"S": True}, "S=True"),
         ({"S": "2"}, "S='2'.*whole number"),
@@ -75,9 +85,10 @@ def test_json_that_holds_no_policy_is_refused(text: str) -> None:
 
 def test_a_layer_takes_its_overrides_and_the_rest_from_the_policy() -> None:
     policy = Policy(**FULL)
-    assert policy.for_layer(4) == Policy(S=3, rho=0.5, min_active=3, max_active=9, rows="all")
-    assert policy.for_layer(0) == Policy(S=1, rho_quantile=0.25, min_active=3, rows="all")
-    assert policy.for_layer(7) == dataclasses.replace(policy, layers={})
+    flat = dataclasses.replace(policy, layers={})
+    assert policy.for_layer(4) == dataclasses.replace(flat, S=3, rho=0.5, rho_quantile=None)
+    assert policy.for_layer(0) == dataclasses.replace(flat, max_active=None)
+    assert policy.for_layer(7) == flat
 
 
 @pytest.mark.parametrize(
@@ -110,5 +121,16 @@ def test_a_layers_own_threshold_takes_the_place_of_the_other_kind() -> None:
     assert policy.for_layer(1).rho_quantile == 0.5
     other = Policy(rho=0.3, layers={0: {"rho_quantile": 0.5}})
     assert (other.for_layer(0).rho, other.for_layer(0).rho_quantile) == (0.0, 0.5)
-    with pytest.raises(PolicyError, match="not both"):
+    tolerant = Policy(tau=0.02, layers={0: {"rho": 0.3}, 1: {"tau": 0.1}})
+    assert (tolerant.for_layer(0).rho, tolerant.for_layer(0).tau) == (0.3, None)
+    assert (tolerant.for_layer(1).tau, tolerant.for_layer(2).tau) == (0.1, 0.02)
+    with pytest.raises(PolicyError, match="not several"):
         Policy(layers={0: {"rho": 0.3, "rho_quantile": 0.5}})
+
+
+def test_tau_brings_the_policies_of_error_along_unless_told_otherwise() -> None:
+    paper, error = Policy(rho=0.3), Policy(tau=0.02)
+    assert not (paper.fills_by_error or paper.scales or paper.needs_errors)
+    assert error.fills_by_error and error.scales and error.needs_errors
+    plain = Policy(tau=0.02, fill="similar", weights="keep")
+    assert not (plain.fills_by_error or plain.scales) and plain.needs_errors

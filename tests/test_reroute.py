@@ -8,6 +8,8 @@ source compiled for the host and, with TRITON_INTERPRET=1 (see test_kernels.py),
 from __future__ import annotations
 
 import os
+from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
 from sere.kernels.implementations import load
-from sere.kernels.reference import route
-from sere.policy import Policy
+from sere.kernels.plan import FRACTION, Substitution
+from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, route
+from sere.policy import Policy, PolicyError
 from tests import cuda_on_host
 
 # In Triton's interpreter a batch takes a tenth of a second: fewer of them.
@@ -33,13 +36,51 @@ if not INTERPRETED and cuda_on_host.COMPILER:
 VOID, FAST, EXACT = (int(c) for c in RowClass)
 
 
+def losses_of(similarity: Tensor, policy: Policy) -> Substitution:
+    """Moments of outputs that have nothing to do with the similarity."""
+    E = len(similarity)
+    outputs = torch.randn(E, 6, generator=torch.Generator().manual_seed(E)).double() + 0.5
+    gram = outputs @ outputs.T
+    own = gram.diagonal()
+    return Substitution.of(gram, own.expand(E, E), own, scaled=policy.scales)
+
+
+def plan_of(similarity: Tensor, policy: Policy, K: int) -> Plan:
+    return Plan.build(similarity, policy, K=K, substitution=losses_of(similarity, policy))
+
+
 def by_hand(
     ids: Tensor, weights: Tensor, similarity: Tensor, policy: Policy, rows: list[int]
-) -> tuple[list[list[int]], set[int], set[int]]:
-    """(new ids, primaries, critical experts), from the definition, with no tensor tricks."""
+) -> tuple[list[list[int]], list[list[float]], set[int], set[int]]:
+    """(new ids, weights, primaries, critical experts), from the definition, with no tensor tricks.
+
+    Whole numbers where the definition has them, so that the result is one and not nearly one.
+    """
     E, K = similarity.shape[0], ids.shape[1]
     table, sim = ids.tolist(), similarity.double()
     weight = weights.tolist()
+    substitution = losses_of(similarity, policy)
+    merit = -substitution.error if policy.fills_by_error else sim
+
+    def best_of(u: int, among: set[int]) -> int:
+        return max(sorted(among), key=lambda v: merit[u, v].item())  # first of equals
+
+    def share(t: int, k: int) -> int:
+        whole = [
+            int(Fraction(min(w, LARGEST_WEIGHT)) * WEIGHT_FRACTION) if 0 <= e < E else 0
+            for e, w in zip(table[t], weight[t], strict=True)
+        ]
+        return whole[k] * FRACTION // max(sum(whole), 1)
+
+    def loss(u: int, among: set[int]) -> int:
+        shares = [
+            share(t, k)
+            for t in range(len(table))
+            for k in range(K)
+            if rows[t] == FAST and table[t][k] == u and weight[t][k] != 0
+        ]
+        error = min(round(substitution.error[u, best_of(u, among)].item() * FRACTION), 65535)
+        return max(shares, default=0) ** 2 * error // FRACTION
 
     def votes(t: int, s: int) -> set[int]:
         if rows[t] == EXACT:
@@ -60,8 +101,16 @@ def by_hand(
         s -= 1
     primary = union(s)
     out, critical = [list(row) for row in table], set()
+    scaled = [list(row) for row in weight]
     if not primary or policy.S >= K:
-        return out, primary, critical
+        return out, scaled, primary, critical
+    if policy.tau is not None:
+        secondary = {u for row in table for u in row if 0 <= u < E} - primary
+        lost = {u: loss(u, primary) for u in secondary}
+        worth = [u for u in secondary if lost[u] > round(policy.tau * FRACTION**2)]
+        room = max((policy.max_active or E) - len(primary), 0)
+        critical = set(sorted(worth, key=lambda u: (-lost[u], u))[:room])
+        primary = primary | critical
     for t, row in enumerate(table):
         for k, u in enumerate(row):
             if not 0 <= u < E or u in primary or rows[t] == EXACT:
@@ -69,12 +118,13 @@ def by_hand(
             if rows[t] == VOID or weight[t][k] == 0:
                 out[t][k] = min(primary)
                 continue
-            best = max(sorted(primary), key=lambda v: sim[u, v].item())  # first of equals
+            best = best_of(u, primary)
             if sim[u, best].item() < policy.rho:
                 critical.add(u)
             else:
                 out[t][k] = best
-    return out, primary, critical
+                scaled[t][k] *= substitution.scale[u, best].float().item()
+    return out, scaled, primary, critical
 
 
 def batch(
@@ -114,11 +164,15 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Policy, list[int]]:
                 weights[t, k] = 0
     minimum = draw(st.none() | st.integers(1, E))
     maximum = draw(st.none() | st.integers(max(minimum or K, 1), max(E, minimum or K)))
+    tolerant = draw(st.booleans())
     policy = Policy(
         S=draw(st.integers(1, K)),
-        rho=draw(st.sampled_from([0.0, 0.25, 0.5, 0.6, 2.0])),
+        rho=0 if tolerant else draw(st.sampled_from([0.0, 0.25, 0.5, 0.6, 2.0])),
+        tau=draw(st.sampled_from([0.0, 0.003, 0.03, 0.3])) if tolerant else None,
         min_active=minimum,
         max_active=maximum,
+        fill=draw(st.sampled_from([None, "similar"])),
+        weights=draw(st.sampled_from([None, "keep", "scale"])),
     )
     rows = draw(st.lists(st.sampled_from([FAST, FAST, FAST, EXACT, VOID]), min_size=T, max_size=T))
     return ids, weights, similarity, policy, rows
@@ -127,18 +181,19 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Policy, list[int]]:
 def run(
     ids: Tensor, weights: Tensor, similarity: Tensor, policy: Policy, rows: list[int] | None = None
 ) -> Tensor:
-    """New ids, the same from every implementation, counters too."""
-    plan = Plan.build(similarity, policy, K=ids.shape[1])
+    """New ids, the same from every implementation, weights and counters too."""
+    plan = plan_of(similarity, policy, ids.shape[1])
     return run_all(
         ids, weights, plan, None if rows is None else torch.tensor(rows, dtype=torch.int8)
     )
 
 
 def run_all(ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
-    expected, counted = reroute(ids, weights, plan, rows), None
+    (expected, scaled), counted = reroute(ids, weights, plan, rows), None
     for name, implementation in RUNNERS.items():
-        counters = new_counters()
-        assert torch.equal(implementation(ids, weights, plan, rows, counters), expected), name
+        counters, own = new_counters(), weights.clone(memory_format=torch.preserve_format)
+        assert torch.equal(implementation(ids, own, plan, rows, counters), expected), name
+        assert torch.equal(own, scaled), name
         counted = counters if counted is None else counted
         assert torch.equal(counters, counted), name
     return expected
@@ -152,8 +207,88 @@ def test_implementations_agree_on_ten_thousand_batches() -> None:
         ids = ids.masked_fill(torch.rand(T, K, generator=g) < 0.05, -1)
         weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.05, 0)
         rows = torch.randint(0, 3, (T,), generator=g).to(torch.int8)
-        policy = Policy(S=1 + seed % K, rho=(seed % 5) / 5, max_active=K + seed % (E - K))
-        run_all(ids, weights, Plan.build(similarity, policy, K=K), rows)
+        threshold = {"rho": (seed % 5) / 5} if seed % 2 else {"tau": (seed % 7) ** 3 / 1000}
+        policy = Policy(S=1 + seed % K, max_active=K + seed % (E - K), **threshold)
+        run_all(ids, weights, plan_of(similarity, policy, K), rows)
+
+
+# Three experts' outputs in the plane: 0 and 1 at a right angle, 2 between them and half as long.
+OUTPUTS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+
+
+def expected_error(policy: Policy) -> Plan:
+    gram = OUTPUTS @ OUTPUTS.T
+    own = gram.diagonal()
+    substitution = Substitution.of(gram, own.expand(3, 3), own, scaled=policy.scales)
+    return Plan.build(torch.eye(3), policy, K=2, substitution=substitution)
+
+
+def test_the_worked_example_of_expected_error() -> None:
+    """docs/method.md: expert 2 loses half its energy to 0 with the scale 1/2; a's share is 1/4."""
+    ids, weights = (
+        torch.tensor([[0, 2], [1, 0]], dtype=torch.int32),
+        torch.tensor([[0.75, 0.25]] * 2),
+    )
+    plan = expected_error(Policy(S=1, tau=0.04, min_active=1))
+    assert plan.neighbours.tolist() == [[2, 1], [2, 0], [0, 1]]
+    assert plan.errors.tolist() == [[FRACTION // 2, FRACTION]] * 2 + [[FRACTION // 2] * 2]
+    assert plan.scales.tolist() == [[1, 0], [1, 0], [0.5, 0.5]]
+    run_all(ids, weights, plan, None)
+    new_ids, new_weights = reroute(ids, weights, plan)  # the loss is 1/16 * 1/2 = 0.03125
+    assert new_ids.tolist() == [[0, 0], [1, 0]]
+    assert new_weights.tolist() == [[0.75, 0.125], [0.75, 0.25]]
+    strict = expected_error(Policy(S=1, tau=0.03, min_active=1))
+    assert torch.equal(reroute(ids, weights, strict)[0], ids)
+    equal = expected_error(Policy(S=1, tau=0.03125, min_active=1))
+    assert torch.equal(reroute(ids, weights, equal)[0], new_ids)  # only what loses more is kept
+    kept = expected_error(Policy(S=1, tau=0.04, min_active=1, weights="keep"))
+    assert torch.equal(reroute(ids, weights, kept)[1], weights)
+
+
+def test_the_ceiling_keeps_the_largest_losses_and_of_equals_the_lowest() -> None:
+    """tau=0 would load every expert; max_active decides how many, in order of loss."""
+    ids = torch.tensor([[0, 4, 3], [0, 2, 5]], dtype=torch.int32)
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.375, 0.125]])
+    substitution = Substitution(torch.full((6, 6), 0.5), torch.ones(6, 6))
+
+    def kept(ceiling: int) -> set[int]:
+        policy = Policy(S=1, tau=0.0, min_active=1, max_active=ceiling)
+        plan = Plan.build(torch.eye(6), policy, K=3, substitution=substitution)
+        return set(run_all(ids, weights, plan, None).flatten().tolist())
+
+    assert [kept(n) for n in (1, 2, 3, 4, 5)] == [
+        {0},
+        {0, 2},
+        {0, 2, 3},
+        {0, 2, 3, 4},
+        {0, 2, 3, 4, 5},
+    ]
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e4])
+def test_losses_do_not_depend_on_the_scale_of_the_weights(factor: float) -> None:
+    """Some routers normalise, some multiply by a constant."""
+    ids, weights, similarity = batch(8, 32, 4, 32)
+    policy = Policy(S=1, tau=0.02)
+    weights = (weights * 1024).round() / 1024  # whole numbers stay whole
+    expected = run(ids, weights, similarity, policy)
+    assert (run(ids, weights * factor, similarity, policy) != expected).float().mean() < 0.02
+
+
+def test_a_smaller_tau_never_loads_fewer_experts() -> None:
+    ids, weights, similarity = batch(9, 32, 4, 32)
+    taus = [0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0]
+    loaded = [
+        set(run(ids, weights, similarity, Policy(S=1, tau=t)).flatten().tolist()) for t in taus
+    ]
+    assert all(more >= fewer for more, fewer in pairwise(loaded))
+    assert len(loaded[0]) > len(loaded[-1])
+
+
+def test_what_loses_by_itself_needs_the_experts_outputs() -> None:
+    for wanting in (Policy(tau=0.1), Policy(fill="error"), Policy(weights="scale")):
+        with pytest.raises(PolicyError, match="calibrate on text"):
+            Plan.build(torch.eye(4), wanting, K=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -169,11 +304,12 @@ def test_weights_of_any_precision(dtype: torch.dtype) -> None:
 @given(cases())
 def test_equals_the_definition(case: tuple[Tensor, Tensor, Tensor, Policy, list[int]]) -> None:
     ids, weights, similarity, policy, rows = case
-    plan = Plan.build(similarity, policy, K=ids.shape[1])
+    plan = plan_of(similarity, policy, ids.shape[1])
     routing = route(ids, weights, plan, torch.tensor(rows, dtype=torch.int8))
     assert torch.equal(run(ids, weights, similarity, policy, rows), routing.ids)
-    expected, primary, critical = by_hand(ids, weights, similarity, policy, rows)
+    expected, scaled, primary, critical = by_hand(ids, weights, similarity, policy, rows)
     assert routing.ids.tolist() == expected
+    assert torch.equal(routing.weights, torch.tensor(scaled).reshape(weights.shape))
     assert set(routing.primary.nonzero().flatten().tolist()) == primary
     assert set(ids[routing.critical].tolist()) == critical
 
@@ -188,7 +324,7 @@ def test_active_experts_are_primaries_or_critical(
     routing = route(
         ids,
         weights,
-        Plan.build(similarity, policy, K=ids.shape[1]),
+        plan_of(similarity, policy, ids.shape[1]),
         torch.tensor(rows, dtype=torch.int8),
     )
     critical = set(ids[routing.critical].tolist())
@@ -249,7 +385,7 @@ def test_larger_S_or_rho_never_reroutes_more(
 def test_model_sized_batches(E: int, K: int) -> None:
     ids, weights, similarity = batch(E * K, 32, K, E)
     policy = Policy(S=1, rho=0.5)
-    expected, primary, _ = by_hand(ids, weights, similarity, policy, [FAST] * 32)
+    expected, _, primary, _ = by_hand(ids, weights, similarity, policy, [FAST] * 32)
     assert run(ids, weights, similarity, policy).tolist() == expected
     assert K == 1 or len(primary) < ids.unique().numel()
 
@@ -373,7 +509,7 @@ def test_no_rows() -> None:
 def test_switched_off_is_identity(policy: Policy) -> None:
     ids, weights, similarity = batch(7, 32, 4, 32)
     assert torch.equal(run(ids, weights, similarity, policy), ids)
-    assert torch.equal(reroute(ids, weights, Plan.off(32)), ids)
+    assert torch.equal(reroute(ids, weights, Plan.off(32))[0], ids)
 
 
 def test_non_contiguous_input() -> None:
@@ -391,7 +527,7 @@ def test_a_plan_is_overwritten_in_place() -> None:
     held = plan.neighbours.data_ptr()
     plan.copy_(Plan.build(similarity, Policy(S=1), K=4))
     assert plan.neighbours.data_ptr() == held
-    assert torch.equal(reroute(ids, weights, plan), run(ids, weights, similarity, Policy(S=1)))
+    assert torch.equal(reroute(ids, weights, plan)[0], run(ids, weights, similarity, Policy(S=1)))
 
 
 def test_counters_tell_what_happened() -> None:

@@ -38,6 +38,7 @@ PROMPTS = [e.prompt for e in examples(24, seed=7, split="held_out")]
 TOKENS = 12
 GENERATE = ["generate", PROMPTS, TOKENS]
 ALONE = ["generate", PROMPTS[:1], TOKENS]
+PER_LAYER = {"1": {"S": 2}, "2": {"tau": 0.02}}
 S1 = {"S": 1, "rho": 0.0}
 
 
@@ -74,7 +75,7 @@ def with_plugin(table_path: Path) -> dict[str, Any]:
         "reset again": ["rpc", "sere_reset"],
         "all run": GENERATE,
         "all stats": ["rpc", "sere_stats"],
-        "on": ["rpc", "sere_policy", {"S": 1, "rho": 0.2, "layers": {"1": {"S": 2}}}],
+        "on": ["rpc", "sere_policy", {"S": 1, "rho": 0.2, "layers": PER_LAYER}],
         "capture": ["capture"],
         "record": ["rpc", "sere_record", True],
         "captured run": ["generate", PROMPTS, 4],
@@ -148,24 +149,26 @@ def test_ids_inside_vllm_are_the_specifications(
     with_plugin: dict[str, Any], table_path: Path
 ) -> None:
     table = Table.load(table_path)
-    policy = Policy(S=1, rho=0.2, layers={1: {"S": 2}})
-    moved = 0
+    policy = Policy(S=1, rho=0.2, layers=PER_LAYER)
+    moved = scaled = 0
     for index, batches in with_plugin["recording"][0].items():
         seen = with_plugin["captured"][f"model.layers.{index}.mlp.experts"]
         assert len(batches) == len(seen) == 4
-        for (ids, weights, rows, _), inside in zip(batches, seen, strict=True):
+        for (ids, weights, rows, _, new_weights), inside in zip(batches, seen, strict=True):
             before = torch.tensor(ids, dtype=torch.int32)
-            after = reroute(
+            after, expected = reroute(
                 before,
                 torch.tensor(weights),
                 table.plan(int(index), policy),
                 torch.tensor(rows, dtype=torch.int8),
             )
             assert after.tolist() == inside
+            assert torch.equal(torch.tensor(new_weights), expected)
             exact = torch.tensor(rows) == RowClass.EXACT
             assert torch.equal(after[exact], before[exact])
             moved += int((after != before).sum())
-    assert moved > 100
+            scaled += int((expected != torch.tensor(weights)).sum())
+    assert moved > 100 and scaled > 10
 
 
 def test_merged_duplicates_take_fewer_slots_and_change_no_token(table_path: Path) -> None:

@@ -5,7 +5,8 @@ returns the mixture [T, H]: asked for one expert a token with weight 1, it gives
 output, so that nothing here knows how an architecture stores weights. Three have other shapes.
 
 An adapter says which module's forward to replace (`hooked`), how to get one expert's output, and
-how to hand the router's choice to a `change` of (hidden, ids, weights) that returns other ids.
+how to hand the router's choice to a `change` of (hidden, ids, weights) that returns other ids and
+weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Change = Callable[[Tensor, Tensor, Tensor], Tensor]
+Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Forward = Callable[..., Any]
 
 
@@ -34,7 +35,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def changed(self, inner: Forward, change: Change) -> Forward:
-        """A forward like `inner` that runs with the ids that `change` returns."""
+        """A forward like `inner` that runs with the ids and weights that `change` returns."""
 
 
 class Mixture(Adapter):
@@ -67,8 +68,9 @@ class Mixture(Adapter):
 
     def changed(self, inner: Forward, change: Change) -> Forward:
         def forward(hidden: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Any:
-            new = change(hidden.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2))
-            return inner(hidden, new.view_as(ids), weights, *rest)
+            flat = (hidden.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2))
+            new_ids, new_weights = change(*flat)
+            return inner(hidden, new_ids.view_as(ids), new_weights.view_as(weights), *rest)
 
         return forward
 
@@ -96,8 +98,8 @@ class ScaledInputs(Adapter):
         def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
             scores, logits = inner(hidden)
             weights, ids = scores.topk(self._K)
-            new = change(hidden, ids, weights)
-            return torch.zeros_like(scores).scatter_add_(1, new, weights), logits
+            ids, weights = change(hidden, ids, weights)
+            return torch.zeros_like(scores).scatter_add_(1, ids, weights), logits
 
         return forward
 
@@ -125,12 +127,12 @@ class SortedDispatch(Adapter):
             chosen = experts.repeat_interleave(torch.tensor(sizes, device=slots.device))
             ids = torch.empty_like(slots).scatter_(0, slots, chosen).view(-1, self._K)
             weights = torch.empty_like(gates).scatter_(0, slots, gates).view(-1, self._K)
-            new = change(hidden, ids, weights)
-            if torch.equal(new, ids):  # keep even the order of equals, and so every bit
-                return slots, rows, gates, sizes, logits
+            new, scaled = change(hidden, ids, weights)
+            if torch.equal(new, ids) and torch.equal(scaled, weights):
+                return slots, rows, gates, sizes, logits  # even the order of equals, every bit
             slots = new.flatten().argsort(stable=True)
             sizes = new.flatten().bincount(minlength=self.E).tolist()
-            return slots, slots // self._K, weights.flatten()[slots], sizes, logits
+            return slots, slots // self._K, scaled.flatten()[slots], sizes, logits
 
         return forward
 
@@ -150,7 +152,8 @@ class OneHot(Adapter):
     def changed(self, inner: Forward, change: Change) -> Forward:
         def forward(hidden: Tensor, mask: Tensor, weights: Tensor) -> Any:
             ids = mask.argmax(-1).where(mask.any(-1), -1)
-            return inner(hidden, self._mask(change(hidden, ids, weights)), weights)
+            ids, weights = change(hidden, ids, weights)
+            return inner(hidden, self._mask(ids), weights)
 
         return forward
 

@@ -115,11 +115,13 @@ def observed(layers: list[MoELayer], observer: Observer) -> Iterator[None]:
     The model's results do not change by a bit.
     """
 
-    def watch(layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def watch(
+        layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         observer(layer, hidden, ids, weights)
-        return ids
+        return ids, weights
 
-    with _routed(layers, watch):
+    with routed(layers, watch):
         yield
 
 
@@ -132,17 +134,22 @@ def rerouted(
     plans: by decoder layer index. rows: gives the row classes [T] of the forward pass under way.
     """
 
-    def route(layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def route(
+        layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return reroute(ids, weights, plans[layer.index], rows())
 
-    with _routed(layers, route):
+    with routed(layers, route):
         yield
 
 
+LayerChange = Callable[[MoELayer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @contextmanager
-def _routed(
-    layers: list[MoELayer], change: Callable[[MoELayer, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
+def routed(layers: list[MoELayer], change: LayerChange) -> Iterator[None]:
+    """Run every MoE layer with the (ids, weights) that `change(layer, hidden [T, H], ids [T, K],
+    weights [T, K])` returns."""
     with ExitStack() as restore:
         for layer in layers:
             restore.enter_context(_hooked(layer, change))
@@ -150,16 +157,14 @@ def _routed(
 
 
 @contextmanager
-def _hooked(
-    layer: MoELayer, change: Callable[[MoELayer, Tensor, Tensor, Tensor], Tensor]
-) -> Iterator[None]:
+def _hooked(layer: MoELayer, change: LayerChange) -> Iterator[None]:
     module = layer.adapter.hooked
     attribute = forward_attribute(module)
     inner = getattr(module, attribute)
     had_own = attribute in vars(module)
     inside = False
 
-    def once(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def once(hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal inside
         inside = True
         try:

@@ -10,11 +10,12 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 # What a layer may override; `rows` is a property of the whole engine.
-LAYER_KEYS = ("S", "rho", "rho_quantile", "min_active", "max_active")
+LAYER_KEYS = ("S", "rho", "rho_quantile", "tau", "min_active", "max_active", "fill", "weights")
+_THRESHOLDS = ("rho", "rho_quantile", "tau")
 
 
 class PolicyError(ValueError):
@@ -31,19 +32,30 @@ class Policy:
     rho_quantile: instead of rho, the share of a layer's experts that are not to be replaced by
         others, in [0, 1): the threshold is that quantile of the experts' similarities to their
         nearest. Means the same in every layer, model and measure of similarity.
+    tau: instead of rho, the loss that no single replacement may exceed, in [0, 2): the square of
+        the slot's share of its token's weights, times the share of the expert's output energy that
+        the stand-in does not reproduce (docs/method.md). Means the same in every layer and model;
+        experts that would lose more are loaded, the largest loss first.
     min_active: S grows until the batch has this many primaries. None means K, so that a batch
         of one token is left exactly as it was.
     max_active: S shrinks (never below 1) until the batch has at most this many primaries.
-        None means no ceiling.
+        None means no ceiling. With tau also the ceiling of what it loads.
+    fill: which primary stands in: the most "similar" by the table, or that with the least expected
+        "error". None means "error" with tau, else "similar".
+    weights: "keep" a moved slot's weight, or "scale" it by the least-squares factor that makes the
+        stand-in's output nearest. None means "scale" with tau, else "keep".
     rows: "decode" re-routes only decode rows; "all" also prefill rows, as the paper's code does.
-    layers: per decoder layer index, any of S, rho, rho_quantile, min_active, max_active.
+    layers: per decoder layer index, any of the settings above but `rows`.
     """
 
     S: int = 2
     rho: float = 0.0
     rho_quantile: float | None = None
+    tau: float | None = None
     min_active: int | None = None
     max_active: int | None = None
+    fill: Literal["similar", "error"] | None = None
+    weights: Literal["keep", "scale"] | None = None
     rows: Literal["decode", "all"] = "decode"
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -52,7 +64,11 @@ class Policy:
         _check_count("min_active", self.min_active, optional=True)
         _check_count("max_active", self.max_active, optional=True)
         object.__setattr__(self, "rho", _checked_rho(self.rho))
-        _check_quantile(self.rho_quantile, self.rho)
+        _check_quantile(self.rho_quantile)
+        _check_tau(self.tau)
+        _check_choice("fill", self.fill, ("similar", "error"))
+        _check_choice("weights", self.weights, ("keep", "scale"))
+        self._check_one_threshold()
         if self.min_active and self.max_active and self.min_active > self.max_active:
             raise PolicyError(
                 f"min_active={self.min_active} exceeds max_active={self.max_active}: "
@@ -61,6 +77,33 @@ class Policy:
         if self.rows not in ("decode", "all"):
             raise PolicyError(f'rows={self.rows!r}: expected "decode" or "all"')
         object.__setattr__(self, "layers", self._checked_layers())
+
+    def _check_one_threshold(self) -> None:
+        given = [f"{name}={value}" for name in _THRESHOLDS if (value := getattr(self, name))]
+        if self.tau is not None and not self.tau:
+            given.append("tau=0")
+        if len(given) > 1:
+            raise PolicyError(f"{' and '.join(given)}: give one threshold, not several")
+        if self.fill == "error" and (self.rho or self.rho_quantile is not None):
+            raise PolicyError(
+                f'{given[0]} is a threshold of similarity, fill="error" does not look at it: '
+                "use tau instead"
+            )
+
+    @property
+    def fills_by_error(self) -> bool:
+        """Whether the stand-in is the primary with the least expected error."""
+        return (self.fill or ("similar" if self.tau is None else "error")) == "error"
+
+    @property
+    def scales(self) -> bool:
+        """Whether moved slots' weights are scaled."""
+        return (self.weights or ("keep" if self.tau is None else "scale")) == "scale"
+
+    @property
+    def needs_errors(self) -> bool:
+        """Whether the policy needs to know what replacements lose."""
+        return self.tau is not None or self.fills_by_error or self.scales
 
     def _checked_layers(self) -> dict[int, dict[str, Any]]:
         if not isinstance(self.layers, Mapping):
@@ -81,13 +124,11 @@ class Policy:
         return self._overridden(self.layers.get(index, {}))
 
     def _overridden(self, override: Mapping[str, Any]) -> Policy:
-        """One threshold takes the place of the other."""
-        base = replace(self, layers={})
-        if "rho" in override:
-            base = replace(base, rho_quantile=None)
-        elif "rho_quantile" in override:
-            base = replace(base, rho=0.0)
-        return replace(base, **override)
+        """One threshold takes the place of the others."""
+        base = {f.name: getattr(self, f.name) for f in fields(self)} | {"layers": {}}
+        if any(name in override for name in _THRESHOLDS):
+            base |= {"rho": 0.0, "rho_quantile": None, "tau": None}
+        return Policy(**{**base, **override})
 
     def check_against(self, K: int, E: int) -> None:
         """Raise `PolicyError` if these settings make no sense for K of E experts per token."""
@@ -155,15 +196,28 @@ def _check_count(name: str, value: Any, *, optional: bool) -> None:
         raise PolicyError(f"{name}={value}: expected a whole number >= 1")
 
 
-def _check_quantile(value: Any, rho: float) -> None:
+def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise PolicyError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+
+def _check_tau(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2:
+        raise PolicyError(
+            f"tau={value!r}: expected a loss per token and expert, 0 <= tau < 2, usually 0.001 to "
+            "0.1"
+        )
+
+
+def _check_quantile(value: Any) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise PolicyError(
             f"rho_quantile={value!r}: expected a share of the experts, 0 <= share < 1"
         )
-    if rho:
-        raise PolicyError(f"rho={rho} and rho_quantile={value}: give one threshold, not both")
 
 
 def _checked_rho(value: Any) -> float:

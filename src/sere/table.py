@@ -21,6 +21,7 @@ from torch import Tensor
 from sere.checkpoint import Fingerprint
 from sere.files import replaced
 from sere.kernels import Plan
+from sere.kernels.plan import Substitution
 from sere.policy import Policy
 
 FORMAT = 2
@@ -66,6 +67,18 @@ class LayerStatistics:
         empty = torch.zeros(E, E)
         return cls(similarity, torch.zeros(E), empty, empty, empty, empty, tokens=0)
 
+    def substitution(self, *, scaled: bool) -> Substitution:
+        """What is lost when one expert answers for another, over the tokens routed to the latter;
+        for an expert that no token chose, over all tokens."""
+        seen = (self.directed_energy.diagonal() > 0)[:, None]
+        energy = self.gram.diagonal()
+        return Substitution.of(
+            torch.where(seen, self.directed, self.gram),
+            torch.where(seen, self.directed_energy, energy[None, :]),
+            torch.where(seen[:, 0], self.directed_energy.diagonal(), energy),
+            scaled=scaled,
+        )
+
 
 @dataclass(frozen=True)
 class Table:
@@ -100,10 +113,13 @@ class Table:
         """The operator's plan for one layer under `policy` (layer overrides applied)."""
         layer = self.layers[index]
         settings = policy.for_layer(index)
-        plan = Plan.build(layer.similarity, settings, K=self.fingerprint.K)
         if _is_identity(layer.similarity):
-            plan.neighbours.fill_(-1)
-        return plan
+            nothing = Policy(S=settings.S, rho=2.0, max_active=settings.max_active)
+            return Plan.build(layer.similarity, nothing, K=self.fingerprint.K)
+        substitution = layer.substitution(scaled=settings.scales) if layer.tokens else None
+        return Plan.build(
+            layer.similarity, settings, K=self.fingerprint.K, substitution=substitution
+        )
 
     def check_against(self, model: Fingerprint) -> None:
         """Raise `TableError` unless this table was calibrated on `model`."""

@@ -2,7 +2,7 @@
 
 `sere.kernels.reference` is the specification; implementations are tested to equal it bit for bit.
 `torch.ops.sere.route` is the operator as PyTorch sees it: opaque to `torch.compile`, and free of
-host syncs, so that CUDA graphs can hold it.
+host syncs, so that CUDA graphs can hold it. It scales weights in place.
 """
 
 from __future__ import annotations
@@ -30,23 +30,33 @@ def reroute(
     plan: Plan,
     rows: Tensor | None = None,
     counters: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Move tokens of secondary experts to the most similar primary expert of the batch.
 
     topk_ids: [T, K] integer, the router's choice, slots in any order; never written to.
-    topk_weights: [T, K] floating point, the combine weights (not logits) of those slots.
-    plan: neighbour lists and settings of this layer, on the same device.
+    topk_weights: [T, K] floating point, the combine weights (not logits) of those slots; never
+        written to.
+    plan: neighbour lists, errors, scales and settings of this layer, on the same device.
     rows: [T] int8 `RowClass` on the same device; None means that all rows are FAST.
     counters: optional [len(COUNTERS)] int64 on the same device, added to in place.
 
-    Returns new ids [T, K] of the same dtype; the weights stay as they are. The rules are listed
-    in `sere.kernels.reference`. Raises `ValueError` for shapes that do not fit together.
+    Returns new ids and weights [T, K] of the same dtypes; weights differ only where the plan
+    scales them. The rules are listed in `sere.kernels.reference`.
+    Raises `ValueError` for shapes that do not fit together.
     """
     _check(topk_ids, topk_weights, rows)
+    weights = topk_weights.clone(memory_format=torch.contiguous_format)
     ids: Tensor = torch.ops.sere.route(
-        topk_ids, topk_weights, plan.neighbours, plan.settings, rows, counters
+        topk_ids,
+        weights,
+        plan.neighbours,
+        plan.errors,
+        plan.scales,
+        plan.settings,
+        rows,
+        counters,
     )
-    return ids
+    return ids, weights
 
 
 def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
@@ -68,12 +78,14 @@ def _route(
     topk_ids: Tensor,
     topk_weights: Tensor,
     neighbours: Tensor,
+    errors: Tensor,
+    scales: Tensor,
     settings: Tensor,
     rows: Tensor | None,
     counters: Tensor | None,
 ) -> Tensor:
     run = load(implementation_for(topk_ids.device))
-    return run(topk_ids, topk_weights, Plan(neighbours, settings), rows, counters)
+    return run(topk_ids, topk_weights, Plan(neighbours, errors, scales, settings), rows, counters)
 
 
 def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:
@@ -82,8 +94,8 @@ def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:
 
 _LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "route(Tensor topk_ids, Tensor topk_weights, Tensor neighbours, Tensor settings, "
-    "Tensor? rows, Tensor(a!)? counters) -> Tensor"
+    "route(Tensor topk_ids, Tensor(a!) topk_weights, Tensor neighbours, Tensor errors, "
+    "Tensor scales, Tensor settings, Tensor? rows, Tensor(b!)? counters) -> Tensor"
 )
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
 torch.library.register_fake("sere::route", _like_ids, lib=_LIBRARY)

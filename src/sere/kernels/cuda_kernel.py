@@ -45,26 +45,30 @@ def run(
     out = torch.empty((T, K), dtype=topk_ids.dtype, device=topk_ids.device)
     if T == 0 or K == 0:
         return out
-    if topk_weights.dtype not in (torch.float32, torch.float64):
-        topk_weights = topk_weights.float()  # order and zeros are kept
+    weights = topk_weights
+    if weights.dtype not in (torch.float32, torch.float64):
+        weights = weights.float()  # order and zeros are kept
     batch = (
         *(topk_ids.data_ptr(), topk_ids.stride(0), topk_ids.stride(1)),
-        *(topk_weights.data_ptr(), topk_weights.stride(0), topk_weights.stride(1)),
+        *(weights.data_ptr(), weights.stride(0), weights.stride(1)),
         *(_pointer(rows), c_int(T), c_int(K), c_int(E)),
     )
     decision = (
-        *(plan.neighbours.data_ptr(), plan.settings.data_ptr()),
+        *(plan.neighbours.data_ptr(), plan.errors.data_ptr()),
+        *(plan.scales.data_ptr(), plan.settings.data_ptr()),
         *(out.data_ptr(), _pointer(counters)),
     )
-    kernels = _kernels(topk_ids.device, topk_ids.dtype, topk_weights.dtype)
+    kernels = _kernels(topk_ids.device, topk_ids.dtype, weights.dtype)
     if T * K <= ONE_BLOCK:
         kernels.launch("reroute_at_once", 1, *batch, *decision)
-        return out
-    votes = torch.full((E + 1,), _NEVER, dtype=torch.int32, device=topk_ids.device)
-    share = max(1, THREADS // K)
-    blocks = -(-T // share)
-    kernels.launch("reroute_vote", blocks, *batch, c_int(share), votes.data_ptr())
-    kernels.launch("reroute_move", blocks, *batch, c_int(share), votes.data_ptr(), *decision)
+    else:
+        votes = torch.full((2 * E + 1,), _NEVER, dtype=torch.int32, device=topk_ids.device)
+        share = max(1, THREADS // K)
+        blocks, shared_out = -(-T // share), (c_int(share), votes.data_ptr())
+        kernels.launch("reroute_vote", blocks, *batch, *shared_out, plan.settings.data_ptr())
+        kernels.launch("reroute_move", blocks, *batch, *shared_out, *decision)
+    if weights is not topk_weights:
+        topk_weights.copy_(weights)
     return out
 
 

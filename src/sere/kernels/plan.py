@@ -6,28 +6,40 @@ new policy is written into the same buffers and captured CUDA graphs stay valid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from sere.policy import Policy
+from sere.policy import Policy, PolicyError
 
 NO_CEILING = 2**31 - 1
 # S so large that every slot is primary: the operator is then the identity.
 OFF = 2**31 - 1
+NO_TOLERANCE = -1
+
+FRACTION = 2**15
+"""Shares and errors are whole numbers of 1 / FRACTION; losses and tau of 1 / FRACTION^2."""
+LARGEST_ERROR = 2 * FRACTION - 1  # keeps a loss within 31 bits; it is an error of nearly 200 %
 
 
 @dataclass(frozen=True)
 class Plan:
     """One layer's re-routing decisions, laid out for the operator.
 
-    neighbours: [E, E-1] int32. Row u lists the other experts, most similar first (ties: lowest
+    neighbours: [E, E-1] int32. Row u lists the other experts, best stand-in first (ties: lowest
         id), cut where the similarity falls below rho; -1 fills the rest.
-    settings: [3] int32: S, min_active, max_active.
+    errors: [E, E-1] int32, beside `neighbours`: the share of u's output energy that is lost when
+        this neighbour stands in, in units of 1 / FRACTION.
+    scales: [E, E-1] float32, beside `neighbours`: what to multiply a weight with when u's slot goes
+        to this neighbour.
+    settings: [5] int32: S, min_active, max_active, tau in units of 1 / FRACTION^2 (or
+        NO_TOLERANCE), and whether weights are scaled.
     """
 
     neighbours: Tensor
+    errors: Tensor
+    scales: Tensor
     settings: Tensor
 
     @property
@@ -35,36 +47,90 @@ class Plan:
         return self.neighbours.shape[0]
 
     @classmethod
-    def build(cls, similarity: Tensor, policy: Policy, *, K: int) -> Plan:
+    def build(
+        cls, similarity: Tensor, policy: Policy, *, K: int, substitution: Substitution | None = None
+    ) -> Plan:
         """Plan of one layer.
 
         similarity: [E, E] floating point, the larger the more alike; the diagonal is ignored.
         policy: settings of this layer (see `Policy.for_layer`).
         K: experts per token of the model; the default of `min_active`.
+        substitution: what is lost when one expert stands in for another; needed by a policy with
+            `tau`, `fill="error"` or `weights="scale"` (`PolicyError` without).
         """
         E = similarity.shape[0]
         policy.check_against(K, E)
-        ranked = similarity.double().clone().fill_diagonal_(-torch.inf)
+        if substitution is None:
+            if policy.needs_errors:
+                raise PolicyError(
+                    "tau, fill and weights need to know the experts' outputs, and this table was "
+                    "made without text: calibrate on text, or use S and rho alone"
+                )
+            substitution = Substitution(torch.zeros_like(similarity), torch.ones_like(similarity))
+        merit = -substitution.error if policy.fills_by_error else similarity
+        ranked = merit.double().clone().fill_diagonal_(-torch.inf)
         values, order = torch.sort(ranked, dim=-1, descending=True, stable=True)
-        neighbours = order.masked_fill(values < _threshold(values, policy), -1)[:, : E - 1]
-        settings = [policy.S, policy.min_active or K, policy.max_active or NO_CEILING]
+        order = order[:, : E - 1]
+        neighbours = order
+        if policy.tau is None and not policy.fills_by_error:
+            values = values[:, : E - 1]
+            neighbours = order.masked_fill(values < _threshold(values, policy), -1)
+        errors = (substitution.error.gather(1, order) * FRACTION).round().clamp(0, LARGEST_ERROR)
+        scales = substitution.scale.gather(1, order)
+        tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * FRACTION**2)
+        ceiling = policy.max_active or NO_CEILING
+        settings = [policy.S, policy.min_active or K, ceiling, tau, int(policy.scales)]
         return cls(
             neighbours.to(torch.int32).contiguous(),
+            errors.to(torch.int32).contiguous(),
+            scales.float().contiguous(),
             torch.tensor(settings, dtype=torch.int32, device=similarity.device),
         )
 
     @classmethod
     def off(cls, num_experts: int, device: torch.device | str | None = None) -> Plan:
         """A plan that leaves every batch as it is, and counts nothing."""
+        shape = (num_experts, num_experts - 1)
         return cls(
-            torch.full((num_experts, num_experts - 1), -1, dtype=torch.int32, device=device),
-            torch.tensor([OFF, 1, NO_CEILING], dtype=torch.int32, device=device),
+            torch.full(shape, -1, dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.int32, device=device),
+            torch.ones(shape, dtype=torch.float32, device=device),
+            torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.int32, device=device),
         )
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        return Plan(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def copy_(self, other: Plan) -> None:
         """Overwrite this plan in place, so that whoever holds its buffers sees the new one."""
-        self.neighbours.copy_(other.neighbours)
-        self.settings.copy_(other.settings)
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """What happens when expert v answers for u, [E, E] each, row u.
+
+    error: the share of u's output energy that is lost, 0 for a perfect stand-in.
+    scale: what v's output is to be multiplied with.
+    """
+
+    error: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, cross: Tensor, energy: Tensor, own: Tensor, *, scaled: bool) -> Substitution:
+        """From second moments [E, E] over the tokens that count for u.
+
+        cross: mean of <E_u(x), E_v(x)>. energy: mean of |E_v(x)|^2. own: [E], mean of |E_u(x)|^2.
+        scaled: with the least-squares scale <E_u, E_v> / |E_v|^2, but never a negative one.
+        """
+        cross, energy, own = cross.double(), energy.double(), own.double()[:, None]
+        tiny = torch.finfo(torch.float64).tiny
+        scale = (cross / energy.clamp(min=tiny)).clamp(min=0) if scaled else torch.ones_like(cross)
+        lost = own - 2 * scale * cross + scale**2 * energy
+        return cls((lost / own.clamp(min=tiny)).clamp(min=0), scale)
 
 
 def _threshold(ranked: Tensor, policy: Policy) -> float:

@@ -18,14 +18,22 @@ The rules, in the order in which they apply:
    The primaries for a given s are the experts with `first_rank < s`.
 4. s starts at S, grows until there are `min_active` primaries (at most to K), then shrinks (not
    below 1) while there are more than `max_active`.
-5. A counting slot of a FAST row whose expert u is not primary goes to the first primary in u's
-   neighbour list; with none in the list, u is critical and stays.
-6. A slot that carries nothing (a VOID row's, or weight 0 in a FAST row) and names an expert that
+5. If the plan has a tolerance tau: the *share* of a FAST row's counting slot is its weight over the
+   row's sum. The *loss* of an expert u that is chosen and not primary is the largest share of any
+   row, squared, times the error of the first primary in u's neighbour list. The experts that would
+   lose more than tau become primary too, largest loss first (ties: lowest id), while there are
+   fewer than `max_active` primaries.
+6. A counting slot of a FAST row whose expert u is not primary goes to the first primary in u's
+   neighbour list, its weight times that neighbour's scale; with none in the list, u is critical
+   and stays.
+7. A slot that carries nothing (a VOID row's, or weight 0 in a FAST row) and names an expert that
    is not primary goes to the lowest-numbered primary, so that it keeps no expert busy.
-7. No primary at all, or S >= K: nothing changes.
+8. No primary at all, or S >= K: nothing changes.
 
-Weights are never touched; ids keep shape and dtype and are returned in a new tensor. Two slots of
-a row may end up naming one expert: the mixture then adds both weights, which is exact.
+Shares, errors and losses are whole numbers (see `FRACTION`): sums and comparisons then come out the
+same in any order of the rows, on any machine. Where all scales are 1 the weights do not change by a
+bit. Two slots of a row may end up naming one expert: the mixture then adds both weights, which is
+exact.
 """
 
 from __future__ import annotations
@@ -36,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sere.kernels.plan import OFF, Plan
+from sere.kernels.plan import FRACTION, OFF, Plan
 
 
 class RowClass(IntEnum):
@@ -60,21 +68,29 @@ COUNTERS = (
 )
 
 
+WEIGHT_FRACTION = 2**20
+"""A weight as a whole number is this many times the weight, rounded down."""
+LARGEST_WEIGHT = 2.0**15
+"""Larger ones count as this much towards shares."""
+
+
 class Routing(NamedTuple):
     """What the specification decides for one batch."""
 
     ids: Tensor  # [T, K], dtype of the input
-    primary: Tensor  # [E] bool
-    critical: Tensor  # [T, K] bool: slots kept because no primary is similar enough
+    weights: Tensor  # [T, K], dtype of the input
+    primary: Tensor  # [E] bool, those of rule 5 included
+    critical: Tensor  # [T, K] bool: slots kept because no primary could stand in for their expert
 
 
 def run(
     topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
 ) -> Tensor:
-    """New ids [T, K]; counts the step if `counters` are given."""
+    """New ids [T, K]; scales the weights in place; counts the step if `counters` are given."""
     routing = route(topk_ids, topk_weights, plan, rows)
     if counters is not None:
         count(counters, topk_ids, routing, plan, rows)
+    topk_weights.copy_(routing.weights)
     return routing.ids
 
 
@@ -82,7 +98,7 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
     T, K = topk_ids.shape
     E = plan.num_experts
-    S, min_active, max_active = plan.settings.unbind()
+    S, min_active, max_active, tau, _ = plan.settings.unbind()
     if rows is None:
         rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
     fast, exact = (rows == RowClass.FAST)[:, None], (rows == RowClass.EXACT)[:, None]
@@ -92,15 +108,23 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     expert = topk_ids.long().clamp(0, E - 1)  # safe to index with; meaningless where not valid
 
     first_rank = _first_rank(expert, _ranks(topk_weights, counts), counts & fast, valid & exact, E)
-    primary = first_rank < _choose_s(first_rank, S, min_active, max_active, K)
+    elected = first_rank < _choose_s(first_rank, S, min_active, max_active, K)
+    shares = _largest_shares(topk_weights, expert, counts & fast, E)
+    kept = _kept(shares, elected, max_active, tau, plan) & (S < K)
+    primary = elected | kept
 
-    target = _targets(plan.neighbours, primary)
+    target, place = _targets(plan.neighbours, primary)
     movable = valid & ~primary[expert] & (S < K) & primary.any()
     moved = torch.where(movable & counts & fast, target[expert], expert)
     idle = movable & (~(fast | exact) | (fast & ~counts))
     moved = torch.where(idle, primary.to(torch.int8).argmax(), moved)
     ids = torch.where(movable, moved.to(topk_ids.dtype), topk_ids)
-    return Routing(ids, primary, movable & counts & fast & (ids == topk_ids))
+
+    carried = movable & counts & fast & (ids != topk_ids)
+    weights = torch.where(carried, _scaled(topk_weights, plan, place[expert], expert), topk_weights)
+    stayed = movable & counts & fast & (ids == topk_ids)
+    spared = valid & kept[expert] & counts & fast
+    return Routing(ids, weights, primary, stayed | spared)
 
 
 def _ranks(weights: Tensor, counts: Tensor) -> Tensor:
@@ -133,16 +157,53 @@ def _choose_s(
     return torch.minimum(torch.maximum(S.long(), grown), capped)
 
 
-def _targets(neighbours: Tensor, primary: Tensor) -> Tensor:
-    """[E]: where a token of each expert goes: its first primary neighbour, else itself."""
+def _largest_shares(weights: Tensor, expert: Tensor, votes: Tensor, E: int) -> Tensor:
+    """[E] int64 in units of 1 / FRACTION: the largest share of any voting row; 0 for no vote."""
+    magnitude = weights if weights.dtype == torch.float64 else weights.float()
+    magnitude = magnitude.abs().clamp(max=LARGEST_WEIGHT) * WEIGHT_FRACTION
+    whole = magnitude.long().masked_fill(~votes, 0)
+    shares = whole * FRACTION // whole.sum(1, keepdim=True).clamp(min=1)
+    largest = torch.zeros(E, dtype=torch.int64, device=weights.device)
+    return largest.scatter_reduce(0, expert.reshape(-1), shares.reshape(-1), "amax")
+
+
+def _kept(shares: Tensor, elected: Tensor, max_active: Tensor, tau: Tensor, plan: Plan) -> Tensor:
+    """[E] bool: rule 5."""
+    target, place = _targets(plan.neighbours, elected)
+    E = len(target)
+    if E == 1:
+        return torch.zeros_like(elected)
+    error = plan.errors.long().gather(1, place[:, None]).squeeze(1)
+    loss = (shares * shares * error) // FRACTION  # FRACTION^2 stands for 1
+    candidate = ~elected & (target != torch.arange(E, device=target.device)) & (loss > tau)
+    loss = loss.masked_fill(~candidate, -1)
+    earlier = torch.ones(E, E, dtype=torch.bool, device=target.device).triu(1)
+    ahead = (loss[:, None] > loss[None, :]) | ((loss[:, None] == loss[None, :]) & earlier)
+    room = max_active - elected.sum()
+    return candidate & ((ahead & candidate[:, None]).sum(0) < room) & (tau >= 0)
+
+
+def _targets(neighbours: Tensor, primary: Tensor) -> tuple[Tensor, Tensor]:
+    """[E] each: where a token of each expert goes, its first primary neighbour or else itself; and
+    that neighbour's place in the list."""
     E = primary.shape[0]
     stay = torch.arange(E, device=primary.device)
     if E == 1:
-        return stay
+        return stay, torch.zeros_like(stay)
     listed = neighbours.long()
     hit = (listed >= 0) & primary[listed.clamp(min=0)]
-    nearest = listed.gather(1, hit.to(torch.int8).argmax(1, keepdim=True)).squeeze(1)
-    return torch.where(hit.any(1), nearest, stay)
+    place = hit.to(torch.int8).argmax(1)
+    nearest = listed.gather(1, place[:, None]).squeeze(1)
+    return torch.where(hit.any(1), nearest, stay), place
+
+
+def _scaled(weights: Tensor, plan: Plan, place: Tensor, expert: Tensor) -> Tensor:
+    """Weights [T, K] times the scale of each slot's target, in at least float32."""
+    if plan.num_experts == 1:
+        return weights
+    scale = plan.scales[expert, place]
+    exact = weights if weights.dtype == torch.float64 else weights.float()
+    return (exact * scale).to(weights.dtype)
 
 
 def count(

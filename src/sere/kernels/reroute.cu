@@ -3,8 +3,9 @@
 // One block keeps a value for every expert in shared memory. Its steps, a barrier between each:
 //   vote     first_rank[e] = the lowest rank at which any voting row chose e     (rules 1 to 3)
 //   tally    how many experts have each rank, from which every thread finds s    (rule 4)
-//   look up  a warp walks a secondary's neighbour list, 32 entries at a time     (rule 5)
-//   move     every slot to its expert's target, and count                        (rules 5 to 7)
+//   look up  a warp walks a secondary's neighbour list, 32 entries at a time     (rules 5, 6)
+//   rescue   with a tolerance: what loses too much becomes primary; look up again  (rule 5)
+//   move     every slot to its expert's target, and count                        (rules 6 to 8)
 // Batches too large for one block take three launches: a fill, `vote` by many blocks into global
 // memory, and the rest by many blocks.
 //
@@ -16,15 +17,19 @@
 #endif
 
 enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };
-// first_rank of an expert that nobody voted for: named by a real row, or by none.
-enum { NAMED = 1 << 20, NEVER = 1 << 30 };
+// first_rank of an expert that rule 5 made primary, and of those that nobody voted for: named by a
+// real row, or by none.
+enum { RESCUED = -1, NAMED = 1 << 20, NEVER = 1 << 30 };
 enum { OFF = 0x7fffffff, MAX_K = 32, MAX_E = 1024, GROUP = 4 };
+// As in plan.py and reference.py.
+enum { FRACTION = 1 << 15, WEIGHT_FRACTION = 1 << 20, LARGEST_WEIGHT = 1 << 15 };
+enum Setting { SETTING_S, MIN_ACTIVE, MAX_ACTIVE, TAU, SCALES };
 enum Counter { STEPS, BEFORE, AFTER, REROUTED, CRITICAL, ROWS_FAST, ROWS_EXACT, ROWS_VOID, COUNTERS };
 
 struct Batch {
     const ID* ids;
     long long ids_row, ids_slot;
-    const WEIGHT* weights;
+    WEIGHT* weights;
     long long weights_row, weights_slot;
     const signed char* rows;  // or null: all FAST
     int T, K, E;
@@ -32,7 +37,9 @@ struct Batch {
 
 struct Decision {
     const int* neighbours;  // [E, E - 1]
-    const int* settings;    // S, min_active, max_active
+    const int* errors;      // [E, E - 1]
+    const float* scales;    // [E, E - 1]
+    const int* settings;    // see Setting
     ID* out;                // [T, K]
     unsigned long long* counters;  // or null
 };
@@ -40,10 +47,14 @@ struct Decision {
 // What the threads of a block share.
 struct Shared {
     int first_rank[MAX_E];
+    int share[MAX_E];  // the largest of any row, in units of 1 / FRACTION
+    int place[MAX_E];  // of the stand-in in the expert's list, or -1
     int target[MAX_E];
+    int loss[MAX_E];
     int tally[MAX_K + 1];  // experts by first_rank; the last: named, but without a vote
     int lowest;
     int critical_experts;
+    int rescued_experts;
     int counts[COUNTERS];
 };
 
@@ -55,7 +66,7 @@ __device__ static long long expert_at(const Batch& batch, int t, int k) {
     return (long long)batch.ids[t * batch.ids_row + k * batch.ids_slot];
 }
 
-__device__ static WEIGHT weight_at(const Batch& batch, int t, int k) {
+__device__ static WEIGHT& weight_at(const Batch& batch, int t, int k) {
     return batch.weights[t * batch.weights_row + k * batch.weights_slot];
 }
 
@@ -73,20 +84,38 @@ __device__ static int rank_of(const Batch& batch, int t, int k) {
     return rank;
 }
 
+// The slot's weight as a whole number, 0 if it does not count.
+__device__ static long long whole_at(const Batch& batch, int t, int k) {
+    if (!in_range(batch, expert_at(batch, t, k))) return 0;
+    const WEIGHT weight = weight_at(batch, t, k), size = weight < 0 ? -weight : weight;
+    return (long long)((size < LARGEST_WEIGHT ? size : LARGEST_WEIGHT) * WEIGHT_FRACTION);
+}
+
+__device__ static int share_of(const Batch& batch, int t, int k) {
+    long long total = 0;
+    for (int j = 0; j < batch.K; ++j) total += whole_at(batch, t, j);
+    return total ? (int)(whole_at(batch, t, k) * FRACTION / total) : 0;
+}
+
 __device__ static void clear(Shared& shared, int E) {
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
         shared.first_rank[e] = NEVER;
-        shared.target[e] = -1;
+        shared.share[e] = 0;
+        shared.place[e] = -1;
+        shared.loss[e] = -1;
     }
     for (int i = threadIdx.x; i <= MAX_K; i += blockDim.x) shared.tally[i] = 0;
     for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x) shared.counts[i] = 0;
     if (threadIdx.x == 0) {
         shared.lowest = NEVER;
         shared.critical_experts = 0;
+        shared.rescued_experts = 0;
     }
 }
 
-__device__ static void vote(const Batch& batch, Shared& shared, int start, int stop) {
+__device__ static void vote(
+    const Batch& batch, const int* settings, Shared& shared, int start, int stop) {
+    const bool tolerates = settings[TAU] >= 0;
     for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x) {
         const int t = slot / batch.K, k = slot % batch.K, kind = kind_of(batch, t);
         const long long e = expert_at(batch, t, k);
@@ -94,6 +123,7 @@ __device__ static void vote(const Batch& batch, Shared& shared, int start, int s
         const bool counts = weight_at(batch, t, k) != 0;
         const int value = kind == EXACT ? 0 : counts ? rank_of(batch, t, k) : (int)NAMED;
         atomicMin(&shared.first_rank[e], value);
+        if (tolerates && kind == FAST && counts) atomicMax(&shared.share[e], share_of(batch, t, k));
     }
 }
 
@@ -106,7 +136,7 @@ __device__ static void tally(const Batch& batch, Shared& shared) {
 
 // Rule 4. Every thread finds the same s, and the number of primaries.
 __device__ static int choose_s(const Shared& shared, const int* settings, int K, int* primaries) {
-    const int S = settings[0], min_active = settings[1], max_active = settings[2];
+    const int S = settings[SETTING_S], min_active = settings[MIN_ACTIVE], max_active = settings[MAX_ACTIVE];
     int size = 0, too_few = 0, within = 0;
     for (int s = 1; s <= K; ++s) {
         size += shared.tally[s - 1];
@@ -130,7 +160,7 @@ __device__ static void prefetch(const Batch& batch, const int* neighbours, int f
     }
 }
 
-// The first primary in e's list, or -1, found by the lanes of a warp together.
+// Where the first primary stands in e's list, or -1, found by the lanes of a warp together.
 __device__ static int nearest(
     const Shared& shared, const int* list, int length, int s, int listed) {
     const int lane = threadIdx.x % LANES;
@@ -138,7 +168,7 @@ __device__ static int nearest(
         if (at > 0) listed = at + lane < length ? list[at + lane] : -1;
         const bool hit = listed >= 0 && shared.first_rank[listed] < s;
         const unsigned hits = __ballot_sync(~0u, hit);
-        if (hits) return __shfl_sync(~0u, listed, __ffs(hits) - 1);
+        if (hits) return at + __ffs(hits) - 1;
         if (__ballot_sync(~0u, listed < 0)) return -1;
     }
     return -1;
@@ -158,27 +188,60 @@ __device__ static void look_up(
             const int length = batch.E - 1;
             const int found = nearest(shared, neighbours + e * length, length, s, listed[i]);
             if (lane == 0) {
-                shared.target[e] = found;
-                if (found < 0) atomicAdd(&shared.critical_experts, 1);
+                shared.place[e] = found;
+                if (found < 0)
+                    atomicAdd(&shared.critical_experts, 1);
+                else
+                    shared.target[e] = neighbours[e * length + found];
             }
         }
     }
 }
 
+// Rule 5: what would lose more than tau becomes primary, the largest loss first.
+__device__ static void rescue(const Batch& batch, const Decision& decision, Shared& shared, int s, int primaries) {
+    const int tau = decision.settings[TAU], room = decision.settings[MAX_ACTIVE] - primaries;
+    for (int e = threadIdx.x; e < batch.E; e += blockDim.x) {
+        const int rank = shared.first_rank[e], place = shared.place[e];
+        if (rank < s || rank >= NAMED || place < 0) continue;
+        const long long share = shared.share[e];
+        shared.loss[e] = (int)(share * share * decision.errors[e * (batch.E - 1) + place] / FRACTION);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < batch.E; e += blockDim.x) {
+        const int loss = shared.loss[e];
+        if (loss <= tau) continue;
+        int ahead = 0;
+        for (int other = 0; other < batch.E; ++other)
+            ahead += shared.loss[other] > loss || (shared.loss[other] == loss && other < e);
+        if (ahead >= room) continue;
+        shared.first_rank[e] = RESCUED;
+        atomicAdd(&shared.rescued_experts, 1);
+    }
+    if (threadIdx.x == 0) shared.critical_experts = 0;  // counted again by the next look-up
+    __syncthreads();
+}
+
 __device__ static void move(
     const Batch& batch, const Decision& decision, Shared& shared, int s, bool movable, int start, int stop) {
     int rerouted = 0, critical = 0;
+    const bool scales = decision.settings[SCALES] != 0;
     for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x) {
         const int t = slot / batch.K, k = slot % batch.K, kind = kind_of(batch, t);
         const long long e = expert_at(batch, t, k);
         long long goes_to = e;
-        if (movable && kind != EXACT && in_range(batch, e) && shared.first_rank[e] >= s) {
-            if (kind != FAST || weight_at(batch, t, k) == 0)
+        if (movable && kind != EXACT && in_range(batch, e)) {
+            const bool idle = kind != FAST || weight_at(batch, t, k) == 0;
+            if (shared.first_rank[e] < s)
+                critical += shared.first_rank[e] == RESCUED && !idle;
+            else if (idle)
                 goes_to = shared.lowest;
-            else if (shared.target[e] >= 0)
-                goes_to = shared.target[e];
-            else
+            else if (shared.place[e] < 0)
                 ++critical;
+            else {
+                goes_to = shared.target[e];
+                if (scales) weight_at(batch, t, k) *= decision.scales[e * (batch.E - 1) + shared.place[e]];
+            }
             rerouted += kind == FAST && goes_to != e;
         }
         decision.out[slot] = (ID)goes_to;
@@ -200,11 +263,18 @@ __device__ static void decide_and_move(
     __syncthreads();
     int primaries;
     const int s = choose_s(shared, decision.settings, batch.K, &primaries);
-    const bool movable = decision.settings[0] < batch.K && primaries > 0;
+    const bool movable = decision.settings[SETTING_S] < batch.K && primaries > 0;
     if (movable) look_up(batch, decision.neighbours, shared, s, listed);
     __syncthreads();
+    if (movable && decision.settings[TAU] >= 0) {
+        rescue(batch, decision, shared, s, primaries);
+        primaries += shared.rescued_experts;
+        prefetch(batch, decision.neighbours, threadIdx.x / LANES, listed);
+        look_up(batch, decision.neighbours, shared, s, listed);
+        __syncthreads();
+    }
     move(batch, decision, shared, s, movable, start, stop);
-    if (!decision.counters || decision.settings[0] == OFF) return;
+    if (!decision.counters || decision.settings[SETTING_S] == OFF) return;
     __syncthreads();
     if (threadIdx.x == 0 && blockIdx.x == 0 && (any_fast ? *any_fast == 0 : shared.counts[ROWS_FAST] > 0)) {
         int before = 0;
@@ -219,14 +289,15 @@ __device__ static void decide_and_move(
 }
 
 #define BATCH_PARAMETERS                                                                          \
-    const ID *ids, long long ids_row, long long ids_slot, const WEIGHT *weights,                  \
+    const ID *ids, long long ids_row, long long ids_slot, WEIGHT *weights,                        \
         long long weights_row, long long weights_slot, const signed char *rows, int T, int K, int E
 #define BATCH \
     Batch { ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E }
 #define DECISION_PARAMETERS \
-    const int *neighbours, const int *settings, ID *out, unsigned long long *counters
+    const int *neighbours, const int *errors, const float *scales, const int *settings, ID *out, \
+        unsigned long long *counters
 #define DECISION \
-    Decision { neighbours, settings, out, counters }
+    Decision { neighbours, errors, scales, settings, out, counters }
 
 extern "C" __global__ void reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
     __shared__ Shared shared;
@@ -235,24 +306,28 @@ extern "C" __global__ void reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS
     prefetch(batch, neighbours, threadIdx.x / LANES, listed);
     clear(shared, E);
     __syncthreads();
-    vote(batch, shared, 0, T);
+    vote(batch, settings, shared, 0, T);
     __syncthreads();
     decide_and_move(batch, DECISION, shared, listed, 0, T, nullptr);
 }
 
-// votes: [E + 1], filled with NEVER; the last becomes 0 if there is a FAST row.
-extern "C" __global__ void reroute_vote(BATCH_PARAMETERS, int share, int* votes) {
+// votes: [2 E + 1], filled with NEVER: first ranks, then 0 if there is a FAST row, then the largest
+// shares, negative so that the least is wanted everywhere.
+extern "C" __global__ void reroute_vote(
+    BATCH_PARAMETERS, int share, int* votes, const int* settings) {
     __shared__ Shared shared;
     const Batch batch = BATCH;
     const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
     clear(shared, E);
     __syncthreads();
-    vote(batch, shared, start, stop);
+    vote(batch, settings, shared, start, stop);
     for (int t = start + threadIdx.x; t < stop; t += blockDim.x)
         if (kind_of(batch, t) == FAST) atomicAdd(&shared.counts[ROWS_FAST], 1);
     __syncthreads();
-    for (int e = threadIdx.x; e < E; e += blockDim.x)
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
         if (shared.first_rank[e] < NEVER) atomicMin(&votes[e], shared.first_rank[e]);
+        if (shared.share[e]) atomicMin(&votes[E + 1 + e], -shared.share[e]);
+    }
     if (threadIdx.x == 0 && shared.counts[ROWS_FAST]) atomicMin(&votes[E], 0);
 }
 
@@ -265,7 +340,11 @@ extern "C" __global__ void reroute_move(
     prefetch(batch, neighbours, threadIdx.x / LANES, listed);
     clear(shared, E);
     __syncthreads();
-    for (int e = threadIdx.x; e < E; e += blockDim.x) shared.first_rank[e] = votes[e];
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        const int share_below = votes[E + 1 + e];
+        shared.first_rank[e] = votes[e];
+        shared.share[e] = share_below < 0 ? -share_below : 0;
+    }
     __syncthreads();
     decide_and_move(batch, DECISION, shared, listed, start, stop, &votes[E]);
 }

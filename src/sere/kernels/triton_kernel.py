@@ -12,14 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sere.kernels.plan import OFF, Plan
-from sere.kernels.reference import COUNTERS, RowClass
+from sere.kernels.plan import FRACTION, OFF, Plan
+from sere.kernels.reference import COUNTERS, LARGEST_WEIGHT, WEIGHT_FRACTION, RowClass
 
 VOID, FAST = tl.constexpr(int(RowClass.VOID)), tl.constexpr(int(RowClass.FAST))
 EXACT = tl.constexpr(int(RowClass.EXACT))
 _OFF = tl.constexpr(OFF)
 # `first_rank` of an expert that nobody voted for: named by a real row (NAMED), or by none (NEVER).
 NAMED, NEVER = tl.constexpr(1 << 20), tl.constexpr(1 << 30)
+# ... and of one that rule 5 made primary.
+RESCUED = tl.constexpr(-1)
+_FRACTION = tl.constexpr(FRACTION)
+_WEIGHT_FRACTION, _LARGEST_WEIGHT = tl.constexpr(WEIGHT_FRACTION), tl.constexpr(LARGEST_WEIGHT)
 
 ONE_PROGRAM = 2**17
 """Up to how many comparisons of a slot with an expert one program does it all."""
@@ -42,15 +46,16 @@ def run(
         *(topk_weights, topk_weights.stride(0), topk_weights.stride(1)),
         *(rows, T),
     )
-    decision = (plan.neighbours, plan.settings, out, counters)
+    lists = (plan.neighbours, plan.errors)
+    moves = (plan.scales, plan.settings, out, counters)
     if T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
-        _all_at_once[(1,)](*batch, *decision, **sizes)
+        _all_at_once[(1,)](*batch, *lists, *moves, **sizes)
         return out
-    first_rank = torch.full((E + 1,), NEVER.value, dtype=torch.int32, device=topk_ids.device)
+    votes = torch.full((2 * E + 1,), NEVER.value, dtype=torch.int32, device=topk_ids.device)
     share = max(sizes["ROWS"], triton.next_power_of_2(triton.cdiv(T, 64)))
     grid = (triton.cdiv(T, share),)
-    _vote[grid](*batch, first_rank, share, **sizes)
-    _decide_and_move[grid](*batch, first_rank, share, *decision, **sizes)
+    _vote[grid](*batch, votes, share, plan.settings, **sizes)
+    _decide_and_move[grid](*batch, votes, share, *lists, *moves, **sizes)
     return out
 
 
@@ -71,20 +76,20 @@ def _sizes(E: int, K: int) -> dict[str, int]:
 @triton.jit
 def _all_at_once(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T,
-    neighbours, settings, out, counters,
+    neighbours, errors, scales, settings, out, counters,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    first_rank, fast = _first_ranks(
+    first_rank, largest, fast = _votes(
         ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, 0, T,
-        E, K, E_PADDED, K_PADDED, ROWS,
+        settings, E, K, E_PADDED, K_PADDED, ROWS,
     )  # fmt: skip
-    s, target, lowest, before, after = _decide(
-        first_rank, neighbours, settings, E, K, E_PADDED, K_PADDED, LISTED
+    first_rank, s, target, place, lowest, before, after = _decide(
+        first_rank, largest, neighbours, errors, settings, E, K, E_PADDED, K_PADDED, LISTED
     )
     _move(
         ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, 0, T,
-        first_rank, s, target, lowest, settings, out, counters,
+        first_rank, s, target, place, lowest, scales, settings, out, counters,
         E, K, K_PADDED, ROWS,
     )  # fmt: skip
     _count_step(counters, settings, fast, before, after)
@@ -92,36 +97,41 @@ def _all_at_once(
 
 @triton.jit
 def _vote(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share,
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share, settings,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
+    """votes: [2 E + 1]: first ranks, then 0 if there is a FAST row, then the largest shares,
+    negative so that the least is wanted everywhere."""
     start = tl.program_id(0) * share
-    first_rank, fast = _first_ranks(
+    first_rank, largest, fast = _votes(
         ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, start + share,
-        E, K, E_PADDED, K_PADDED, ROWS,
+        settings, E, K, E_PADDED, K_PADDED, ROWS,
     )  # fmt: skip
     experts = tl.arange(0, E_PADDED)
     tl.atomic_min(votes + experts, first_rank, mask=first_rank < NEVER)
     tl.atomic_min(votes + E, 0, mask=fast > 0)
+    tl.atomic_min(votes + E + 1 + experts, -largest, mask=(largest > 0) & (experts < E))
 
 
 @triton.jit
 def _decide_and_move(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share,
-    neighbours, settings, out, counters,
+    neighbours, errors, scales, settings, out, counters,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     experts = tl.arange(0, E_PADDED)
     first_rank = tl.load(votes + experts, mask=experts < E, other=NEVER)
-    s, target, lowest, before, after = _decide(
-        first_rank, neighbours, settings, E, K, E_PADDED, K_PADDED, LISTED
+    largest = tl.load(votes + E + 1 + experts, mask=experts < E, other=0)
+    largest = tl.where(largest < 0, -largest, 0)
+    first_rank, s, target, place, lowest, before, after = _decide(
+        first_rank, largest, neighbours, errors, settings, E, K, E_PADDED, K_PADDED, LISTED
     )
     start = tl.program_id(0) * share
     _move(
         ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, start + share,
-        first_rank, s, target, lowest, settings, out, counters,
+        first_rank, s, target, place, lowest, scales, settings, out, counters,
         E, K, K_PADDED, ROWS,
     )  # fmt: skip
     if tl.program_id(0) == 0:
@@ -155,12 +165,15 @@ def _load(
 
 
 @triton.jit
-def _first_ranks(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
+def _votes(
+    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop, settings,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[E_PADDED]: rules 1 to 3 over some rows; and how many of the rows are FAST."""
+    """[E_PADDED] each: rules 1 to 3 over some rows, and the largest shares of rule 5 (0 where the
+    plan has no tolerance); and how many of the rows are FAST."""
+    tolerates = tl.load(settings + 3) >= 0
+    largest = tl.zeros([E_PADDED], tl.int32)
     experts = tl.arange(0, E_PADDED)
     first_rank = tl.full([E_PADDED], NEVER, tl.int32)
     fast_rows = 0
@@ -181,17 +194,25 @@ def _first_ranks(
         here = flat_expert[:, None] == experts[None, :]
         first_rank = tl.minimum(first_rank, tl.min(tl.where(here, flat_vote[:, None], NEVER), 0))
         fast_rows += tl.sum((kind == FAST).to(tl.int32))
-    return first_rank, fast_rows
+        if tolerates:
+            size = tl.minimum(tl.abs(weight), _LARGEST_WEIGHT) * _WEIGHT_FRACTION
+            whole = tl.where(counts & (kind == FAST)[:, None], size.to(tl.int64), 0)
+            total = tl.maximum(tl.sum(whole, 1), 1)
+            share = (whole * _FRACTION // total[:, None]).to(tl.int32)
+            flat_share = tl.reshape(share, [ROWS * K_PADDED])
+            largest = tl.maximum(largest, tl.max(tl.where(here, flat_share[:, None], 0), 0))
+    return first_rank, largest, fast_rows
 
 
 @triton.jit
 def _decide(
-    first_rank, neighbours, settings,
+    first_rank, largest, neighbours, errors, settings,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
-    """s of rule 4; each expert's target [E_PADDED] (-1: none) and the idle slots' of rules 5 and 6;
-    distinct experts named before and after."""
+    """`first_rank` with what rule 5 adds; s of rule 4; each expert's target [E_PADDED] (-1: none)
+    and its place in the list, and the idle slots' target, of rules 6 and 7; distinct experts named
+    before and after."""
     S, min_active = tl.load(settings), tl.load(settings + 1)
     max_active = tl.load(settings + 2)
     level = tl.arange(0, K_PADDED)
@@ -201,17 +222,40 @@ def _decide(
     s = tl.minimum(tl.maximum(S, grown), capped)
 
     experts = tl.arange(0, E_PADDED)
+    before = tl.sum((first_rank < NEVER).to(tl.int32))
+    movable = (S < K) & (tl.sum((first_rank < s).to(tl.int32)) > 0)
+    target, place = _look_up(first_rank, s, movable, neighbours, E, E_PADDED, LISTED)
+    tau = tl.load(settings + 3)
+    if (tau >= 0) & movable:
+        first_rank = _rescued(
+            first_rank, s, largest, place, tau, max_active, errors, E, E_PADDED, LISTED
+        )
+        target, place = _look_up(first_rank, s, movable, neighbours, E, E_PADDED, LISTED)
+    primary = first_rank < s
+    lowest = tl.min(tl.where(primary, experts, E_PADDED))
+    critical = (first_rank >= s) & (first_rank < NAMED) & (target < 0)
+    after = tl.sum(primary.to(tl.int32)) + tl.sum(critical.to(tl.int32))
+    after = tl.where(movable, after, before)
+    return first_rank, s, target, place, lowest, before, after
+
+
+@triton.jit
+def _look_up(
+    first_rank, s, movable, neighbours,
+    E: tl.constexpr, E_PADDED: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """[E_PADDED] each: the first primary in every secondary's list and its place there, or -1."""
+    experts = tl.arange(0, E_PADDED)
     primary = (first_rank < s).to(tl.int32)
-    lowest = tl.min(tl.where(primary != 0, experts, E_PADDED))
-    movable = (S < K) & (lowest < E_PADDED)
     target = tl.full([E_PADDED], -1, tl.int32)
+    place = tl.full([E_PADDED], -1, tl.int32)
     wanting = tl.where((primary == 0) & (first_rank < NAMED) & movable, 1, 0)
     at = 0
     while (at < E - 1) & (tl.max(wanting) > 0):
-        place = at + tl.arange(0, LISTED)
+        column = at + tl.arange(0, LISTED)
         listed = tl.load(
-            neighbours + experts[:, None] * (E - 1) + place[None, :],
-            mask=(wanting != 0)[:, None] & (place < E - 1)[None, :],
+            neighbours + experts[:, None] * (E - 1) + column[None, :],
+            mask=(wanting != 0)[:, None] & (column < E - 1)[None, :],
             other=-1,
         )
         index = tl.reshape(tl.maximum(listed, 0), [E_PADDED * LISTED])
@@ -225,33 +269,53 @@ def _decide(
         best = tl.min(code, 1)
         found = (wanting != 0) & (best < LISTED * E_PADDED)
         target = tl.where(found, best % E_PADDED, target)
+        place = tl.where(found, at + best // E_PADDED, place)
         ended = tl.min(listed, 1) < 0
         wanting = tl.where(found | ended, 0, wanting)
         at += LISTED
-    before = tl.sum((first_rank < NEVER).to(tl.int32))
-    critical = (primary == 0) & (first_rank < NAMED) & (target < 0)
-    after = tl.sum(primary) + tl.sum(critical.to(tl.int32))
-    after = tl.where(movable, after, before)
-    return s, target, lowest, before, after
+    return target, place
+
+
+@triton.jit
+def _rescued(
+    first_rank, s, largest, place, tau, max_active, errors,
+    E: tl.constexpr, E_PADDED: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """`first_rank` after rule 5: what would lose more than tau becomes primary."""
+    experts = tl.arange(0, E_PADDED)
+    secondary = (first_rank >= s) & (first_rank < NAMED) & (place >= 0)
+    at = experts * (E - 1) + tl.maximum(place, 0)
+    error = tl.load(errors + at, mask=secondary, other=0).to(tl.int64)
+    wide = largest.to(tl.int64)
+    loss = tl.where(secondary, (wide * wide * error // _FRACTION).to(tl.int32), -1)
+    room = max_active - tl.sum((first_rank < s).to(tl.int32))
+    ahead = tl.zeros([E_PADDED], tl.int32)
+    for begin in range(0, E_PADDED, LISTED):
+        other = begin + tl.arange(0, LISTED)
+        theirs = tl.gather(loss, other, 0)
+        tie = (theirs[None, :] == loss[:, None]) & (other[None, :] < experts[:, None])
+        ahead += tl.sum(((theirs[None, :] > loss[:, None]) | tie).to(tl.int32), 1)
+    return tl.where((loss > tau) & (ahead < room), RESCUED, first_rank)
 
 
 @triton.jit
 def _move(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
-    first_rank, s, target, lowest, settings, out, counters,
+    first_rank, s, target, place, lowest, scales, settings, out, counters,
     E: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rules 5 to 7 for some rows, and their part of the counters."""
-    S = tl.load(settings)
+    """Rules 6 to 8 for some rows, and their part of the counters."""
+    S, scaling = tl.load(settings), tl.load(settings + 4) != 0
     movable = (S < K) & (lowest < E)
     moved, critical, fast_rows, exact_rows, void_rows = 0, 0, 0, 0, 0
     for begin in range(start, tl.minimum(stop, T), ROWS):
-        t, k, inside, chosen, _, kind, valid, counts = _load(
+        t, k, inside, chosen, weight, kind, valid, counts = _load(
             ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
             E, K, K_PADDED, ROWS,
         )  # fmt: skip
         expert = tl.reshape(tl.where(valid, chosen, 0).to(tl.int32), [ROWS * K_PADDED])
-        secondary = tl.reshape(tl.gather(first_rank, expert, 0), [ROWS, K_PADDED]) >= s
+        rank = tl.reshape(tl.gather(first_rank, expert, 0), [ROWS, K_PADDED])
+        secondary = rank >= s
         goes_to = tl.reshape(tl.gather(target, expert, 0), [ROWS, K_PADDED])
         fast, void = (kind == FAST)[:, None], (kind == VOID)[:, None]
         moves = valid & secondary & movable
@@ -260,8 +324,16 @@ def _move(
         new = tl.where(carrying & (goes_to >= 0), goes_to.to(chosen.dtype), chosen)
         new = tl.where(idle, lowest.to(chosen.dtype), new)
         tl.store(out + t.to(tl.int64)[:, None] * K + k[None, :], new, mask=inside)
+        if scaling:
+            where = tl.reshape(tl.gather(place, expert, 0), [ROWS, K_PADDED])
+            scaled = (carrying & (goes_to >= 0) & inside) != 0
+            at = tl.reshape(expert, [ROWS, K_PADDED]) * (E - 1) + tl.maximum(where, 0)
+            scale = tl.load(scales + at, mask=scaled, other=1.0)
+            slot = t.to(tl.int64)[:, None] * weights_row + k[None, :] * weights_slot
+            tl.store(weights + slot, weight * scale, mask=scaled)
         moved += tl.sum(((new != chosen) & fast).to(tl.int32))
-        critical += tl.sum((carrying & (goes_to < 0)).to(tl.int32))
+        rescued = valid & counts & fast & movable & (rank == RESCUED)
+        critical += tl.sum(((carrying & (goes_to < 0)) | rescued).to(tl.int32))
         fast_rows += tl.sum((kind == FAST).to(tl.int32))
         exact_rows += tl.sum((kind == EXACT).to(tl.int32))
         void_rows += tl.sum(((kind == VOID) & (t < T)).to(tl.int32))

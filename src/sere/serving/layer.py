@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class ReroutedLayer(nn.Module):
     """
 
     neighbours: Tensor
+    errors: Tensor
+    scales: Tensor
     settings: Tensor
     counters: Tensor
 
@@ -32,14 +35,14 @@ class ReroutedLayer(nn.Module):
         # Off without any work: a decision of the host, hence only where no graph can freeze it.
         self.bypassed = False
         self.recording: list[tuple[Tensor, ...]] | None = None
-        self.register_buffer("neighbours", plan.neighbours, persistent=False)
-        self.register_buffer("settings", plan.settings, persistent=False)
+        for part in fields(plan):
+            self.register_buffer(part.name, getattr(plan, part.name), persistent=False)
         self.register_buffer("counters", new_counters(plan.settings.device), persistent=False)
 
     @cached_property
     def plan(self) -> Plan:
         """The buffers as a plan: looked up once, as a module's attributes cost microseconds."""
-        return Plan(self.neighbours, self.settings)
+        return Plan(self.neighbours, self.errors, self.scales, self.settings)
 
     @cached_property
     def _run(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -54,16 +57,17 @@ class ReroutedLayer(nn.Module):
         self.plan.copy_(plan or Plan.off(self.plan.num_experts))
 
     def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Ids [T, K] after re-routing the batch under way."""
+        """Ids [T, K] after re-routing the batch under way; weights are scaled in place."""
         if not self.called:  # setting a module's attribute costs microseconds
             self.called = True
         if self.bypassed:
             return topk_ids
         rows = self.rows.of(topk_ids.shape[0])
+        if self.recording is None:
+            return self._run(topk_ids, topk_weights, rows)
+        before = [t.detach().cpu().clone() for t in (topk_ids, topk_weights, rows)]
         ids = self._run(topk_ids, topk_weights, rows)
-        if self.recording is not None:
-            inputs = (topk_ids, topk_weights, rows)
-            self.recording.append((*(t.detach().cpu().clone() for t in inputs), ids.cpu().clone()))
+        self.recording.append((*before, ids.cpu().clone(), topk_weights.cpu().clone()))
         return ids
 
     def stats(self) -> dict[str, int]:

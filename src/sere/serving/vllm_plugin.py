@@ -154,7 +154,7 @@ _LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-unt
 def _define_operator() -> None:
     """`torch.ops.sere.reroute`: opaque to torch.compile, which on the CPU traces through routers
     and would freeze what they saw while tracing."""
-    _LIBRARY.define("reroute(Tensor topk_ids, Tensor topk_weights, str layer_name) -> Tensor")
+    _LIBRARY.define("reroute(Tensor topk_ids, Tensor(a!) topk_weights, str layer_name) -> Tensor")
     _LIBRARY.impl("reroute", _reroute, "CompositeExplicitAutograd")
     torch.library.register_fake("sere::reroute", _like_ids, lib=_LIBRARY)
 

@@ -131,7 +131,8 @@ def sere_record(worker: Any, on: bool) -> None:
 
 
 def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
-    """What `sere_record` kept: (ids, weights, rows, new ids) as nested lists, by layer and call."""
+    """What `sere_record` kept: (ids, weights, rows, new ids, new weights) as nested lists, by layer
+    and call."""
     return {
         index: [tuple(tensor.tolist() for tensor in batch) for batch in layer.recording or []]
         for index, layer in sorted(_session(worker).layers.items())
