@@ -33,6 +33,10 @@ class Adapter(ABC):
     def output(self, hidden: Tensor, expert: int) -> Tensor:
         """One expert on every token, with weight 1: hidden [n, H] -> [n, H]."""
 
+    def apart(self, inner: Forward, rows: Tensor) -> Forward:
+        """A forward like `inner` that runs `rows` by themselves, where the module allows it."""
+        return inner
+
     @abstractmethod
     def changed(self, inner: Forward, change: Change) -> Forward:
         """A forward like `inner` that runs with the ids and weights that `change` returns."""
@@ -65,6 +69,20 @@ class Mixture(Adapter):
         weights[:, 0] = 1
         mixture: Tensor = inner_forward(self.hooked)(hidden, ids, weights)
         return mixture.view_as(hidden)  # dbrx returns [n, 1, H]
+
+    def apart(self, inner: Forward, rows: Tensor) -> Forward:
+        def forward(hidden: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Any:
+            flat = [tensor.flatten(0, -2) for tensor in (hidden, ids, weights)]
+            others = torch.ones(len(flat[0]), dtype=torch.bool, device=hidden.device)
+            others[rows.to(hidden.device)] = False
+            parts = [part for part in (others, ~others) if part.any()]
+            mixtures = [inner(*(tensor[part] for tensor in flat), *rest) for part in parts]
+            whole = mixtures[0].new_empty(len(flat[0]), *mixtures[0].shape[1:])
+            for part, mixture in zip(parts, mixtures, strict=True):
+                whole[part] = mixture
+            return whole.view_as(hidden) if hidden.ndim > 2 else whole
+
+        return forward
 
     def changed(self, inner: Forward, change: Change) -> Forward:
         def forward(hidden: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Any:

@@ -63,6 +63,34 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
+    parser.add_argument("table", help="its table, made by `sere calibrate`")
+    parser.add_argument(
+        "--policy",
+        dest="policies",
+        action="append",
+        metavar="JSON",
+        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1}; may be repeated',
+    )
+    parser.add_argument(
+        "--batch",
+        dest="batches",
+        type=_positive,
+        action="append",
+        metavar="B",
+        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
+    )
+    parser.add_argument("-o", "--output", default="evaluation.json", metavar="FILE")
+    parser.add_argument("--samples", type=_positive, default=512, help="passages, at most")
+    parser.add_argument("--prompt", type=_positive, default=64, help="tokens a text begins with")
+    parser.add_argument("--length", type=_positive, default=64, help="tokens of a text to decode")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", metavar="FILE", help="also check that this table can be read")
     parser.add_argument("--model", metavar="FOLDER", help="... and that it belongs to this model")
@@ -80,6 +108,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         "calibrate the bundled model, serve it with vLLM, show gain and cost",
         _demo_flags,
         "sere.verbs:demo",
+    ),
+    "evaluate": (
+        "measure quality and active experts of policies beside stock routing",
+        _evaluate_flags,
+        "sere.verbs:evaluate",
     ),
     "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
 }

@@ -84,6 +84,21 @@ def read_texts(path: str | Path) -> list[str]:
         raise CorpusError(f"{path}: not UTF-8 text ({error})") from error
 
 
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """(prompt, answer) of every line of a .jsonl whose first line has both; else none."""
+    path = Path(path)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return []
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    try:
+        records = [json.loads(line) for line in lines]
+        if not records or not {"prompt", "answer"} <= set(records[0]):
+            return []
+        return [(record["prompt"], record["answer"]) for record in records]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CorpusError(f"{path}: not a {{prompt, answer}} object a line ({error})") from error
+
+
 def _paragraphs(path: Path) -> Iterator[str]:
     yield from (part.strip() for part in path.read_text("utf-8").split("\n\n") if part.strip())
 

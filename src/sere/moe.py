@@ -46,6 +46,18 @@ class MoELayer:
     def E(self) -> int:
         return self.adapter.E
 
+    def mixture(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of experts' outputs: hidden [n, H], ids and weights [n, K] -> [n, H]
+        float32."""
+        mixture = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for expert in torch.unique(ids).tolist():
+            share = (weights * (ids == expert)).sum(1)
+            rows = share.nonzero().flatten()
+            if 0 <= expert < self.E and len(rows):
+                output = self.adapter.output(hidden[rows], expert).float()
+                mixture[rows] += share[rows, None].float() * output
+        return mixture
+
     def outputs(self, hidden: Tensor) -> Tensor:
         """Every expert on every token: hidden [n, H] -> [E, n, H] float32."""
         outputs = hidden.new_empty(self.E, *hidden.shape, dtype=torch.float32)
@@ -147,17 +159,23 @@ LayerChange = Callable[[MoELayer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
 
 
 @contextmanager
-def routed(layers: list[MoELayer], change: LayerChange) -> Iterator[None]:
+def routed(
+    layers: list[MoELayer], change: LayerChange, *, apart: Tensor | None = None
+) -> Iterator[None]:
     """Run every MoE layer with the (ids, weights) that `change(layer, hidden [T, H], ids [T, K],
-    weights [T, K])` returns."""
+    weights [T, K])` returns.
+
+    apart: indices of rows to run by themselves, so that the others' results do not depend on them
+    by a bit (where experts are a module of their own: see `Adapter.apart`).
+    """
     with ExitStack() as restore:
         for layer in layers:
-            restore.enter_context(_hooked(layer, change))
+            restore.enter_context(_hooked(layer, change, apart))
         yield
 
 
 @contextmanager
-def _hooked(layer: MoELayer, change: LayerChange) -> Iterator[None]:
+def _hooked(layer: MoELayer, change: LayerChange, apart: Tensor | None) -> Iterator[None]:
     module = layer.adapter.hooked
     attribute = forward_attribute(module)
     inner = getattr(module, attribute)
@@ -173,7 +191,8 @@ def _hooked(layer: MoELayer, change: LayerChange) -> Iterator[None]:
             inside = False
 
     hook: Change = once
-    outer = layer.adapter.changed(inner, hook)
+    whole = inner if apart is None else layer.adapter.apart(inner, apart)
+    outer = layer.adapter.changed(whole, hook)
 
     def forward(*arguments: object, **named: object) -> object:
         # the observer itself asks the experts for their outputs

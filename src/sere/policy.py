@@ -152,6 +152,13 @@ class Policy:
                     "raise max_active or set min_active"
                 )
 
+    def brief(self) -> str:
+        """What differs from the defaults, S always: "S=1 tau=0.02"."""
+        names = [f.name for f in fields(self) if f.name not in ("S", "layers")]
+        default = Policy(S=self.S)
+        given = [f"{n}={v}" for n in names if (v := getattr(self, n)) != getattr(default, n)]
+        return " ".join([f"S={self.S}", *given, *(["per layer"] if self.layers else [])])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able settings; `from_dict` gives an equal policy back."""
         settings = asdict(self)

@@ -49,6 +49,16 @@ def demo(output: str, prompts: int, batch: int, method: str, seed: int) -> None:
     run(output, prompts=prompts, batch=batch, method=method, seed=seed)
 
 
+def evaluate(
+    policies: list[str] | None, batches: list[int] | None, model: str, table: str, **flags: Any
+) -> None:
+    """`sere evaluate MODEL TABLE --policy JSON ... --batch B ...`."""
+    from sere.evaluate import run
+
+    chosen = policies or ['{"S": 2}', '{"S": 1}', '{"S": 1, "tau": 0.02}', '{"S": 1, "tau": 0.1}']
+    run(model, table, flags.pop("output"), policies=chosen, batches=batches or [1, 8, 32], **flags)
+
+
 def doctor(table: str | None, model: str | None) -> int:
     """`sere doctor`: 0 if re-routing can take effect here."""
     from sere.doctor import examine

@@ -1,0 +1,86 @@
+"""What an evaluation compares: policies and rivals, each able to route one decode step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sere.decoding import scores_of
+from sere.kernels import Plan, reroute
+from sere.moe import MoELayer
+from sere.policy import Policy, PolicyError
+from sere.rivals import Rival, Routed
+from sere.table import Table
+
+
+@dataclass
+class Arm:
+    """A named rule and the table it reads.
+
+    rule: None is stock routing.
+    """
+
+    name: str
+    rule: Policy | Rival | None
+    table: Table
+    _plans: dict[int, Plan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, Policy):
+            self._plans = {index: self.table.plan(index, self.rule) for index in self.table.layers}
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the rule reads the router's output over all experts."""
+        return isinstance(self.rule, Rival)
+
+    def route(
+        self, layer: MoELayer, ids: Tensor, weights: Tensor, logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and weights [T, K] of one decode step, all rows of which are decoded."""
+        if self.rule is None:
+            return ids, weights
+        if isinstance(self.rule, Policy):
+            return reroute(ids, weights, self._plan(layer, ids))
+        assert logits is not None
+        load = self.table.layers[layer.index].load.to(ids.device)
+        return self.rule.route(Routed(ids, weights, logits, scores_of(logits, ids, weights), load))
+
+    def _plan(self, layer: MoELayer, ids: Tensor) -> Plan:
+        plan = self._plans[layer.index]
+        if plan.settings.device != ids.device:
+            plan = self._plans[layer.index] = plan.to(ids.device)
+        return plan
+
+
+def parse_arm(text: str, table: Table) -> Arm:
+    """An arm from JSON: a policy such as {"tau": 0.02}, or {"rival": "oea", "k0": 1}; either may
+    have a "name", and a "table" of its own. Raises `PolicyError` for anything else."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
+    if not isinstance(settings, Mapping):
+        raise PolicyError(f'policy {text!r}: expected settings such as {{"tau": 0.02}}')
+    return arm_of(settings, table)
+
+
+def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
+    """See `parse_arm`."""
+    rest = dict(settings)
+    name, path = rest.pop("name", None), rest.pop("table", None)
+    own = table if path is None else Table.load(path)
+    own.check_against(table.fingerprint)
+    rule = Rival.from_dict(rest) if "rival" in rest else Policy.from_dict(rest)
+    if isinstance(rule, Policy):
+        rule.check_against(own.fingerprint.K, own.fingerprint.E)
+    return Arm(name or _name(rule, path), rule, own)
+
+
+def _name(rule: Policy | Rival, path: str | None) -> str:
+    name = str(rule) if isinstance(rule, Rival) else rule.brief()
+    return name if path is None else f"{name} ({path})"

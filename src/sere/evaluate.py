@@ -1,0 +1,203 @@
+"""`sere evaluate`: quality and active experts of any policies, at any batch sizes, beside stock.
+
+Every arm sees the same passages in the same batches; what it is compared with is the stock routing
+of the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sere import demo_model, report
+from sere.arms import Arm, parse_arm
+from sere.corpus import Corpus, read_pairs, read_texts
+from sere.decoding import Passage
+from sere.files import check_writable, replaced
+from sere.journal import Journal
+from sere.loading import load_model, load_tokenizer
+from sere.moe import MoELayer, moe_layers
+from sere.policy import Policy
+from sere.quality import EvaluationError, figures, measure
+from sere.table import Table
+from sere.tasks import examples
+
+
+def run(
+    model_name: str,
+    table_path: str,
+    output: str,
+    *,
+    policies: Sequence[str],
+    batches: Sequence[int],
+    data: str | None = None,
+    samples: int = 512,
+    prompt: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    layer_error: bool = True,
+) -> dict[str, Any]:
+    """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot."""
+    check_writable(output)
+    table = Table.load(table_path)
+    arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
+    if len({arm.name for arm in arms}) < len(arms):
+        raise EvaluationError("two policies have one name; give them names of their own")
+    folder = demo_model.resolve(model_name)
+    model, layers = load(folder)
+    passages = load_passages(
+        model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
+    )
+    settings = {
+        "model": folder,
+        "table": table_path,
+        "policies": list(policies),
+        "batches": list(batches),
+        "passages": passages_hash(passages),
+        "layer_error": layer_error,
+    }
+    with Journal(f"{output}.unfinished", settings) as journal:
+        sums = measure(model, layers, passages, arms, batches, journal, layer_error=layer_error)
+    result = {
+        "provenance": report.provenance(),
+        "settings": settings,
+        "E": table.fingerprint.E,
+        "K": table.fingerprint.K,
+        "passages": len(passages),
+        "arms": [
+            {
+                "name": arm.name,
+                "rule": _rule(arm),
+                "batches": {str(batch): figures(sums[arm.name][batch]) for batch in batches},
+            }
+            for arm in arms
+        ],
+    }
+    report.save_json(output, result)
+    plot(result, Path(output).with_suffix(".png"))
+    print(as_text(result))
+    print(f"\nwritten: {output}, {Path(output).with_suffix('.png')}")
+    return result
+
+
+def load(folder: str) -> tuple[Any, list[MoELayer]]:
+    """A model to evaluate, and its MoE layers."""
+    model: Any = load_model(folder)
+    if not torch.cuda.is_available():
+        model = model.float()  # CPUs emulate bf16, slowly and with its rounding
+    return model, moe_layers(model)
+
+
+def _rule(arm: Arm) -> dict[str, Any] | None:
+    if isinstance(arm.rule, Policy):
+        return arm.rule.to_dict()
+    return None if arm.rule is None else {"rival": arm.rule.name, **arm.rule.numbers}
+
+
+def load_passages(
+    model_name: str,
+    folder: str,
+    data: str | None,
+    *,
+    samples: int,
+    prompt: int,
+    length: int,
+    seed: int,
+) -> list[Passage]:
+    """What to decode: held-out tasks of the demo model; or a file's {"prompt", "answer"} lines; or
+    its texts, `prompt` tokens each to begin with and at most `length` to be decoded."""
+    tokenizer = load_tokenizer(folder)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    if data is None:
+        if model_name != demo_model.NAME:
+            raise EvaluationError(
+                "--data is needed: text to measure on, not what you calibrated on"
+            )
+        pairs = [(e.prompt, e.answer) for e in examples(samples, seed=seed, split="held_out")]
+    else:
+        pairs = read_pairs(data)[:samples]
+    if pairs:
+        end = [tokenizer.eos_token_id]
+        encoded = [(encode(question), encode(answer) + end) for question, answer in pairs]
+        return [Passage(q + a, len(q)) for q, a in encoded if q and len(a) > 1]
+    assert data is not None
+    corpus = Corpus.from_texts(
+        read_texts(data),
+        encode,
+        source=data,
+        samples=samples,
+        length=prompt + length,
+        seed=seed,
+        allow_fewer=True,
+    )
+    long_enough = [tokens for tokens in corpus.sequences if len(tokens) > prompt + 1]
+    if not long_enough:
+        raise EvaluationError(f"{data}: no text has more than {prompt + 1} tokens: lower --prompt")
+    return [Passage(tokens, prompt) for tokens in long_enough]
+
+
+def passages_hash(passages: Sequence[Passage]) -> str:
+    """SHA-256 of all tokens."""
+    return hashlib.sha256(json.dumps([asdict(p) for p in passages]).encode()).hexdigest()
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """A table for each batch size, with standard errors."""
+
+    def cell(figure: tuple[float, float], digits: int, factor: float = 1) -> str:
+        value, error = (factor * x for x in figure)
+        return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +-{error:.{digits}f}")
+
+    parts = []
+    for batch in result["arms"][0]["batches"]:
+        rows = []
+        for arm in result["arms"]:
+            f = arm["batches"][batch]
+            rows.append(
+                [
+                    arm["name"],
+                    cell(f["active"], 2),
+                    cell(f["kl"], 3, 1000),
+                    cell(f["top1"], 2, 100),
+                    cell(f["perplexity"], 4),
+                    cell(f["exact_match"], 2, 100),
+                ]
+            )
+        head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity"]
+        parts.append(report.text_table([*head, "exact match, %"], rows))
+    return "\n\n".join(parts)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """KL against active experts, one panel a batch size."""
+    from matplotlib.figure import Figure
+
+    batches = list(result["arms"][0]["batches"])
+    figure = Figure(figsize=(5.5 * len(batches), 4.5), layout="constrained")
+    for axes, batch in zip(
+        figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True
+    ):
+        for arm in result["arms"][1:]:
+            f = arm["batches"][batch]
+            point = (f["active"][0], max(f["kl"][0], 1e-7))
+            axes.scatter(*point, s=20)
+            axes.annotate(arm["name"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axes.set_yscale("log")
+        axes.set_title(
+            f"batch {batch}: stock reads {result['arms'][0]['batches'][batch]['active'][0]:.1f}"
+        )
+        axes.set_xlabel(f"active experts per layer and step (of {result['E']})")
+        axes.set_ylabel("KL from stock, nats per token")
+        axes.grid(alpha=0.3)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,228 @@
+"""What a policy costs and saves: sums over decode batches, and the figures that they make.
+
+Figures are means over decoded tokens, with standard errors over batches: rows of one batch share
+their experts and are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sere.arms import Arm
+from sere.decoding import Passage, Reading, Step, decoded, router_logits
+from sere.journal import Journal
+from sere.moe import MoELayer
+
+# Passages per forward pass, or one batch where that is more.
+_TOGETHER = 128
+# How far prefill may be off where an architecture cannot run its prompts' rows apart.
+_ROUNDING = 1e-3
+
+
+class EvaluationError(ValueError):
+    """An evaluation that would not mean anything, and why."""
+
+
+@dataclass
+class Sums:
+    """What one batch under one arm adds up to.
+
+    tokens: those whose logits a decode step made; nll, kl, top1 are sums over them, kl in nats from
+    stock to the arm. exact: continuations whose every token was the most likely one. steps: decode
+    steps; rows: their rows. prompt_difference: largest difference of a prompt's logits from stock.
+    By layer index: active experts summed over steps, before and after; energy of the difference
+    that the arm makes to the layer's output, and of the output itself.
+    """
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    top1: float = 0.0
+    passages: int = 0
+    exact: int = 0
+    steps: int = 0
+    rows: int = 0
+    prompt_difference: float = 0.0
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    energy: dict[str, float] = field(default_factory=dict)
+
+
+def measure(
+    model: nn.Module,
+    layers: list[MoELayer],
+    passages: Sequence[Passage],
+    arms: Sequence[Arm],
+    batches: Sequence[int],
+    journal: Journal,
+    *,
+    layer_error: bool = True,
+    progress: bool = True,
+) -> dict[str, dict[int, list[Sums]]]:
+    """By arm's name and batch size: the sums of every batch.
+
+    Raises `EvaluationError` if an arm changes what stock computes for the prompts.
+    """
+    size = max(batches) * max(1, _TOGETHER // max(batches))
+    chunks = [list(passages[i : i + size]) for i in range(0, len(passages), size)]
+    work = [
+        (chunk, arm, batch) for chunk in range(len(chunks)) for batch in batches for arm in arms
+    ]
+    sums: dict[str, dict[int, list[Sums]]] = {arm.name: {b: [] for b in batches} for arm in arms}
+    stock: tuple[int, Tensor] | None = None
+    for chunk, arm, batch in tqdm(work, "evaluate", disable=not progress):
+        piece = f"{chunk}/{batch}/{arm.name}"
+        if (known := journal.get(piece)) is None:
+            if stock is None or stock[0] != chunk:
+                stock = chunk, _stock(model, layers, chunks[chunk])
+            found = _measured(model, layers, chunks[chunk], arm, batch, stock[1], layer_error)
+            known = [asdict(part) for part in found]
+            journal.add(piece, known)
+        sums[arm.name][batch] += [Sums(**part) for part in known]
+    return sums
+
+
+def _stock(model: nn.Module, layers: list[MoELayer], passages: list[Passage]) -> Tensor:
+    reading = Reading(passages, len(passages))
+    with decoded(layers, reading, lambda _, step: (step.ids, step.weights)):
+        return reading.logits(model)
+
+
+def _measured(
+    model: nn.Module,
+    layers: list[MoELayer],
+    passages: list[Passage],
+    arm: Arm,
+    batch: int,
+    stock: Tensor,
+    layer_error: bool,
+) -> list[Sums]:
+    reading = Reading(passages, batch)
+    sums = [Sums() for _ in range(-(-len(passages) // batch))]
+    steps: list[tuple[Step, tuple[Tensor, Tensor]]] = []
+
+    def route(layer: MoELayer, step: Step) -> tuple[Tensor, Tensor]:
+        logits = seen[layer.index][step.rows] if arm.needs_logits else None
+        new = arm.route(layer, step.ids, step.weights, logits)
+        own, key = sums[reading.batch_of[step.number]], str(layer.index)
+        if layer is layers[0]:
+            own.steps += 1
+            own.rows += len(step.rows)
+        own.before[key] = own.before.get(key, 0) + _distinct(step.ids, step.weights)
+        own.after[key] = own.after.get(key, 0) + _distinct(*new)
+        if layer_error:
+            steps.append((step, new))
+            if len(steps) == len(reading.sizes):
+                _add_errors(sums, reading, layer, steps)
+                steps.clear()
+        return new
+
+    with _seen_logits(model, layers, arm) as seen, decoded(layers, reading, route):
+        logits = reading.logits(model)
+    for i, passage in enumerate(passages):
+        difference = (logits[i, : passage.start] - stock[i, : passage.start]).abs().max().item()
+        if not difference < _ROUNDING:
+            raise EvaluationError(
+                f"{arm.name}: the prompt's logits differ from stock by up to {difference:.2g}; "
+                "decode rows must not touch them"
+            )
+        own = sums[i // batch]
+        own.prompt_difference = max(own.prompt_difference, difference)
+        _add_passage(sums[i // batch], passage, logits[i], stock[i])
+    return sums
+
+
+def _seen_logits(model: nn.Module, layers: list[MoELayer], arm: Arm) -> Any:
+    return router_logits(model, layers if arm.needs_logits else [])
+
+
+def _distinct(ids: Tensor, weights: Tensor) -> int:
+    return len(torch.unique(ids[weights != 0]))
+
+
+def _add_errors(
+    sums: list[Sums],
+    reading: Reading,
+    layer: MoELayer,
+    steps: list[tuple[Step, tuple[Tensor, Tensor]]],
+) -> None:
+    """What all decode steps' changes do to one layer's output."""
+    hidden, ids, weights, new_ids, new_weights = (
+        torch.cat(parts)
+        for parts in zip(
+            *((step.hidden, step.ids, step.weights, *new) for step, new in steps), strict=True
+        )
+    )
+    stock = layer.mixture(hidden, ids, weights)
+    lost = (layer.mixture(hidden, new_ids, new_weights) - stock).square().sum(1)
+    energy = stock.square().sum(1)
+    key, start = str(layer.index), 0
+    for number, size in enumerate(reading.sizes):
+        own, rows = sums[reading.batch_of[number]], slice(start, start + size)
+        own.lost[key] = own.lost.get(key, 0.0) + lost[rows].sum().item()
+        own.energy[key] = own.energy.get(key, 0.0) + energy[rows].sum().item()
+        start += size
+
+
+def _add_passage(own: Sums, passage: Passage, logits: Tensor, stock: Tensor) -> None:
+    made = slice(passage.start - 1, len(passage.tokens) - 1)  # the first of these by prefill
+    wanted = torch.tensor(passage.continuation, device=logits.device)
+    mine, theirs = logits[made].log_softmax(-1), stock[made].log_softmax(-1)
+    likeliest = mine.argmax(-1)
+    own.passages += 1
+    own.exact += int(torch.equal(likeliest, wanted))
+    own.tokens += len(wanted) - 1
+    own.nll -= mine[1:].gather(1, wanted[1:, None]).sum().item()
+    own.kl += (theirs[1:].exp() * (theirs[1:] - mine[1:])).sum().item()
+    own.top1 += (likeliest == theirs.argmax(-1))[1:].sum().item()
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def mean(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Ratio of sums over batches [(sum, count)], and its standard error (nan for one batch)."""
+    total, count = sum(s for s, _ in parts), sum(n for _, n in parts)
+    if not count:
+        return math.nan, math.nan
+    ratio, B = total / count, len(parts)
+    if B < 2:
+        return ratio, math.nan
+    spread = sum((s - ratio * n) ** 2 for s, n in parts) * B / (B - 1)
+    return ratio, math.sqrt(spread) / count
+
+
+def figures(parts: Sequence[Sums]) -> dict[str, Any]:
+    """What is reported of one arm at one batch size; every figure as [value, standard error]."""
+
+    def over(name: str, count: str) -> tuple[float, float]:
+        return mean([(getattr(p, name), getattr(p, count)) for p in parts])
+
+    nll = over("nll", "tokens")
+    layers = list(parts[0].after)
+    active = mean([(sum(p.after.values()), p.steps * len(layers)) for p in parts])
+    before = mean([(sum(p.before.values()), p.steps * len(layers)) for p in parts])
+    perplexity = math.exp(nll[0])
+    return {
+        "active": active,
+        "active_before": before,
+        "kl": over("kl", "tokens"),
+        "top1": over("top1", "tokens"),
+        "perplexity": (perplexity, perplexity * nll[1]),
+        "exact_match": over("exact", "passages"),
+        "rows_per_step": over("rows", "steps"),
+        "active_by_layer": {k: mean([(p.after[k], p.steps) for p in parts]) for k in layers},
+        "output_error_by_layer": {
+            k: mean([(p.lost[k], p.energy[k]) for p in parts]) for k in layers if parts[0].energy
+        },
+        "batches": len(parts),
+        "prompt_difference": max(p.prompt_difference for p in parts),
+    }

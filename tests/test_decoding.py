@@ -1,0 +1,144 @@
+"""One teacher-forced pass against decoding token by token with a cache."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sere.decoding import Passage, Reading, Step, decoded, router_logits, scores_of
+from sere.kernels import reroute
+from sere.loading import load_model
+from sere.moe import LayerChange, MoELayer, moe_layers, routed
+from sere.policy import Policy
+from sere.table import Table
+
+PASSAGES = [
+    Passage([5, 9, 30, 41, 17, 60, 22], 2),
+    Passage([44, 12, 70, 33, 8], 3),
+    Passage([71, 2, 3, 90, 14, 15, 16, 80], 1),
+    Passage([50, 51, 52], 1),
+    Passage([13, 14], 1),  # nothing is ever fed back
+]
+
+
+Pairs = dict[int, list[tuple[Tensor, Tensor]]]
+
+
+def replacing(chosen: Pairs, seen: Pairs, place: int) -> LayerChange:
+    """Notes a row's own choice, and replaces it where one was chosen for it."""
+
+    def change(
+        layer: MoELayer, _hidden: Tensor, ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        seen[layer.index].append((ids, weights))
+        return chosen[layer.index][place] if chosen[layer.index] else (ids, weights)
+
+    return change
+
+
+def by_step(model: torch.nn.Module, table: Table, policy: Policy, batch: int) -> list[Tensor]:
+    """Logits of every passage's continuation, with a cache, one token at a time for all."""
+    layers = moe_layers(model)
+    plans = {layer.index: table.plan(layer.index, policy) for layer in layers}
+    found: list[Tensor] = []
+    for start in range(0, len(PASSAGES), batch):
+        group = PASSAGES[start : start + batch]
+        caches, logits = [], []
+        for passage in group:
+            output = model(torch.tensor([passage.tokens[: passage.start]]), use_cache=True)
+            caches.append(output.past_key_values)
+            logits.append([output.logits[0, -1]])
+        for j in range(max(len(p.continuation) for p in group) - 1):
+            alive = [i for i, p in enumerate(group) if j < len(p.continuation) - 1]
+            # every row alone, but with ids decided together: run twice, first to learn the choices
+            chosen: Pairs = {layer.index: [] for layer in layers}
+            # layer by layer the choices depend on the layers before, hence as many passes as layers
+            for depth in range(len(layers) + 1):
+                seen: Pairs = {la.index: [] for la in layers}
+                outputs = []
+                for place, i in enumerate(alive):
+                    token = torch.tensor([[group[i].tokens[group[i].start + j]]])
+                    cache = copy.deepcopy(caches[i])
+                    with routed(layers, replacing(chosen, seen, place)):
+                        output = model(token, past_key_values=cache, use_cache=True)
+                    outputs.append((cache, output.logits[0, -1]))
+                if depth < len(layers):
+                    index = layers[depth].index
+                    ids = torch.cat([pair[0] for pair in seen[index]])
+                    weights = torch.cat([pair[1] for pair in seen[index]])
+                    new = reroute(ids, weights, plans[index])
+                    chosen[index] = list(zip(*(part.split(1) for part in new), strict=True))
+            for i, (cache, last) in zip(alive, outputs, strict=True):
+                caches[i] = cache
+                logits[i].append(last)
+        found += [torch.stack(rows) for rows in logits]
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_one_pass_equals_decoding_step_by_step(model_dir: Path, table: Table, batch: int) -> None:
+    model = load_model(str(model_dir))
+    policy = Policy(S=1, min_active=1)
+    layers = moe_layers(model)
+    reading = Reading(PASSAGES, batch)
+
+    def route(layer: MoELayer, step: Step) -> tuple[Tensor, Tensor]:
+        return reroute(step.ids, step.weights, table.plan(layer.index, policy))
+
+    stock = reading.logits(model)
+    with decoded(layers, reading, route):
+        logits = reading.logits(model)
+    with torch.no_grad():
+        expected = by_step(model, table, policy, batch)
+    changed = 0.0
+    for i, passage in enumerate(PASSAGES):
+        made = slice(passage.start - 1, len(passage.tokens) - 1)
+        assert torch.allclose(logits[i, made], expected[i], atol=2e-5)
+        changed = max(changed, (stock[i, made] - expected[i]).abs().max().item())
+    assert changed > 1e-3  # otherwise nothing was compared
+
+
+def test_prompts_do_not_depend_on_the_decoded_rows_by_a_bit(model_dir: Path, table: Table) -> None:
+    model = load_model(str(model_dir))
+    layers = moe_layers(model)
+    reading = Reading(PASSAGES, 5)
+    with decoded(layers, reading, lambda _, step: (step.ids, step.weights)):
+        stock = reading.logits(model)
+    with decoded(layers, reading, lambda _, step: (step.ids * 0, step.weights * 0.5)):
+        other = reading.logits(model)
+    for i, passage in enumerate(PASSAGES):
+        assert torch.equal(stock[i, : passage.start], other[i, : passage.start])
+    assert not torch.equal(stock, other)
+
+
+def test_the_router_is_found_and_read(model_dir: Path) -> None:
+    model = load_model(str(model_dir))
+    layers = moe_layers(model)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: MoELayer, step: Step) -> tuple[Tensor, Tensor]:
+        seen[layer.index] = step.ids, step.weights
+        return step.ids, step.weights
+
+    reading = Reading(PASSAGES[3:4], 1)
+    with router_logits(model, layers) as logits, decoded(layers, reading, keep):
+        reading.logits(model)
+        for layer in layers:
+            ids, weights = seen[layer.index]
+            own = logits[layer.index][reading.rows]
+            assert torch.equal(own.topk(2).indices.sort().values, ids.sort().values)
+            scores = scores_of(own, ids, weights)
+            assert torch.allclose(scores.sum(1), torch.ones(len(own)))
+
+
+def test_sigmoid_routers_are_told_from_softmax() -> None:
+    logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    for scores in (logits.softmax(-1), logits.sigmoid()):
+        ids = scores.topk(3).indices
+        picked = scores.gather(1, ids)
+        for weights in (picked, picked / picked.sum(1, keepdim=True) * 2.5):
+            assert torch.equal(scores_of(logits, ids, weights), scores)

@@ -1,0 +1,140 @@
+"""`sere evaluate` on a tiny model: what it reports, beside figures computed another way."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sere.calibrate import calibrate
+from sere.cli import main
+from sere.decoding import Reading
+from sere.evaluate import load_passages, run
+from sere.loading import load_model
+from sere.quality import EvaluationError, mean
+
+POLICIES = ['{"S": 2, "name": "off"}', '{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05}']
+POLICIES += ['{"rival": "top_k", "k": 1}']
+
+
+@pytest.fixture(scope="module")
+def tiny(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("evaluate")
+    calibrate(str(model_dir), folder / "t", data=corpus_file, samples=20, length=64, progress=False)
+    options = {"data": str(corpus_file), "samples": 12, "prompt": 4, "length": 12}
+
+    def evaluate(output: str = "e.json", **more: Any) -> dict[str, Any]:
+        settings = {"policies": POLICIES, "batches": [1, 4], **options, **more}
+        return run(str(model_dir), str(folder / "t"), str(folder / output), **settings)
+
+    evaluate.folder = folder  # type: ignore[attr-defined]
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def result(tiny: Any) -> dict[str, Any]:
+    found: dict[str, Any] = tiny()
+    return found
+
+
+def arm(result: dict[str, Any], name: str, batch: int) -> dict[str, Any]:
+    found: dict[str, Any] = next(
+        a["batches"][str(batch)] for a in result["arms"] if a["name"] == name
+    )
+    return found
+
+
+def test_stock_has_the_models_own_perplexity(
+    result: dict[str, Any], model_dir: Path, corpus_file: Path
+) -> None:
+    passages = load_passages(
+        "x", str(model_dir), str(corpus_file), samples=12, prompt=4, length=12, seed=0
+    )
+    logits = Reading(passages, 1).logits(load_model(str(model_dir)))
+    losses = []
+    for i, passage in enumerate(passages):
+        for at in range(passage.start, len(passage.tokens) - 1):
+            losses.append(-logits[i, at].log_softmax(-1)[passage.tokens[at + 1]].item())
+    stock = arm(result, "stock", 4)
+    assert stock["perplexity"][0] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (stock["kl"][0], stock["top1"][0]) == (0, 1)
+
+
+def test_off_is_stock_and_re_routing_is_not(result: dict[str, Any]) -> None:
+    for batch in (1, 4):
+        off, stock = arm(result, "off", batch), arm(result, "stock", batch)
+        for figure in ("kl", "perplexity", "active", "top1"):
+            assert off[figure] == stock[figure], figure
+    paper, stock = arm(result, "S=1 min_active=1", 4), arm(result, "stock", 4)
+    assert paper["kl"][0] > 1e-6
+    assert paper["active"][0] < stock["active"][0]
+    assert all(0 < error[0] < 2 for error in paper["output_error_by_layer"].values())
+    assert all(a["batches"]["4"]["prompt_difference"] == 0 for a in result["arms"])
+
+
+def test_a_token_alone_keeps_its_experts_by_default(result: dict[str, Any]) -> None:
+    assert arm(result, "S=1 tau=0.05", 1)["kl"][0] == 0
+    assert arm(result, "top_k k=1", 1)["active"][0] == 1
+
+
+def test_interrupted_work_resumes_and_ends_with_the_same_figures(
+    tiny: Any, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sere import quality
+
+    calls, measured = [0], quality._measured
+
+    def stopping(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(quality, "_measured", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        tiny("again.json")
+    with pytest.raises(ValueError, match="other settings"):
+        tiny("again.json", batches=[2])
+    again = tiny("again.json")
+    assert calls[0] == 1 + 2 * (1 + len(POLICIES))  # nothing was measured twice
+    assert again["arms"] == result["arms"]
+    assert not (tiny.folder / "again.json.unfinished").exists()
+
+
+def test_errors_are_those_of_whole_batches() -> None:
+    value, error = mean([(1.0, 2.0), (3.0, 2.0)])
+    assert value == 1 and error == pytest.approx(0.5)
+    assert math.isnan(mean([(1.0, 2.0)])[1])
+
+
+def test_prompts_and_answers_from_a_file(model_dir: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": "add 1+2:", "answer": "3"}, {"prompt": "ab", "answer": "cd"}]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    passages = load_passages("x", str(model_dir), str(data), samples=9, prompt=1, length=1, seed=0)
+    assert [(len(p.tokens), p.start) for p in passages] == [(10, 8), (5, 2)]
+
+
+def test_what_would_mean_nothing_is_refused(
+    tiny: Any, capsys: pytest.CaptureFixture[str], model_dir: Path
+) -> None:
+    with pytest.raises(EvaluationError, match="one name"):
+        tiny(policies=['{"S": 1}', '{"S": 1}'])
+    with pytest.raises(EvaluationError, match="lower --prompt"):
+        tiny(prompt=500)
+    with pytest.raises(EvaluationError, match="--data is needed"):
+        tiny(data=None)
+    assert main(["evaluate", str(model_dir), str(tiny.folder / "t"), "--policy", "{"]) == 1
+    assert "not JSON" in capsys.readouterr().err
+
+
+def test_the_table_and_the_plot_are_written(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("shown.json")
+    printed = capsys.readouterr().out
+    assert "batch 4" in printed and "S=1 tau=0.05" in printed and "+-" in printed
+    assert (tiny.folder / "shown.png").stat().st_size > 10_000
+    assert torch.tensor(json.loads((tiny.folder / "shown.json").read_text())["K"]) == 2
