@@ -20,7 +20,7 @@ from sere.calibrate import calibrate
 from sere.evaluate import load, load_passages
 from sere.files import check_writable, replaced
 from sere.journal import Journal
-from sere.quality import figures, measure
+from sere.quality import Judge, figures
 from sere.table import Table
 
 BATCHES = (8, 32)
@@ -66,7 +66,7 @@ def one_seed(model: Any, layers: Any, seed: int, prompts: int, journal: Path) ->
     )
     key = {"seed": seed, "arms": [arm.name for arm in arms], "prompts": prompts}
     with Journal(journal, key) as pieces:
-        sums = measure(model, layers, passages, arms, BATCHES, pieces, layer_error=False)
+        sums = Judge(model, layers, passages, pieces, layer_error=False).measure(arms, BATCHES)
     return {
         arm.name: {str(b): {f: figures(sums[arm.name][b])[f][0] for f in FIGURES} for b in BATCHES}
         for arm in arms

@@ -64,8 +64,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
-    parser.add_argument("table", help="its table, made by `sere calibrate`")
+    _passage_flags(parser, "evaluation.json")
     parser.add_argument(
         "--policy",
         dest="policies",
@@ -73,6 +72,39 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1}; may be repeated',
     )
+
+
+def _tune_flags(parser: argparse.ArgumentParser) -> None:
+    _passage_flags(parser, "tuning.json")
+    parser.add_argument(
+        "--budget",
+        default="kl=0.01",
+        metavar="NAME=LOSS",
+        help="kl (nats per token), top1 or exact_match (shares lost)",
+    )
+    parser.add_argument(
+        "--per-layer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also look for settings of their own for each layer",
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=3350, metavar="GB/s", help="of the memory to serve from"
+    )
+    parser.add_argument(
+        "--expert-mb",
+        type=float,
+        metavar="MB",
+        help="size of one expert as it is served (default: this model's in bf16)",
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=400, help="that the expert kernels reach where you serve"
+    )
+
+
+def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
+    parser.add_argument("table", help="its table, made by `sere calibrate`")
     parser.add_argument(
         "--batch",
         dest="batches",
@@ -84,7 +116,7 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
     )
-    parser.add_argument("-o", "--output", default="evaluation.json", metavar="FILE")
+    parser.add_argument("-o", "--output", default=output, metavar="FILE")
     parser.add_argument("--samples", type=_positive, default=512, help="passages, at most")
     parser.add_argument("--prompt", type=_positive, default=64, help="tokens a text begins with")
     parser.add_argument("--length", type=_positive, default=64, help="tokens of a text to decode")
@@ -113,6 +145,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         "measure quality and active experts of policies beside stock routing",
         _evaluate_flags,
         "sere.verbs:evaluate",
+    ),
+    "tune": (
+        "find the fastest settings within a budget; store them in the table",
+        _tune_flags,
+        "sere.verbs:tune",
     ),
     "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
 }

@@ -25,7 +25,7 @@ from sere.journal import Journal
 from sere.loading import load_model, load_tokenizer
 from sere.moe import MoELayer, moe_layers
 from sere.policy import Policy
-from sere.quality import EvaluationError, figures, measure
+from sere.quality import EvaluationError, Judge, figures
 from sere.table import Table
 from sere.tasks import examples
 
@@ -64,7 +64,8 @@ def run(
         "layer_error": layer_error,
     }
     with Journal(f"{output}.unfinished", settings) as journal:
-        sums = measure(model, layers, passages, arms, batches, journal, layer_error=layer_error)
+        judge = Judge(model, layers, passages, journal, layer_error)
+        sums = judge.measure(arms, batches)
     result = {
         "provenance": report.provenance(),
         "settings": settings,

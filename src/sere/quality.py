@@ -56,38 +56,43 @@ class Sums:
     energy: dict[str, float] = field(default_factory=dict)
 
 
-def measure(
-    model: nn.Module,
-    layers: list[MoELayer],
-    passages: Sequence[Passage],
-    arms: Sequence[Arm],
-    batches: Sequence[int],
-    journal: Journal,
-    *,
-    layer_error: bool = True,
-    progress: bool = True,
-) -> dict[str, dict[int, list[Sums]]]:
-    """By arm's name and batch size: the sums of every batch.
+@dataclass
+class Judge:
+    """Measures arms on passages; what is finished is in the journal and not measured again."""
 
-    Raises `EvaluationError` if an arm changes what stock computes for the prompts.
-    """
-    size = max(batches) * max(1, _TOGETHER // max(batches))
-    chunks = [list(passages[i : i + size]) for i in range(0, len(passages), size)]
-    work = [
-        (chunk, arm, batch) for chunk in range(len(chunks)) for batch in batches for arm in arms
-    ]
-    sums: dict[str, dict[int, list[Sums]]] = {arm.name: {b: [] for b in batches} for arm in arms}
-    stock: tuple[int, Tensor] | None = None
-    for chunk, arm, batch in tqdm(work, "evaluate", disable=not progress):
-        piece = f"{chunk}/{batch}/{arm.name}"
-        if (known := journal.get(piece)) is None:
-            if stock is None or stock[0] != chunk:
-                stock = chunk, _stock(model, layers, chunks[chunk])
-            found = _measured(model, layers, chunks[chunk], arm, batch, stock[1], layer_error)
-            known = [asdict(part) for part in found]
-            journal.add(piece, known)
-        sums[arm.name][batch] += [Sums(**part) for part in known]
-    return sums
+    model: nn.Module
+    layers: list[MoELayer]
+    passages: Sequence[Passage]
+    journal: Journal
+    layer_error: bool = True
+    title: str = "evaluate"
+    _stock: tuple[int, int, Tensor] | None = None
+
+    def measure(
+        self, arms: Sequence[Arm], batches: Sequence[int]
+    ) -> dict[str, dict[int, list[Sums]]]:
+        """By arm's name and batch size: the sums of every batch.
+
+        Raises `EvaluationError` if an arm changes what stock computes for the prompts.
+        """
+        size = max(batches) * max(1, _TOGETHER // max(batches))
+        starts = range(0, len(self.passages), size)
+        work = [(start, batch, arm) for start in starts for batch in batches for arm in arms]
+        sums: dict[str, dict[int, list[Sums]]] = {a.name: {b: [] for b in batches} for a in arms}
+        for start, batch, arm in tqdm(work, self.title, leave=self.title == "evaluate"):
+            piece = f"{start}+{size}/{batch}/{arm.name}"
+            if (known := self.journal.get(piece)) is None:
+                chunk = list(self.passages[start : start + size])
+                known = [asdict(part) for part in self._measured(chunk, start, arm, batch)]
+                self.journal.add(piece, known)
+            sums[arm.name][batch] += [Sums(**part) for part in known]
+        return sums
+
+    def _measured(self, chunk: list[Passage], start: int, arm: Arm, batch: int) -> list[Sums]:
+        if self._stock is None or self._stock[:2] != (start, len(chunk)):
+            self._stock = start, len(chunk), _stock(self.model, self.layers, chunk)
+        stock = self._stock[2]
+        return _measured(self.model, self.layers, chunk, arm, batch, stock, self.layer_error)
 
 
 def _stock(model: nn.Module, layers: list[MoELayer], passages: list[Passage]) -> Tensor:

@@ -88,12 +88,14 @@ class Table:
     layers: statistics by decoder layer index, ascending.
     method: how similarity was measured, e.g. "frobenius".
     provenance: JSON-able facts: corpus hash, tokens, seed, versions, layer names.
+    policy: what `sere tune` chose for this model; serving takes it unless told otherwise.
     """
 
     fingerprint: Fingerprint
     layers: dict[int, LayerStatistics]
     method: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.layers) != self.fingerprint.layers:
@@ -145,6 +147,7 @@ class Table:
             "tokens": {str(index): layer.tokens for index, layer in self.layers.items()},
             "stability": {str(index): layer.stability for index, layer in self.layers.items()},
             "provenance": self.provenance,
+            "policy": self.policy.to_dict() if self.policy else None,
         }
         with replaced(path) as temporary:
             try:
@@ -170,6 +173,7 @@ class Table:
                 dict(_layers(fingerprint, document, tensors)),
                 document["method"],
                 document["provenance"],
+                _policy(document),
             )
         except TableError as error:
             raise TableError(f"{path}: {error}") from None
@@ -193,6 +197,20 @@ def _document(metadata: dict[str, str]) -> dict[str, Any]:
             "install the matching sere or calibrate again"
         )
     return document
+
+
+def _policy(document: dict[str, Any]) -> Policy | None:
+    stored = document.get("policy")
+    return None if stored is None else Policy.from_dict(stored)
+
+
+def stored_policy(path: str | Path) -> Policy | None:
+    """The policy that a table carries; None also for a file that is no table (see `Table.load`)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _policy(_document(file.metadata() or {}))
+    except (TableError, SafetensorError, OSError):
+        return None
 
 
 def _fingerprint(fields: dict[str, Any]) -> Fingerprint:

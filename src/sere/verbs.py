@@ -59,6 +59,24 @@ def evaluate(
     run(model, table, flags.pop("output"), policies=chosen, batches=batches or [1, 8, 32], **flags)
 
 
+def tune(
+    batches: list[int] | None,
+    model: str,
+    table: str,
+    bandwidth: float,
+    tflops: float,
+    expert_mb: float | None,
+    **flags: Any,
+) -> None:
+    """`sere tune MODEL TABLE --budget kl=0.01`."""
+    from sere.tune import run
+
+    device = {"bandwidth": bandwidth * 1e9, "flops": tflops * 1e12}
+    if expert_mb:
+        device["expert_bytes"] = expert_mb * 1e6
+    run(model, table, batches=batches or [1, 8, 32], device=device, **flags)
+
+
 def doctor(table: str | None, model: str | None) -> int:
     """`sere doctor`: 0 if re-routing can take effect here."""
     from sere.doctor import examine

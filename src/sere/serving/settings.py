@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sere.policy import Policy, PolicyError, check_keys
-from sere.table import FILE_NAME, TableError
+from sere.table import FILE_NAME, TableError, stored_policy
 
 KEY = "sere"
 _OWN_KEYS = ("table", "fingerprint", "merge")
@@ -20,7 +20,8 @@ class Settings:
     """How one engine re-routes.
 
     table: path of the side file.
-    policy: what it starts with; it can be switched on the live engine.
+    policy: what it starts with; it can be switched on the live engine. Where the user names no
+        setting of it, the one that `sere tune` left in the table, or else the defaults.
     fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
         "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
         compares only architecture, E, K and layers (engines with random weights).
@@ -61,9 +62,10 @@ class Settings:
         merge = merged.get("merge", False)
         if not isinstance(merge, bool):
             raise PolicyError(f"merge={merge!r}: expected true or false")
-        policy = Policy.from_dict({k: v for k, v in merged.items() if k in _POLICY_KEYS})
         from_model = "table" not in given
         table = _find_table(merged.get("table"), model_folder, from_model)
+        own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
+        policy = Policy.from_dict(own) if own else stored_policy(table) or Policy()
         return cls(table, policy, level, merge)
 
 

@@ -1,0 +1,151 @@
+"""`sere tune` on a tiny model: the budget, the choice, and what becomes of it in the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sere.calibrate import calibrate
+from sere.cli import main
+from sere.cost import Cost, fitted, roofline
+from sere.journal import Journal, JournalError
+from sere.loading import load_model
+from sere.moe import moe_layers
+from sere.policy import Policy
+from sere.search import Budget, BudgetError, Point, _exchange
+from sere.serving.settings import Settings
+from sere.table import Table
+from sere.tune import run
+
+READING = Cost(b=1.0, a=0.0)  # time is what is read
+
+
+@pytest.fixture(scope="module")
+def tune(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tune")
+    calibrate(str(model_dir), folder / "t", data=corpus_file, samples=20, length=64, progress=False)
+
+    def tuned(budget: str, **more: Any) -> dict[str, Any]:
+        options = {"data": str(corpus_file), "samples": 20, "prompt": 2, "length": 10}
+        settings = {"batches": [1, 4], "output": str(folder / "o.json"), "cost": READING, **options}
+        return run(str(model_dir), str(folder / "t"), budget=budget, **{**settings, **more})
+
+    tuned.folder = folder  # type: ignore[attr-defined]
+    return tuned
+
+
+def test_a_tighter_budget_loads_more_experts_and_loses_less(tune: Any) -> None:
+    found = {}
+    for budget in ("kl=1.0", "kl=0.002"):
+        result = tune(budget, per_layer=False)
+        found[budget] = result["held_out"][1]["chosen"]
+        for own in result["by_batch"]:
+            best = own["best"]
+            assert best["upper"] <= float(budget[3:]) and best["seconds"] < own["stock"]["seconds"]
+    loose, tight = found.values()
+    assert loose["active"] < tight["active"] < result["held_out"][1]["stock"]["active"]
+    assert tight["loss"] < loose["loss"]
+
+
+def test_settings_per_layer_are_used_only_where_they_are_faster(tune: Any) -> None:
+    plain, layered = tune("kl=0.001", per_layer=False), tune("kl=0.001")
+    seconds = [r["held_out"][1]["chosen"]["seconds"] for r in (plain, layered)]
+    if layered["policy"]["layers"]:
+        assert layered["policy"] != plain["policy"]
+    else:
+        assert seconds[0] == seconds[1]
+
+
+def test_serving_finds_the_choice_in_the_table(tune: Any) -> None:
+    result = tune("kl=0.01", per_layer=False)
+    path = tune.folder / "t"
+    chosen = Policy.from_dict(result["policy"])
+    assert Table.load(path).policy == chosen and chosen.tau
+
+    def policy(**given: Any) -> Policy:
+        settings = {"table": str(path), **given}
+        return Settings.parse(settings, model_folder=None, model_default={}).policy
+
+    assert policy() == chosen
+    assert policy(S=2) == Policy(S=2)  # what the user says goes
+
+
+def test_where_nothing_saves_time_it_says_so(tune: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = Cost(b=1.0, a=0.0, route=100.0)
+    assert tune("kl=0.01", cost=slow)["policy"] is None
+    assert "do not enable" in capsys.readouterr().out
+    assert Table.load(tune.folder / "t").policy is None
+    assert (tune.folder / "o.png").exists()
+
+
+def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None:
+    table, output = str(tune.folder / "t"), str(tune.folder / "cli.json")
+    flags = ["--data", str(corpus_file), "--samples", "20", "--prompt", "2", "--length", "6"]
+    flags += ["--batch", "4", "--expert-mb", "10", "--budget", "top1=0.5", "-o", output]
+    assert main(["tune", str(model_dir), table, *flags]) == 0
+    result = json.loads(Path(output).read_text())
+    assert "10 MB an expert" in result["cost"]["source"]
+    assert result["settings"]["budget"] == {"name": "top1", "limit": 0.5}
+
+
+@pytest.mark.parametrize("text", ["kl", "kl=0", "kl=-1", "ppl=1", "kl=x"])
+def test_budgets_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(BudgetError, match="expected NAME=LOSS"):
+        Budget.parse(text)
+
+
+def test_too_few_passages_to_be_sure(tune: Any) -> None:
+    with pytest.raises(BudgetError, match="raise --samples"):
+        tune("kl=0.1", batches=[32])
+
+
+def test_a_loss_counts_with_its_error() -> None:
+    stock, arm = {"exact_match": (0.9, 0.01)}, {"exact_match": (0.8, 0.02), "top1": (0.9, 0.1)}
+    assert Budget("exact_match", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.02))
+    assert Budget("top1", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.1))
+
+
+def test_the_exchange_gives_freedom_where_it_costs_least() -> None:
+    """Layer 0 loses ten times as much as layer 1 for the same saving."""
+    taus = [0.1, 0.2]
+
+    def point(active: float, loss: float) -> Point:
+        return Point(None, 1, active, loss, loss, 0.0)
+
+    curves = [point(9, 0.1), point(8, 1.0), point(9, 0.01), point(8, 0.1)]
+    assert _exchange([0, 1], taus, curves, 10.0, 0.2) == {0: 0.1, 1: 0.2}
+    assert _exchange([0, 1], taus, curves, 10.0, 2.0) == {0: 0.2, 1: 0.2}
+
+
+def test_costs_from_a_data_sheet_and_from_measurements(model_dir: Path) -> None:
+    layer = moe_layers(load_model(str(model_dir)))[0]
+    parameters = 3 * 32 * 16
+    cost = roofline(layer, 2, bandwidth=1e9, flops=1e12)
+    assert cost.b == pytest.approx(2 * parameters / 1e9)
+    assert cost.a == pytest.approx(2 * 2 * parameters / 1e12)
+    truth = Cost(b=3e-6, a=2e-7, rest=1e-3)
+    points = [(a, r, truth.seconds(a, r, 4)) for a, r in ((4, 1), (8, 8), (12, 8), (20, 32))]
+    found = fitted(points, 4)
+    assert (found.b, found.a, found.rest) == pytest.approx((truth.b, truth.a, truth.rest))
+    flat = fitted([(a, r, 1e-3) for a, r, _ in points], 4)
+    assert min(flat.b, flat.a, flat.rest) >= 0
+    with pytest.raises(ValueError, match="needs four"):
+        fitted(points[:3], 4)
+
+
+def test_a_journal_survives_a_torn_line_and_knows_its_work(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt), Journal(path, {"a": 1}) as journal:
+        journal.add("one", [1.5])
+        raise KeyboardInterrupt
+    with path.open("a") as file:
+        file.write('["two", [2')
+    with pytest.raises(JournalError, match="other settings"):
+        Journal(path, {"a": 2})
+    with Journal(path, {"a": 1}) as journal:
+        assert journal.get("one") == [1.5] and journal.get("two") is None
+        journal.add("two", 2)
+    assert not path.exists()
