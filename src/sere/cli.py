@@ -66,6 +66,22 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
 def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     _passage_flags(parser, "evaluation.json")
     parser.add_argument(
+        "--engine",
+        action="store_true",
+        help="let the real vLLM engine write, and compare what it writes",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="hand over to lm-evaluation-harness: names of its tasks, or of --task-folder's",
+    )
+    parser.add_argument("--task-folder", metavar="FOLDER", help="tasks of your own (YAML files)")
+    parser.add_argument(
+        "--backend", default="vllm", choices=("vllm", "hf"), help="what --tasks runs on"
+    )
+    parser.add_argument("--limit", type=_positive, help="examples of each task, at most")
+    parser.add_argument("--dtype", default="auto", help="of the vLLM engine")
+    parser.add_argument(
         "--policy",
         dest="policies",
         action="append",

@@ -139,17 +139,21 @@ def observed(layers: list[MoELayer], observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def rerouted(
-    layers: list[MoELayer], plans: dict[int, Plan], rows: Callable[[], Tensor | None]
+    layers: list[MoELayer],
+    plans: dict[int, Plan],
+    rows: Callable[[], Tensor | None],
+    counters: Tensor | None = None,
 ) -> Iterator[None]:
     """Run the model with the operator that serving runs.
 
     plans: by decoder layer index. rows: gives the row classes [T] of the forward pass under way.
+    counters: those of all layers together (see `sere.kernels.reroute`).
     """
 
     def route(
         layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return reroute(ids, weights, plans[layer.index], rows())
+        return reroute(ids, weights, plans[layer.index], rows(), counters)
 
     with routed(layers, route):
         yield

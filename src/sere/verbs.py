@@ -49,14 +49,53 @@ def demo(output: str, prompts: int, batch: int, method: str, seed: int) -> None:
     run(output, prompts=prompts, batch=batch, method=method, seed=seed)
 
 
-def evaluate(
-    policies: list[str] | None, batches: list[int] | None, model: str, table: str, **flags: Any
-) -> None:
-    """`sere evaluate MODEL TABLE --policy JSON ... --batch B ...`."""
-    from sere.evaluate import run
+_POLICIES = ('{"S": 2}', '{"S": 1}', '{"S": 1, "tau": 0.02}', '{"S": 1, "tau": 0.1}')
 
-    chosen = policies or ['{"S": 2}', '{"S": 1}', '{"S": 1, "tau": 0.02}', '{"S": 1, "tau": 0.1}']
-    run(model, table, flags.pop("output"), policies=chosen, batches=batches or [1, 8, 32], **flags)
+
+def evaluate(
+    policies: list[str] | None,
+    batches: list[int] | None,
+    model: str,
+    table: str,
+    output: str,
+    engine: bool,
+    tasks: str | None,
+    task_folder: str | None,
+    backend: str,
+    limit: int | None,
+    dtype: str,
+    **flags: Any,
+) -> None:
+    """`sere evaluate MODEL TABLE --policy JSON ... --batch B ... [--engine | --tasks NAME,...]`."""
+    chosen = policies or list(_POLICIES)
+    batch = (batches or [32])[0]
+    if tasks:
+        from sere import harness
+
+        names = tasks.split(",")
+        own = {"folder": task_folder, "limit": limit, "dtype": dtype, "seed": flags["seed"]}
+        harness.run(
+            model, table, output, policies=chosen, tasks=names, backend=backend, batch=batch, **own
+        )
+    elif engine:
+        from sere import generation
+
+        kept = {name: flags[name] for name in ("data", "samples", "seed")}
+        longest = flags["length"]
+        generation.run(
+            model,
+            table,
+            output,
+            policies=chosen,
+            batch=batch,
+            max_tokens=longest,
+            dtype=dtype,
+            **kept,
+        )
+    else:
+        from sere.evaluate import run
+
+        run(model, table, output, policies=chosen, batches=batches or [1, 8, 32], **flags)
 
 
 def tune(
