@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"demo", "calibrate", "tune", "inspect", "compare", "doctor"},
+    {"demo", "calibrate", "tune", "harness", "generation", "inspect", "compare", "doctor"},
     {"evaluate"},
     {"search"},
     {"quality", "cost"},
@@ -37,7 +37,7 @@ LAYERS: list[set[str]] = [
     {"policy", "kernels", "checkpoint", "files", "table"},
 ]
 CORE = LAYERS[-1]
-MAY_SERVE = {"demo", "doctor", "serving"}
+MAY_SERVE = {"demo", "doctor", "generation", "harness", "serving"}
 VLLM_LINES, LINES = 450, 360
 
 
