@@ -21,6 +21,7 @@ FULL: dict[str, Any] = {
     "weights": "scale",
     "rows": "all",
     "layers": {4: {"S": 3, "rho": 0.5}, 0: {"max_active": None}},
+    "batches": {32: {"S": 2, "layers": {4: {"S": 4}}}, 8: None},
 }
 
 
@@ -70,6 +71,15 @@ def test_round_trip_keeps_every_field() -> None:
         ({"layers": {3: {"rows": "all"}}}, r"layers\[3\]: unknown key 'rows'"),
         ({"layers": {3: {"rho": -1}}}, "rho=-1"),
         ({"max_active": 8, "layers": {3: {"min_active": 9}}}, "exceeds max_active"),
+        ({"batches": [8]}, r"batches=\[8\]"),
+        ({"batches": {0: {"S": 1}}}, "0 is not a number of rows"),
+        ({"batches": {8: 1}}, r"batches\[8\]=1: expected settings"),
+        ({"batches": {8: {"rho": 0.5}}}, r"batches\[8\]: unknown key 'rho'"),
+        ({"batches": {8: {"tau": 0.1}}}, "give the policy a tau"),
+        ({"tau": 0.1, "batches": {8: {"tau": None}}}, "expected a number"),
+        ({"tau": 0.1, "batches": {8: {"tau": 9}}}, "tau=9"),
+        ({"batches": {8: {"layers": {1: {"fill": "error"}}}}}, "unknown key 'fill'"),
+        ({"batches": {8: {"layers": [1]}}}, "layers="),
     ],
 )
 def test_nonsense_is_refused_with_the_remedy(settings: dict[str, Any], complaint: str) -> None:
@@ -85,7 +95,7 @@ def test_json_that_holds_no_policy_is_refused(text: str) -> None:
 
 def test_a_layer_takes_its_overrides_and_the_rest_from_the_policy() -> None:
     policy = Policy(**FULL)
-    flat = dataclasses.replace(policy, layers={})
+    flat = dataclasses.replace(policy, layers={}, batches={})
     assert policy.for_layer(4) == dataclasses.replace(flat, S=3, rho=0.5, rho_quantile=None)
     assert policy.for_layer(0) == dataclasses.replace(flat, max_active=None)
     assert policy.for_layer(7) == flat
@@ -98,6 +108,7 @@ def test_a_layer_takes_its_overrides_and_the_rest_from_the_policy() -> None:
         ({"max_active": 3}, "max_active=3 is below min_active=4.*raise max_active or set min"),
         ({"max_active": 17}, "max_active=17 exceeds this model's 16 experts"),
         ({"layers": {2: {"S": 6}}}, r"layers\[2\]: S=6"),
+        ({"batches": {8: {"S": 6}}}, r"batches\[8\]: S=6"),
     ],
 )
 def test_a_policy_that_does_not_fit_the_model(settings: dict[str, Any], complaint: str) -> None:
@@ -134,3 +145,19 @@ def test_tau_brings_the_policies_of_error_along_unless_told_otherwise() -> None:
     assert error.fills_by_error and error.scales and error.needs_errors
     plain = Policy(tau=0.02, fill="similar", weights="keep")
     assert not (plain.fills_by_error or plain.scales) and plain.needs_errors
+
+
+def test_a_batch_size_has_its_own_numbers_or_stock_routing() -> None:
+    layers = {1: {"S": 3}, 2: {"tau": 0.5}}
+    own = {"S": 2, "tau": 0.1, "layers": {2: {"tau": 0.7}}}
+    policy = Policy(S=1, tau=0.02, layers=layers, batches={"8": own, "96": None})
+    assert [policy.bucket(rows) for rows in (1, 7, 8, 95, 96, 300)] == [0, 0, 8, 8, 96, 96]
+    assert policy.for_bucket(0) == dataclasses.replace(policy, batches={})
+    assert policy.for_bucket(96) is None
+    eight = policy.for_bucket(8)
+    assert eight is not None and not eight.batches
+    assert (eight.for_layer(0).S, eight.for_layer(0).tau) == (2, 0.1)
+    assert (eight.for_layer(1).S, eight.for_layer(1).tau) == (3, 0.1)
+    assert (eight.for_layer(2).S, eight.for_layer(2).tau) == (2, 0.7)
+    assert Policy.from_json(policy.to_json()) == policy
+    assert policy.brief() == "S=1 tau=0.02 per layer by batch"

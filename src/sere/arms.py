@@ -27,11 +27,7 @@ class Arm:
     name: str
     rule: Policy | Rival | None
     table: Table
-    _plans: dict[int, Plan] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rule, Policy):
-            self._plans = {index: self.table.plan(index, self.rule) for index in self.table.layers}
+    _plans: dict[tuple[int, int], Plan] = field(default_factory=dict)
 
     @property
     def needs_logits(self) -> bool:
@@ -45,15 +41,18 @@ class Arm:
         if self.rule is None:
             return ids, weights
         if isinstance(self.rule, Policy):
-            return reroute(ids, weights, self._plan(layer, ids))
+            return reroute(ids, weights, self._plan(self.rule, layer, ids))
         assert logits is not None
         load = self.table.layers[layer.index].load.to(ids.device)
         return self.rule.route(Routed(ids, weights, logits, scores_of(logits, ids, weights), load))
 
-    def _plan(self, layer: MoELayer, ids: Tensor) -> Plan:
-        plan = self._plans[layer.index]
-        if plan.settings.device != ids.device:
-            plan = self._plans[layer.index] = plan.to(ids.device)
+    def _plan(self, policy: Policy, layer: MoELayer, ids: Tensor) -> Plan:
+        bucket = policy.bucket(len(ids))
+        plan = self._plans.get((layer.index, bucket))
+        if plan is None or plan.settings.device != ids.device:
+            own = policy.for_bucket(bucket)
+            plan = self.table.plan(layer.index, own) if own else Plan.off(layer.E)
+            plan = self._plans[layer.index, bucket] = plan.to(ids.device)
         return plan
 
 

@@ -10,11 +10,13 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 # What a layer may override; `rows` is a property of the whole engine.
 LAYER_KEYS = ("S", "rho", "rho_quantile", "tau", "min_active", "max_active", "fill", "weights")
+# What a batch size may override: all that is read afresh for every batch.
+BATCH_KEYS = ("S", "tau", "min_active", "max_active")
 _THRESHOLDS = ("rho", "rho_quantile", "tau")
 
 
@@ -46,6 +48,9 @@ class Policy:
         stand-in's output nearest. None means "scale" with tau, else "keep".
     rows: "decode" re-routes only decode rows; "all" also prefill rows, as the paper's code does.
     layers: per decoder layer index, any of the settings above but `rows`.
+    batches: from how many decoded rows on, other values of S, tau, min_active, max_active (also
+        per layer, under "layers"), or None for stock routing; smaller batches follow the settings
+        above. `{8: {"tau": 0.05}, 96: None}` says what to do from 8 and from 96 rows on.
     """
 
     S: int = 2
@@ -58,6 +63,7 @@ class Policy:
     weights: Literal["keep", "scale"] | None = None
     rows: Literal["decode", "all"] = "decode"
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    batches: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_count("S", self.S, optional=False)
@@ -77,6 +83,7 @@ class Policy:
         if self.rows not in ("decode", "all"):
             raise PolicyError(f'rows={self.rows!r}: expected "decode" or "all"')
         object.__setattr__(self, "layers", self._checked_layers())
+        object.__setattr__(self, "batches", self._checked_batches())
 
     def _check_one_threshold(self) -> None:
         given = [f"{name}={value}" for name in _THRESHOLDS if (value := getattr(self, name))]
@@ -119,19 +126,83 @@ class Policy:
             self._overridden(override)  # raises what is wrong with it
         return dict(sorted(layers.items()))
 
+    def _checked_batches(self) -> dict[int, dict[str, Any] | None]:
+        if not isinstance(self.batches, Mapping):
+            raise PolicyError(f'batches={self.batches!r}: expected {{rows: {{"S": 1}}}}')
+        batches: dict[int, dict[str, Any] | None] = {}
+        for key, override in self.batches.items():
+            if not str(key).isdecimal() or not int(key):
+                raise PolicyError(f"batches: {key!r} is not a number of rows such as 1 or 32")
+            if override is not None and not isinstance(override, Mapping):
+                raise PolicyError(
+                    f'batches[{key}]={override!r}: expected settings, e.g. {{"S": 1}}, or null '
+                    "for stock routing"
+                )
+            batches[int(key)] = None if override is None else self._checked_batch(key, override)
+        return dict(sorted(batches.items()))
+
+    def _checked_batch(self, key: Any, override: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch size changes numbers that the operator reads, never the neighbour lists."""
+        check_keys(f"batches[{key}]", override, (*BATCH_KEYS, "layers"))
+        own, layers = dict(override), override.get("layers", {})
+        if not isinstance(layers, Mapping) or not all(
+            str(i).isdecimal() and isinstance(o, Mapping) for i, o in layers.items()
+        ):
+            raise PolicyError(f'batches[{key}]: layers={layers!r}: expected {{index: {{"S": 4}}}}')
+        own["layers"] = {int(i): dict(o) for i, o in layers.items()}
+        for index, settings in own["layers"].items():
+            check_keys(f"batches[{key}]: layers[{index}]", settings, BATCH_KEYS)
+        everywhere = [(self, own), *((self.for_layer(i), o) for i, o in own["layers"].items())]
+        for base, settings in everywhere:
+            if (settings.get("tau") is None) is not ("tau" not in settings):
+                raise PolicyError(f"batches[{key}]: tau=None: expected a number, or no tau at all")
+            if "tau" in settings and base.tau is None:
+                raise PolicyError(
+                    f"batches[{key}]: tau={settings['tau']} where the policy itself has none: "
+                    "stand-ins are chosen once for all batch sizes; give the policy a tau"
+                )
+        self._with_batch(own)  # raises what is wrong with it
+        return own if own["layers"] else {k: v for k, v in own.items() if k != "layers"}
+
+    def _with_batch(self, override: Mapping[str, Any]) -> Policy:
+        own = {k: v for k, v in override.items() if k != "layers"}
+        base = self._overridden(own)
+        layers = {i: dict(o) for i, o in self.layers.items()}
+        for index, settings in override.get("layers", {}).items():
+            layers[index] = {**layers.get(index, {}), **settings}
+        return replace(base, layers=layers)
+
+    def bucket(self, rows: int) -> int:
+        """Which of `batches` holds for a step of that many decoded rows: its key, 0 for none."""
+        return max((start for start in self.batches if start <= rows), default=0)
+
+    def for_bucket(self, bucket: int) -> Policy | None:
+        """The policy behind a key of `batches` (0: below them all); None is stock routing."""
+        if not bucket:
+            return replace(self, batches={})
+        override = self.batches[bucket]
+        return None if override is None else self._with_batch(override)
+
     def for_layer(self, index: int) -> Policy:
-        """The settings of one decoder layer, its overrides applied."""
+        """The settings of one decoder layer, its overrides applied; those of no batch size."""
         return self._overridden(self.layers.get(index, {}))
 
     def _overridden(self, override: Mapping[str, Any]) -> Policy:
         """One threshold takes the place of the others."""
-        base = {f.name: getattr(self, f.name) for f in fields(self)} | {"layers": {}}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        base = own | {"layers": {}, "batches": {}}
         if any(name in override for name in _THRESHOLDS):
             base |= {"rho": 0.0, "rho_quantile": None, "tau": None}
         return Policy(**{**base, **override})
 
     def check_against(self, K: int, E: int) -> None:
         """Raise `PolicyError` if these settings make no sense for K of E experts per token."""
+        for bucket in self.batches:
+            if own := self.for_bucket(bucket):
+                try:
+                    own.check_against(K, E)
+                except PolicyError as error:
+                    raise PolicyError(f"batches[{bucket}]: {error}") from None
         for name, settings in [
             ("", self),
             *((f"layers[{i}]: ", self.for_layer(i)) for i in self.layers),
@@ -154,15 +225,17 @@ class Policy:
 
     def brief(self) -> str:
         """What differs from the defaults, S always: "S=1 tau=0.02"."""
-        names = [f.name for f in fields(self) if f.name not in ("S", "layers")]
+        names = [f.name for f in fields(self) if f.name not in ("S", "layers", "batches")]
         default = Policy(S=self.S)
         given = [f"{n}={v}" for n in names if (v := getattr(self, n)) != getattr(default, n)]
-        return " ".join([f"S={self.S}", *given, *(["per layer"] if self.layers else [])])
+        parts = (["per layer"] if self.layers else []) + (["by batch"] if self.batches else [])
+        return " ".join([f"S={self.S}", *given, *parts])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able settings; `from_dict` gives an equal policy back."""
         settings = asdict(self)
         settings["layers"] = {str(index): dict(o) for index, o in self.layers.items()}
+        settings["batches"] = {str(rows): _as_json(o) for rows, o in self.batches.items()}
         return settings
 
     @classmethod
@@ -183,6 +256,13 @@ class Policy:
         except json.JSONDecodeError as error:
             raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
         return cls.from_dict(settings)
+
+
+def _as_json(override: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if override is None:
+        return None
+    layers = {str(index): dict(o) for index, o in override.get("layers", {}).items()}
+    return {**override, **({"layers": layers} if layers else {})}
 
 
 def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:
