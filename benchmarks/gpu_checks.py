@@ -65,7 +65,7 @@ def ten_thousand_random_batches() -> str:
         ids = ids.masked_fill(torch.rand(T, K, generator=g) < 0.05, (-1, E)[seed % 2])
         weights = (torch.rand(T, K, generator=g) * 4).ceil() / 4
         weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.05, 0)
-        rows = torch.randint(0, 3, (T,), generator=g).to(torch.int8)
+        rows = torch.randint(0, 3 + seed % 4, (T,), generator=g).to(torch.int8)
         threshold = {"rho": (seed % 5) / 5} if seed % 2 else {"tau": (seed % 7) ** 3 / 1000}
         policy = Policy(S=1 + seed % K, max_active=K + seed % (E - K), **threshold)
         plan = _plan(torch.rand(E, E, generator=g), policy, K)

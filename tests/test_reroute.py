@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
+from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
 from sere.kernels.implementations import load
 from sere.kernels.plan import FRACTION, Substitution
 from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, route
@@ -77,7 +77,7 @@ def by_hand(
             share(t, k)
             for t in range(len(table))
             for k in range(K)
-            if rows[t] == FAST and table[t][k] == u and weight[t][k] != 0
+            if rows[t] not in (VOID, EXACT) and table[t][k] == u and weight[t][k] != 0
         ]
         error = min(round(substitution.error[u, best_of(u, among)].item() * FRACTION), 65535)
         return max(shares, default=0) ** 2 * error // FRACTION
@@ -87,6 +87,7 @@ def by_hand(
             return {e for e in table[t] if 0 <= e < E}
         if rows[t] == VOID:
             return set()
+        s = max(s, rows[t] - EXACT)  # of a row that keeps some
         slots = [k for k in range(K) if 0 <= table[t][k] < E and weight[t][k] != 0]
         return {table[t][k] for k in sorted(slots, key=lambda k: (-weight[t][k], k))[:s]}
 
@@ -174,7 +175,8 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Policy, list[int]]:
         fill=draw(st.sampled_from([None, "similar"])),
         weights=draw(st.sampled_from([None, "keep", "scale"])),
     )
-    rows = draw(st.lists(st.sampled_from([FAST, FAST, FAST, EXACT, VOID]), min_size=T, max_size=T))
+    classes = st.sampled_from([FAST, FAST, FAST, EXACT, VOID, keeping(1), keeping(2), keeping(K)])
+    rows = draw(st.lists(classes, min_size=T, max_size=T))
     return ids, weights, similarity, policy, rows
 
 
@@ -206,7 +208,7 @@ def test_implementations_agree_on_ten_thousand_batches() -> None:
         ids, weights, similarity = batch(seed, T, K, E, coarse=seed % 3 == 0)
         ids = ids.masked_fill(torch.rand(T, K, generator=g) < 0.05, -1)
         weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.05, 0)
-        rows = torch.randint(0, 3, (T,), generator=g).to(torch.int8)
+        rows = torch.randint(0, 3 + seed % 4, (T,), generator=g).to(torch.int8)
         threshold = {"rho": (seed % 5) / 5} if seed % 2 else {"tau": (seed % 7) ** 3 / 1000}
         policy = Policy(S=1 + seed % K, max_active=K + seed % (E - K), **threshold)
         run_all(ids, weights, plan_of(similarity, policy, K), rows)
@@ -473,6 +475,21 @@ def test_void_rows_name_no_expert_of_their_own() -> None:
     ids = torch.tensor([[0, 1], [2, 3], [-1, -1]], dtype=torch.int32)
     new = run(ids, torch.rand(3, 2) + 0.1, SIMILARITY, Policy(S=1), [FAST, VOID, VOID])
     assert new.tolist() == [[0, 1], [0, 0], [-1, -1]]
+
+
+def test_a_row_that_keeps_some_adds_its_own_best_experts_and_no_others() -> None:
+    ids, weights, similarity = batch(11, 16, 4, 32)
+    policy = Policy(S=1, min_active=1)
+    rows = [keeping(3), *[FAST] * 15]
+    new = run(ids, weights, similarity, policy, rows)
+    best = ids[0][weights[0].argsort(descending=True)]
+    assert torch.equal(new[0][weights[0].argsort(descending=True)][:3], best[:3])
+    primary = {int(row[w.argmax()]) for row, w in zip(ids, weights, strict=True)}
+    assert set(new.flatten().tolist()) == primary | set(best[:3].tolist())
+    as_exact = run(ids, weights, similarity, policy, [keeping(4), *rows[1:]])
+    assert torch.equal(as_exact, run(ids, weights, similarity, policy, [EXACT, *rows[1:]]))
+    as_fast = run(ids, weights, similarity, policy, [keeping(1), *rows[1:]])
+    assert torch.equal(as_fast, run(ids, weights, similarity, policy))
 
 
 def test_a_batch_of_void_rows_is_left_alone() -> None:

@@ -14,9 +14,17 @@ from torch import Tensor
 
 from sere.kernels.implementations import implementation_for, load
 from sere.kernels.plan import Plan
-from sere.kernels.reference import COUNTERS, RowClass
+from sere.kernels.reference import COUNTERS, RowClass, keeping
 
-__all__ = ["COUNTERS", "Plan", "RowClass", "implementation_for", "new_counters", "reroute"]
+__all__ = [
+    "COUNTERS",
+    "Plan",
+    "RowClass",
+    "implementation_for",
+    "keeping",
+    "new_counters",
+    "reroute",
+]
 
 
 def new_counters(device: torch.device | str | None = None) -> Tensor:
@@ -37,7 +45,7 @@ def reroute(
     topk_weights: [T, K] floating point, the combine weights (not logits) of those slots; never
         written to.
     plan: neighbour lists, errors, scales and settings of this layer, on the same device.
-    rows: [T] int8 `RowClass` on the same device; None means that all rows are FAST.
+    rows: [T] int8 `RowClass` or `keeping(n)` on the same device; None means that all rows are FAST.
     counters: optional [len(COUNTERS)] int64 on the same device, added to in place.
 
     Returns new ids and weights [T, K] of the same dtypes; weights differ only where the plan

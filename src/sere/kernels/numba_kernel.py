@@ -146,6 +146,11 @@ def _reroute(
 
 
 @_compiled
+def _is_fast(kind: int) -> bool:
+    return kind == FAST or kind > EXACT
+
+
+@_compiled
 def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
     """[E]: rules 1 to 3; K where nobody chose the expert."""
     T, K = ids.shape
@@ -158,7 +163,8 @@ def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
             if rows[t] == EXACT:
                 first[e] = 0
             elif weights[t, k] != 0:
-                first[e] = min(first[e], _rank(ids[t], weights[t], k, E))
+                rank = _rank(ids[t], weights[t], k, E)
+                first[e] = min(first[e], rank if rank >= rows[t] - EXACT else 0)
     return first
 
 
@@ -225,7 +231,7 @@ def _largest_shares(ids: Any, weights: Any, rows: Any, E: int) -> Any:
     largest = np.zeros(E, np.int64)
     whole = np.zeros(K, np.int64)
     for t in range(T):
-        if rows[t] != FAST:
+        if not _is_fast(rows[t]):
             continue
         total = 0
         for k in range(K):
@@ -261,13 +267,13 @@ def _move(
             e = ids[t, k]
             if rows[t] == EXACT or e < 0 or e >= E:
                 continue
-            idle = rows[t] != FAST or weights[t, k] == 0
+            idle = not _is_fast(rows[t]) or weights[t, k] == 0
             if first_rank[e] < s:
                 critical += first_rank[e] == _RESCUED and not idle
                 continue
             if idle:
                 ids[t, k] = lowest
-                moved += rows[t] == FAST
+                moved += _is_fast(rows[t])
                 continue
             if places[e] == _UNKNOWN:
                 places[e] = _place(neighbours[e], first_rank, s)
@@ -307,7 +313,8 @@ def _active(ids: Any, rows: Any, E: int) -> int:
 @_compiled
 def _count(counters: Any, rows: Any, before: int, after: int, moved: int, critical: int) -> None:
     """Add one step, in the order of `COUNTERS`."""
-    fast, exact, void = np.sum(rows == FAST), np.sum(rows == EXACT), np.sum(rows == VOID)
+    exact, void = np.sum(rows == EXACT), np.sum(rows == VOID)
+    fast = len(rows) - exact - void
     decoding = fast > 0
     counters += np.array(
         [decoding, decoding * before, decoding * after, moved, critical, fast, exact, void],

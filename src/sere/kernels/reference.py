@@ -7,14 +7,17 @@ token. A row has a class (`RowClass`):
 * FAST rows vote with their top-S slots and are re-routed;
 * EXACT rows (prefill, a request that asked for it) vote with all K slots and are never touched:
   their experts are read anyway, so they are free primaries for the others;
-* VOID rows (graph padding, dummy runs) do not vote and add no expert.
+* VOID rows (graph padding, dummy runs) do not vote and add no expert;
+* `keeping(n)` makes a FAST row whose own n best slots are primary whatever S is, n >= 1: a request
+  that asked for more than the batch gets.
 
 The rules, in the order in which they apply:
 
 1. A slot *counts* if its id is in [0, E) and its weight is not 0. A slot whose id is outside
    (padding marked -1, fused shared experts) is never changed and never votes.
 2. In each row the counting slots are ranked by weight, largest first; ties: lower slot first.
-3. `first_rank[e]` = the lowest rank at which any FAST row chose e, or 0 if an EXACT row chose it.
+3. `first_rank[e]` = the lowest rank at which any FAST row chose e, or 0 if an EXACT row chose it or
+   a row that keeps n chose it at a rank below n.
    The primaries for a given s are the experts with `first_rank < s`.
 4. s starts at S, grows until there are `min_active` primaries (at most to K), then shrinks (not
    below 1) while there are more than `max_active`.
@@ -53,6 +56,11 @@ class RowClass(IntEnum):
     VOID = 0
     FAST = 1
     EXACT = 2
+
+
+def keeping(n: int) -> int:
+    """The class of a FAST row that keeps its own n best slots, n >= 1."""
+    return int(RowClass.EXACT) + n
 
 
 # Names of the counters, in the order of the tensor that `reroute` adds to.
@@ -101,13 +109,15 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     S, min_active, max_active, tau, _ = plan.settings.unbind()
     if rows is None:
         rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
-    fast, exact = (rows == RowClass.FAST)[:, None], (rows == RowClass.EXACT)[:, None]
+    fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
 
     valid = (topk_ids >= 0) & (topk_ids < E)
     counts = valid & (topk_weights != 0)
     expert = topk_ids.long().clamp(0, E - 1)  # safe to index with; meaningless where not valid
 
-    first_rank = _first_rank(expert, _ranks(topk_weights, counts), counts & fast, valid & exact, E)
+    ranks = _ranks(topk_weights, counts)
+    ranks = ranks.masked_fill(ranks < (rows - int(RowClass.EXACT))[:, None], 0)
+    first_rank = _first_rank(expert, ranks, counts & fast, valid & exact, E)
     elected = first_rank < _choose_s(first_rank, S, min_active, max_active, K)
     shares = _largest_shares(topk_weights, expert, counts & fast, E)
     kept = _kept(shares, elected, max_active, tau, plan) & (S < K)
@@ -125,6 +135,11 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     stayed = movable & counts & fast & (ids == topk_ids)
     spared = valid & kept[expert] & counts & fast
     return Routing(ids, weights, primary, stayed | spared)
+
+
+def _fast(rows: Tensor) -> Tensor:
+    """[T] bool: FAST rows, those that keep some slots included."""
+    return (rows == RowClass.FAST) | (rows > RowClass.EXACT)
 
 
 def _ranks(weights: Tensor, counts: Tensor) -> Tensor:
@@ -219,14 +234,15 @@ def count(
     if rows is None:
         rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
     real = (rows != RowClass.VOID)[:, None]
-    decoding = (rows == RowClass.FAST).any().long()
+    fast = _fast(rows)
+    decoding = fast.any().long()
     figures = [
         decoding,
         decoding * _distinct(topk_ids, real, E),
         decoding * _distinct(routing.ids, real, E),
         (real & (routing.ids != topk_ids)).sum(),
         routing.critical.sum(),
-        *((rows == c).sum() for c in (RowClass.FAST, RowClass.EXACT, RowClass.VOID)),
+        *(of.sum() for of in (fast, rows == RowClass.EXACT, rows == RowClass.VOID)),
     ]
     counters.add_(torch.stack(figures) * (plan.settings[0] != OFF))
 

@@ -16,7 +16,7 @@
 #define LANES 32
 #endif
 
-enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };
+enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };  // EXACT + n: a FAST row that keeps n slots
 // first_rank of an expert that rule 5 made primary, and of those that nobody voted for: named by a
 // real row, or by none.
 enum { RESCUED = -1, NAMED = 1 << 20, NEVER = 1 << 30 };
@@ -59,7 +59,13 @@ struct Shared {
 };
 
 __device__ static int kind_of(const Batch& batch, int t) {
-    return batch.rows ? batch.rows[t] : FAST;
+    const int kind = batch.rows ? batch.rows[t] : FAST;
+    return kind > EXACT ? FAST : kind;
+}
+
+// How many of its best slots a FAST row keeps whatever S is.
+__device__ static int keeps(const Batch& batch, int t) {
+    return batch.rows ? batch.rows[t] - EXACT : 0;
 }
 
 __device__ static long long expert_at(const Batch& batch, int t, int k) {
@@ -121,7 +127,8 @@ __device__ static void vote(
         const long long e = expert_at(batch, t, k);
         if (kind == VOID || !in_range(batch, e)) continue;
         const bool counts = weight_at(batch, t, k) != 0;
-        const int value = kind == EXACT ? 0 : counts ? rank_of(batch, t, k) : (int)NAMED;
+        int value = kind == EXACT ? 0 : counts ? rank_of(batch, t, k) : (int)NAMED;
+        if (value < keeps(batch, t)) value = 0;
         atomicMin(&shared.first_rank[e], value);
         if (tolerates && kind == FAST && counts) atomicMax(&shared.share[e], share_of(batch, t, k));
     }

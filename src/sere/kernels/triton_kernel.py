@@ -160,8 +160,10 @@ def _load(
         kind = tl.where(t < T, FAST, VOID)
     else:
         kind = tl.load(rows + t, mask=t < T, other=0).to(tl.int32)
+    keeps = kind - EXACT  # how many of its best slots a FAST row keeps whatever S is
+    kind = tl.where(keeps > 0, FAST, kind)
     valid = (chosen >= 0) & (chosen < E)
-    return t, k, inside, chosen, weight, kind, valid, valid & (weight != 0)
+    return t, k, inside, chosen, weight, kind, keeps, valid, valid & (weight != 0)
 
 
 @triton.jit
@@ -178,14 +180,14 @@ def _votes(
     first_rank = tl.full([E_PADDED], NEVER, tl.int32)
     fast_rows = 0
     for begin in range(start, tl.minimum(stop, T), ROWS):
-        _, k, _, chosen, weight, kind, valid, counts = _load(
+        _, k, _, chosen, weight, kind, keeps, valid, counts = _load(
             ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
             E, K, K_PADDED, ROWS,
         )  # fmt: skip
         tie = (weight[:, :, None] == weight[:, None, :]) & (k[:, None] < k[None, :])[None, :, :]
         ahead = ((weight[:, :, None] > weight[:, None, :]) | tie) & counts[:, :, None]
         rank = tl.sum(ahead.to(tl.int32), 1)
-        vote = tl.where(counts, rank, NAMED)
+        vote = tl.where(counts, tl.where(rank < keeps[:, None], 0, rank), NAMED)
         vote = tl.where((kind == EXACT)[:, None], 0, vote)
         vote = tl.where(valid & (kind != VOID)[:, None], vote, NEVER)
         expert = tl.where(valid, chosen, 0).to(tl.int32)
@@ -309,7 +311,7 @@ def _move(
     movable = (S < K) & (lowest < E)
     moved, critical, fast_rows, exact_rows, void_rows = 0, 0, 0, 0, 0
     for begin in range(start, tl.minimum(stop, T), ROWS):
-        t, k, inside, chosen, weight, kind, valid, counts = _load(
+        t, k, inside, chosen, weight, kind, _, valid, counts = _load(
             ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
             E, K, K_PADDED, ROWS,
         )  # fmt: skip
