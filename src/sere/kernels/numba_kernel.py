@@ -28,7 +28,9 @@ _TYPES = {
     torch.float64: types.float64,
 }
 _KEPT: list[Any] = []
+_BOUND_ROWS = 512  # larger batches have an output of their own
 _UNKNOWN = -2  # a place that was not looked up yet
+_NEVER = 2**20  # the rank of an expert that no real row names
 _RESCUED = -1  # the rank of an expert that rule 5 made primary
 
 
@@ -41,53 +43,102 @@ def run(
     if weights.dtype not in _TYPES:
         weights = weights.float()  # numpy has no bfloat16; order and zeros are kept
     weights = weights.contiguous()
-    out = topk_ids.clone(memory_format=torch.contiguous_format)
+    ids, out = topk_ids.contiguous(), torch.empty((T, K), dtype=topk_ids.dtype)
     if rows is None:
         rows = torch.full((T,), FAST, dtype=torch.int8)
     rows = rows.contiguous()
     _entry(out.dtype, weights.dtype)(
-        out.data_ptr(),
+        ids.data_ptr(),
         weights.data_ptr(),
-        plan.neighbours.data_ptr(),
-        plan.errors.data_ptr(),
-        plan.scales.data_ptr(),
-        plan.settings.data_ptr(),
+        out.data_ptr(),
         rows.data_ptr(),
-        None if counters is None else counters.data_ptr(),
         T,
         K,
-        plan.neighbours.shape[0],
-        0 if counters is None else len(COUNTERS),
+        *_fixed(plan, counters),
     )
     if weights is not topk_weights:
         topk_weights.copy_(weights)
     return out
 
 
+def bound(plan: Plan, counters: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`run` for one layer of an engine: buffers that stay where they are, ids and weights that are
+    of one dtype and K in every call.
+
+    In an engine, its caches full of weights, looking things up costs more than the loops do. So
+    addresses are taken once, and batches of a size share one output, good until the next of them.
+    """
+    fixed, ready = _fixed(plan, counters), dict[int, tuple[Tensor, Any, Tensor, tuple[Any, ...]]]()
+
+    def run_bound(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
+        T = topk_ids.shape[0]
+        known = ready.get(T)
+        if known is None or known[0] is not rows or not _fits(topk_ids, topk_weights):
+            readable = _fits(topk_ids, topk_weights) and topk_weights.dtype in _TYPES
+            if T > _BOUND_ROWS or not readable or not rows.is_contiguous():
+                return run(topk_ids, topk_weights, plan, rows, counters)
+            out, K = torch.empty_like(topk_ids), topk_ids.shape[1]
+            entry = _entry(topk_ids.dtype, topk_weights.dtype)
+            known = ready[T] = (rows, entry, out, (out.data_ptr(), rows.data_ptr(), T, K, *fixed))
+        _, entry, out, others = known
+        entry(topk_ids.data_ptr(), topk_weights.data_ptr(), *others)
+        return out
+
+    return run_bound
+
+
+def _fits(topk_ids: Tensor, topk_weights: Tensor) -> bool:
+    """Whether the loops can read them where they are."""
+    return topk_ids.is_contiguous() and topk_weights.is_contiguous()
+
+
+def _fixed(plan: Plan, counters: Tensor | None) -> tuple[int | None, ...]:
+    """The arguments of `_entry` that are a layer's."""
+    return (
+        plan.neighbours.data_ptr(),
+        plan.errors.data_ptr(),
+        plan.scales.data_ptr(),
+        plan.settings.data_ptr(),
+        None if counters is None else counters.data_ptr(),
+        plan.neighbours.shape[0],
+        0 if counters is None else len(COUNTERS),
+    )
+
+
 @functools.cache
 def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     """The compiled loops behind plain pointers: numba takes microseconds to unpack arrays, which
     in an engine, its caches full of weights, become tens of microseconds."""
-    plan = [types.int32, types.int32, types.float32, types.int32]
-    pointers = [_TYPES[ids], _TYPES[weights], *plan, types.int8, types.int64]
-    signature = types.void(*map(types.CPointer, pointers), *[types.intp] * 4)
+    batch = [_TYPES[ids], _TYPES[weights], _TYPES[ids], types.int8]
+    layer = [types.int32, types.int32, types.float32, types.int32, types.int64]
+    signature = types.void(
+        *map(types.CPointer, batch),
+        *[types.intp] * 2,
+        *map(types.CPointer, layer),
+        *[types.intp] * 2,
+    )
 
     def entry(
         ids: Any,
         weights: Any,
+        out: Any,
+        rows: Any,
+        T: int,
+        K: int,
         neighbours: Any,
         errors: Any,
         scales: Any,
         settings: Any,
-        rows: Any,
         counters: Any,
-        T: int,
-        K: int,
         E: int,
         C: int,
     ) -> None:
+        given, moved = carray(ids, (T, K)), carray(out, (T, K))
+        for t in range(T):
+            for k in range(K):
+                moved[t, k] = given[t, k]
         _reroute(
-            carray(ids, (T, K)),
+            moved,
             carray(weights, (T, K)),
             carray(neighbours, (E, E - 1)),
             carray(errors, (E, E - 1)),
@@ -102,7 +153,8 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
         compiled = cfunc(signature)(entry)
     _KEPT.append(compiled)  # its machine code lives as long as it does
-    called = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 8, *[ctypes.c_ssize_t] * 4)
+    pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+    called = ctypes.CFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 5, *[size] * 2)
     return called(compiled.address)
 
 
@@ -127,22 +179,29 @@ def _reroute(
 ) -> None:
     K, E = ids.shape[1], neighbours.shape[0]
     S, tau = settings[0], settings[3]
-    before = _active(ids, rows, E)
     first_rank = _first_ranks(ids, weights, rows, E)
     s = _choose_s(first_rank, S, settings[1], settings[2], K)
-    moved = critical = 0
+    before = after = 0
+    for rank in first_rank:
+        before += rank < _NEVER
+    after = before
+    moved = critical = lonely = 0
     if tau >= 0 and S < K:
         _keep(ids, weights, neighbours, errors, rows, first_rank, s, settings[2], tau)
-    lowest = E
+    lowest, primaries = E, 0
     for e in range(E - 1, -1, -1):
         if first_rank[e] < s:
             lowest = e
+            primaries += 1
     if lowest < E and S < K:
         if settings[4] == 0:
             scales = scales[:0]
-        moved, critical = _move(ids, weights, neighbours, scales, rows, first_rank, s, lowest)
+        moved, critical, lonely = _move(
+            ids, weights, neighbours, scales, rows, first_rank, s, lowest
+        )
+        after = primaries + lonely
     if counters.size > 0 and S != OFF:
-        _count(counters, rows, before, _active(ids, rows, E), moved, critical)
+        _count(counters, rows, before, after, moved, critical)
 
 
 @_compiled
@@ -152,19 +211,26 @@ def _is_fast(kind: int) -> bool:
 
 @_compiled
 def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
-    """[E]: rules 1 to 3; K where nobody chose the expert."""
+    """[E]: rules 1 to 3; K where a real row names the expert and nobody votes for it, _NEVER where
+    none does."""
     T, K = ids.shape
-    first = np.full(E, K, np.int64)
+    first = np.full(E, _NEVER, np.int64)
     for t in range(T):
+        kind = rows[t]
+        if kind == VOID:
+            continue
         for k in range(K):
             e = ids[t, k]
-            if rows[t] == VOID or e < 0 or e >= E:
+            if e < 0 or e >= E:
                 continue
-            if rows[t] == EXACT:
-                first[e] = 0
+            rank = K
+            if kind == EXACT:
+                rank = 0
             elif weights[t, k] != 0:
                 rank = _rank(ids[t], weights[t], k, E)
-                first[e] = min(first[e], rank if rank >= rows[t] - EXACT else 0)
+                if rank < kind - EXACT:
+                    rank = 0
+            first[e] = min(first[e], rank)
     return first
 
 
@@ -184,11 +250,13 @@ def _choose_s(first_rank: Any, S: int, min_active: int, max_active: int, K: int)
     """Rule 4."""
     sizes = np.zeros(K + 1, np.int64)
     for rank in first_rank:
-        sizes[rank] += 1
-    sizes = np.cumsum(sizes[:K])
-    grown = min(np.sum(sizes < min_active) + 1, K)
-    capped = max(np.sum(sizes <= max_active), 1)
-    return min(max(S, grown), capped)
+        sizes[min(rank, K)] += 1
+    size = too_few = within = 0
+    for rank in range(K):
+        size += sizes[rank]
+        too_few += size < min_active
+        within += size <= max_active
+    return min(max(S, min(too_few + 1, K)), max(within, 1))
 
 
 @_compiled
@@ -257,11 +325,12 @@ def _move(
     first_rank: Any,
     s: int,
     lowest: int,
-) -> tuple[int, int]:
-    """Rules 6 and 7, in place; (slots of real rows that moved, critical slots)."""
+) -> tuple[int, int, int]:
+    """Rules 6 and 7, in place; (slots of real rows that moved, critical slots, experts of the
+    latter that are not primary)."""
     E = len(first_rank)
     places = np.full(E, _UNKNOWN, np.int64)
-    moved = critical = 0
+    moved = critical = lonely = 0
     for t in range(ids.shape[0]):
         for k in range(ids.shape[1]):
             e = ids[t, k]
@@ -277,6 +346,7 @@ def _move(
                 continue
             if places[e] == _UNKNOWN:
                 places[e] = _place(neighbours[e], first_rank, s)
+                lonely += places[e] < 0
             if places[e] < 0:
                 critical += 1
             else:
@@ -284,7 +354,7 @@ def _move(
                 if len(scales) > 0:
                     weights[t, k] *= scales[e, places[e]]
                 moved += 1
-    return moved, critical
+    return moved, critical, lonely
 
 
 @_compiled
@@ -300,26 +370,22 @@ def _place(listed: Any, first_rank: Any, s: int) -> int:
 
 
 @_compiled
-def _active(ids: Any, rows: Any, E: int) -> int:
-    """Distinct experts that the real rows name."""
-    seen = np.zeros(E, np.bool_)
-    for t in range(ids.shape[0]):
-        for e in ids[t]:
-            if rows[t] != VOID and 0 <= e < E:
-                seen[e] = True
-    return int(np.sum(seen))
-
-
-@_compiled
 def _count(counters: Any, rows: Any, before: int, after: int, moved: int, critical: int) -> None:
     """Add one step, in the order of `COUNTERS`."""
-    exact, void = np.sum(rows == EXACT), np.sum(rows == VOID)
+    exact = void = 0
+    for kind in rows:
+        exact += kind == EXACT
+        void += kind == VOID
     fast = len(rows) - exact - void
-    decoding = fast > 0
-    counters += np.array(
-        [decoding, decoding * before, decoding * after, moved, critical, fast, exact, void],
-        np.int64,
-    )
+    if fast > 0:
+        counters[0] += 1
+        counters[1] += before
+        counters[2] += after
+    counters[3] += moved
+    counters[4] += critical
+    counters[5] += fast
+    counters[6] += exact
+    counters[7] += void
 
 
 assert len(COUNTERS) == 8, "_count lists them by hand"

@@ -47,8 +47,13 @@ class ReroutedLayer(nn.Module):
     @cached_property
     def _run(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The operator on this layer's buffers, without checks: shapes are vLLM's own."""
-        run = load(implementation_for(self.settings.device))
         plan, counters = self.plan, self.counters
+        name = implementation_for(self.settings.device)
+        if name == "numba":
+            from sere.kernels.numba_kernel import bound
+
+            return bound(plan, counters)
+        run = load(name)
         return lambda ids, weights, rows: run(ids, weights, plan, rows, counters)
 
     def follow(self, plan: Plan | None) -> None:
