@@ -34,7 +34,9 @@ FAMILIES: dict[str, list[Settings]] = {
     "paper, quantile of rho": [{"S": 1, "rho_quantile": q} for q in (0.25, 0.5)],
     "random table": [{"S": S, "table": "random"} for S in (1, 2)],
     "weights table": [{"S": S, "table": "weights"} for S in (1, 2)],
-    "expected error": [{**ONE, "tau": t} for t in (0.3, 0.1, 0.05, 0.02, 0.01, 0.005)],
+    "expected error": [
+        {**ONE, "tau": t} for t in (0.3, 0.1, 0.08, 0.065, 0.05, 0.035, 0.02, 0.01, 0.005)
+    ],
     "expected error, keep weights": [{**ONE, "tau": t, "weights": "keep"} for t in (0.1, 0.02)],
     "expected error, fill similar": [{**ONE, "tau": t, "fill": "similar"} for t in (0.1, 0.02)],
     "expected error, ceiling": [{**ONE, "tau": 0, "max_active": m} for m in (6, 8, 10)],

@@ -64,6 +64,24 @@ def test_stock_has_the_models_own_perplexity(
     assert (stock["kl"][0], stock["top1"][0]) == (0, 1)
 
 
+def test_a_policy_by_batch_size_follows_the_rows_of_each_step(tiny: Any) -> None:
+    """Stock from two rows on: at batch 4 only the steps of one row are re-routed."""
+    by_rows = {"S": 1, "min_active": 1, "name": "by rows"}
+    policies = [
+        *POLICIES,
+        json.dumps({**by_rows, "batches": {"2": None}}),
+        json.dumps({**by_rows, "batches": {"2": {}}, "name": "same"}),
+    ]
+    result = tiny("rows.json", policies=policies)
+    one = "S=1 min_active=1"
+    for figure in ("active", "kl"):
+        rows = [arm(result, name, 4)[figure][0] for name in ("stock", "by rows", one)]
+        assert rows[0] != rows[1] != rows[2]
+        assert arm(result, "by rows", 1)[figure] == arm(result, one, 1)[figure]
+        for batch in (1, 4):
+            assert arm(result, "same", batch)[figure] == arm(result, one, batch)[figure]
+
+
 def test_off_is_stock_and_re_routing_is_not(result: dict[str, Any]) -> None:
     for batch in (1, 4):
         off, stock = arm(result, "off", batch), arm(result, "stock", batch)

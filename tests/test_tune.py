@@ -15,7 +15,8 @@ from sere.journal import Journal, JournalError
 from sere.loading import load_model
 from sere.moe import moe_layers
 from sere.policy import Policy
-from sere.search import Budget, BudgetError, Point, _exchange
+from sere.quality import Sums
+from sere.search import Budget, BudgetError, Point, _exchange, composed
 from sere.serving.settings import Settings
 from sere.table import Table
 from sere.tune import run
@@ -43,7 +44,7 @@ def test_a_tighter_budget_loads_more_experts_and_loses_less(tune: Any) -> None:
         result = tune(budget, per_layer=False)
         found[budget] = result["held_out"][1]["chosen"]
         for own in result["by_batch"]:
-            best = own["best"]
+            best = own["error"]
             assert best["upper"] <= float(budget[3:]) and best["seconds"] < own["stock"]["seconds"]
     loose, tight = found.values()
     assert loose["active"] < tight["active"] < result["held_out"][1]["stock"]["active"]
@@ -53,8 +54,8 @@ def test_a_tighter_budget_loads_more_experts_and_loses_less(tune: Any) -> None:
 def test_settings_per_layer_are_used_only_where_they_are_faster(tune: Any) -> None:
     plain, layered = tune("kl=0.001", per_layer=False), tune("kl=0.001")
     seconds = [r["held_out"][1]["chosen"]["seconds"] for r in (plain, layered)]
-    if layered["policy"]["layers"]:
-        assert layered["policy"] != plain["policy"]
+    if layered["policy"] != plain["policy"]:
+        assert "layers" in str(layered["policy"]["batches"])
     else:
         assert seconds[0] == seconds[1]
 
@@ -103,9 +104,35 @@ def test_too_few_passages_to_be_sure(tune: Any) -> None:
 
 
 def test_a_loss_counts_with_its_error() -> None:
-    stock, arm = {"exact_match": (0.9, 0.01)}, {"exact_match": (0.8, 0.02), "top1": (0.9, 0.1)}
-    assert Budget("exact_match", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.02))
+    def sums(*parts: tuple[int, float]) -> list[Sums]:
+        return [Sums(tokens=10, passages=10, exact=exact, top1=top1) for exact, top1 in parts]
+
+    stock, arm = sums((9, 10), (9, 10)), sums((9, 10), (7, 8))
+    assert Budget("exact_match", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.1))
     assert Budget("top1", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.1))
+    assert Budget("exact_match", 1).loss(stock, stock) == (0, 0)  # paired: no loss, no doubt
+
+
+def test_batch_sizes_share_one_policy_that_keeps_the_budget(tune: Any) -> None:
+    result = tune("kl=0.003", per_layer=False, batches=[4, 1])
+    chosen = Policy.from_dict(result["policy"])
+    assert [found["batch"] for found in result["by_batch"]] == [1, 4]
+    for found in result["by_batch"]:
+        own = chosen.for_bucket(chosen.bucket(found["batch"]))
+        if found["error"]:
+            assert own is not None and own.tau <= found["error"]["policy"]["tau"]
+        else:
+            assert own is None
+
+
+def test_what_batch_sizes_have_in_common_is_said_once() -> None:
+    base = Policy(S=1, tau=0.01)
+    own = {2: None, 8: base, 16: base, 32: Policy(S=1, tau=0.1, layers={3: {"tau": 0.2}})}
+    policy = composed(base, own)
+    assert policy.batches == {2: None, 8: {}, 32: {"tau": 0.1, "layers": {3: {"tau": 0.2}}}}
+    for batch, wanted in own.items():
+        assert policy.for_bucket(policy.bucket(batch)) == wanted
+    assert policy.for_bucket(policy.bucket(1)) == base
 
 
 def test_the_exchange_gives_freedom_where_it_costs_least() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from sere import demo_model, report
@@ -107,7 +108,10 @@ def run(
     pairs = _pairs(model_name, data, samples, seed)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     path = Path(table_path).absolute()
-    engine = Engine(demo_model.resolve(model_name), path, batch=batch, dtype=dtype)
+    eager = not torch.cuda.is_available()  # compiling for a CPU takes a minute and changes nothing
+    engine = Engine(
+        demo_model.resolve(model_name), path, batch=batch, dtype=dtype, enforce_eager=eager
+    )
     parts = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
     for number, part in enumerate(tqdm(parts, "decode", unit="batch")):
         prompts, answers = [p for p, _ in part], [a for _, a in part]

@@ -12,8 +12,8 @@ from typing import Any
 
 from sere.arms import Arm
 from sere.cost import Cost
-from sere.policy import Policy
-from sere.quality import Judge, Sums, figures
+from sere.policy import BATCH_KEYS, Policy
+from sere.quality import Judge, Sums, answers_lost, figures, mean
 from sere.table import Table
 
 TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.46
@@ -50,14 +50,14 @@ class Budget:
             raise BudgetError(f"budget {text!r}: expected NAME=LOSS, e.g. kl=0.01 ({kinds})")
         return cls(name, limit)
 
-    def loss(self, found: dict[str, Any], stock: dict[str, Any]) -> tuple[float, float]:
-        """(loss, upper end of its interval) of an arm's `figures`."""
+    def loss(self, found: Sequence[Sums], stock: Sequence[Sums]) -> tuple[float, float]:
+        """(loss, upper end of its interval) of an arm."""
         if self.name == "kl":
-            loss, error = found["kl"]
+            loss, error = mean([(part.kl, part.tokens) for part in found])
         elif self.name == "top1":
-            loss, error = 1 - found["top1"][0], found["top1"][1]
+            loss, error = mean([(part.tokens - part.top1, part.tokens) for part in found])
         else:
-            loss, error = stock["exact_match"][0] - found["exact_match"][0], found["exact_match"][1]
+            loss, error = answers_lost(found, stock)
         return loss, loss + _SURE * (0.0 if math.isnan(error) else error)
 
 
@@ -90,7 +90,7 @@ class Tuner:
         arms = [Arm(p.to_json() if p else "stock", p, self.table) for p in (None, *policies)]
         unique = list({arm.name: arm for arm in arms}.values())
         sums = self.judge.measure(unique, [batch])
-        stock = figures(sums["stock"][batch])
+        stock = sums["stock"][batch]
         names = [p.to_json() if p else "stock" for p in policies]
         return [
             self._point(p, batch, sums[name][batch], stock)
@@ -98,12 +98,12 @@ class Tuner:
         ]
 
     def _point(
-        self, policy: Policy | None, batch: int, sums: list[Sums], stock: dict[str, Any]
+        self, policy: Policy | None, batch: int, sums: list[Sums], stock: list[Sums]
     ) -> Point:
-        found = figures(sums)
-        loss, upper = self.budget.loss(found, stock)
-        active, layers = found["active"][0], len(self.table.layers)
-        seconds = self.cost.seconds(active, batch, layers, routed=policy is not None)
+        loss, upper = self.budget.loss(sums, stock)
+        active, layers = figures(sums)["active"][0], len(self.table.layers)
+        routed = policy is not None and policy.for_bucket(policy.bucket(batch)) is not None
+        seconds = self.cost.seconds(active, batch, layers, routed=routed)
         return Point(policy, batch, active, loss, upper, seconds)
 
     def largest_tau(self, base: Policy, batch: int) -> tuple[Point | None, list[Point]]:
@@ -118,6 +118,35 @@ class Tuner:
             else:
                 high = middle - 1
         return best, seen
+
+    def together(
+        self, base: Policy, own: dict[int, Policy | None]
+    ) -> tuple[Policy | None, list[Point]]:
+        """One policy that does at every batch size what suits it best, and its points.
+
+        base: what they have in common. own: by batch size, ascending; None is stock routing. Steps
+        of a batch shrink as its answers end, and small steps follow other settings: what no longer
+        keeps the budget together gets more cautious, down to stock routing.
+        """
+        own = dict(own)
+        while any(own.values()):
+            policy = composed(base, own)
+            points = [self.points([policy], batch)[0] for batch in own]
+            over = [p.batch for p in points if not p.within(self.budget)]
+            if not over:
+                return policy, points
+            blamed = max(b for b in own if own[b] and (b <= max(over) or b == min(own)))
+            own[blamed] = self._more_cautious(own[blamed])
+        return None, []
+
+    def _more_cautious(self, policy: Policy | None) -> Policy | None:
+        if policy is None:
+            return None
+        if policy.tau is None:
+            more = replace(policy, S=policy.S + 1)
+            return more if more.S < self.table.fingerprint.K else None
+        lower = [tau for tau in TAUS if tau < policy.tau]
+        return replace(policy, tau=lower[-1], layers={}) if lower else None
 
     def per_layer(self, found: Point) -> tuple[Point | None, list[Point]]:
         """A tau for each layer, faster than one for all within the same budget, if there is one.
@@ -147,6 +176,25 @@ class Tuner:
                 best = point
                 break
         return best, seen
+
+
+def composed(base: Policy, own: dict[int, Policy | None]) -> Policy:
+    """`base` with `batches`; what one batch size has in common with the next smaller is said once.
+    Below the smallest, `base` holds."""
+    batches: dict[int, dict[str, Any] | None] = {}
+    before: dict[str, Any] | None = {}
+    for batch, policy in sorted(own.items()):
+        override = None if policy is None else _override(base, policy)
+        if override != before:
+            batches[batch] = override
+        before = override
+    return replace(base, batches=batches)
+
+
+def _override(base: Policy, policy: Policy) -> dict[str, Any]:
+    own = {k: v for k in BATCH_KEYS if (v := getattr(policy, k)) != getattr(base, k)}
+    layers = {index: dict(o) for index, o in policy.layers.items()}
+    return own | ({"layers": layers} if layers else {})
 
 
 def _differing(chosen: dict[int, float]) -> dict[int, dict[str, float]]:

@@ -2,8 +2,9 @@
 
 One dial does most of it: tau, the loss that no single replacement may exceed. For every batch size
 the largest tau within the budget is found by bisection (half of the passages); settings per layer
-are then solved for by trading each layer's saving against its loss; the paper's rule competes. What
-wins is checked on the other half, and goes into the table for serving to find.
+are then solved for by trading savings against losses; the paper's rule competes. Batch
+sizes differ in what they bear: the policy says what to do from which size on, stock routing where
+nothing pays. It is checked on the other half, and goes into the table for serving to find.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ def run(
     with Journal(f"{output}.unfinished", settings) as journal:
         judge = Judge(model, layers, passages[:half], journal, False, "search")
         tuner = Tuner(table, judge, wanted, cost)
-        by_batch = [_search(tuner, batch) for batch in batches]
-        chosen = _common(tuner, by_batch, per_layer)
+        by_batch = [_search(tuner, batch, per_layer) for batch in sorted(batches)]
+        chosen = _chosen(tuner, by_batch)
         with Journal(f"{output}.held-out.unfinished", settings) as other:
             unseen = Judge(model, layers, passages[half:], other, False, "check")
             checker = replace(tuner, judge=unseen)
-            held_out = [checker.points([None, chosen], batch) for batch in batches]
+            held_out = [checker.points([None, chosen], batch) for batch in sorted(batches)]
     result = {
         "provenance": report.provenance(),
         "settings": settings,
@@ -90,9 +91,9 @@ def run(
                 "stock": _as_dict(stock),
                 "chosen": _as_dict(point),
                 "kept": point.within(wanted),
-                "enable": bool(chosen) and point.seconds < stock.seconds,
+                "enable": point.seconds < stock.seconds,
             }
-            for batch, (stock, point) in zip(batches, held_out, strict=True)
+            for batch, (stock, point) in zip(sorted(batches), held_out, strict=True)
         ],
     }
     report.save_json(output, result)
@@ -104,51 +105,55 @@ def run(
     return result
 
 
-def _search(tuner: Tuner, batch: int) -> dict[str, Any]:
-    """What one batch size could have for itself."""
+RULES = ("error", "paper")
+ERROR, PAPER = Policy(S=1, min_active=1, tau=0.0), Policy(S=1)
+
+
+def _search(tuner: Tuner, batch: int, per_layer: bool) -> dict[str, Any]:
+    """What one batch size could have for itself, by the two rules."""
     K = tuner.table.fingerprint.K
-    stock, *paper = tuner.points([None, *(Policy(S=S) for S in range(1, K))], batch)
-    best, seen = tuner.largest_tau(Policy(S=1, min_active=1), batch)
-    fit = [p for p in (*paper, best) if p and p.within(tuner.budget) and p.seconds < stock.seconds]
-    chosen = min(fit, key=lambda p: p.seconds, default=None)
+    stock, *paper = tuner.points([None, *(replace(PAPER, S=S) for S in range(1, K))], batch)
+    found, seen = tuner.largest_tau(ERROR, batch)
+    if per_layer and found and found.seconds < stock.seconds:
+        better, more = tuner.per_layer(found)
+        found, seen = better or found, [*seen, *more]
+
+    def fastest(points: Sequence[Point | None]) -> dict[str, Any] | None:
+        fit = [p for p in points if p and p.within(tuner.budget) and p.seconds < stock.seconds]
+        best = min(fit, key=lambda p: p.seconds, default=None)
+        return _as_dict(best) if best else None
+
     return {
         "batch": batch,
         "stock": _as_dict(stock),
-        "best": _as_dict(chosen) if chosen else None,
+        "error": fastest([found]),
+        "paper": fastest(paper),
         "points": [_as_dict(p) for p in (*paper, *seen)],
     }
 
 
-def _common(tuner: Tuner, by_batch: list[dict[str, Any]], per_layer: bool) -> Policy | None:
-    """One policy that keeps the budget at every batch size where anything helps at all."""
-    wanting = [found for found in by_batch if found["best"]]
-    if not wanting:
-        return None
-    candidates = [Policy.from_dict(found["best"]["policy"]) for found in wanting]
-    sizes = [found["batch"] for found in wanting]
-
-    def measured(policy: Policy) -> list[Point]:
-        return [tuner.points([policy], batch)[0] for batch in sizes]
-
+def _chosen(tuner: Tuner, by_batch: list[dict[str, Any]]) -> Policy | None:
+    """The faster of the two rules, each with its best at every batch size."""
+    stock = {found["batch"]: found["stock"]["seconds"] for found in by_batch}
     fit = []
-    for policy in candidates:
-        points = measured(policy)
-        if all(point.within(tuner.budget) for point in points):
-            fit.append((sum(p.seconds for p in points), policy, points))
-    if not fit:  # the most cautious of all
-        taus = [policy.tau for policy in candidates if policy.tau is not None]
-        return Policy(S=1, min_active=1, tau=min(taus)) if taus else None
-    total, policy, points = min(fit, key=lambda found: found[0])
-    if per_layer and policy.tau is not None:
-        better, _ = tuner.per_layer(max(points, key=lambda p: p.batch))
-        if better and better.policy:
-            others = measured(better.policy)
-            if (
-                all(p.within(tuner.budget) for p in others)
-                and sum(p.seconds for p in others) < total
-            ):
-                return better.policy
-    return policy
+    for rule, base in zip(RULES, (ERROR, PAPER), strict=True):
+        own = {
+            found["batch"]: Policy.from_dict(found[rule]["policy"]) if found[rule] else None
+            for found in by_batch
+        }
+        policy, points = tuner.together(_in_common(base, own), own)
+        if policy is not None:
+            fit.append((sum(p.seconds / stock[p.batch] for p in points), policy))
+    return min(fit, key=lambda found: found[0])[1] if fit else None
+
+
+def _in_common(base: Policy, own: Mapping[int, Policy | None]) -> Policy:
+    """For steps smaller than any measured: the most cautious of all settings."""
+    wanted = [policy for policy in own.values() if policy]
+    if base.tau is None:
+        return replace(base, S=max((policy.S for policy in wanted), default=1))
+    taus = [policy.tau for policy in wanted if policy.tau is not None]
+    return replace(base, tau=min(taus, default=0.0))
 
 
 def _as_dict(point: Point) -> dict[str, Any]:
@@ -162,11 +167,12 @@ def as_text(result: dict[str, Any]) -> str:
     if not result["policy"]:
         lines.append("nothing keeps the budget and saves time: do not enable re-routing")
         return "\n".join(lines)
-    lines += [f"chosen: {Policy.from_dict(result['policy']).brief()}", ""]
+    chosen_policy = Policy.from_dict(result["policy"])
+    lines += [f"chosen: {chosen_policy.brief()}", ""]
     rows = []
     for own, found in zip(result["by_batch"], result["held_out"], strict=True):
         stock, chosen = found["stock"], found["chosen"]
-        best = own["best"]["policy"] if own["best"] else None
+        here = chosen_policy.for_bucket(chosen_policy.bucket(found["batch"]))
         rows.append(
             [
                 str(found["batch"]),
@@ -175,10 +181,12 @@ def as_text(result: dict[str, Any]) -> str:
                 "yes" if found["kept"] else "NO",
                 f"{stock['seconds'] / chosen['seconds']:.2f}x",
                 "enable" if found["enable"] else "leave off",
-                Policy.from_dict(best).brief() if best else "-",
+                here.brief() if here else "stock",
+                *(Policy.from_dict(b["policy"]).brief() if (b := own[r]) else "-" for r in RULES),
             ]
         )
-    head = ["batch", "active experts", name, "kept", "predicted", "advice", "best by itself"]
+    head = ["batch", "active experts", name, "kept", "predicted", "advice", "policy"]
+    head += ["alone, by error", "alone, the paper's"]
     lines.append(report.text_table(head, rows))
     lines.append(f"predicted: decode speed of the experts, {result['cost']['source']}")
     return "\n".join(lines)

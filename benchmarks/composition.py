@@ -1,0 +1,153 @@
+"""How much a request's output depends on its neighbours, for each policy and for stock vLLM itself.
+
+    python benchmarks/composition.py -o benchmarks/results/composition.json
+
+The same prompts are decoded greedily in the real engine at every batch size, each time in other
+company. Of every prompt and two of its batches: is the whole answer the same, and how long does it
+stay the same? Stock is not without company either: kernels round differently for other shapes.
+`alone` compares with the same prompt decoded by stock in a batch of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from sere import demo_model, report
+from sere.calibrate import calibrate
+from sere.files import check_writable
+from sere.generation import _agreeing
+from sere.journal import Journal
+from sere.policy import Policy
+from sere.quality import mean
+from sere.serving.engine import Engine
+from sere.tasks import examples, is_correct
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = 48
+ARMS: dict[str, Policy | None] = {
+    "stock": None,
+    "S=2": Policy(S=2),
+    "S=1": Policy(S=1),
+    "S=1, no floor": Policy(S=1, min_active=1),
+    "tau=0.02": Policy(S=1, min_active=1, tau=0.02),
+    "tau=0.1": Policy(S=1, min_active=1, tau=0.1),
+}
+
+Answers = list[list[int]]
+
+
+def decoded(engine: Engine, prompts: list[str], size: int, seed: int) -> Answers:
+    """Token ids of every prompt's answer, in batches of `size` of shuffled company."""
+    order = list(range(len(prompts)))
+    Random(seed).shuffle(order)
+    answers: Answers = [[] for _ in prompts]
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        batch = engine.generate([prompts[i] for i in part], TOKENS)
+        for i, tokens in zip(part, batch.token_ids, strict=True):
+            answers[i] = tokens
+    return answers
+
+
+def compared(runs: list[Answers], alone: Answers) -> dict[str, Any]:
+    """Shares of prompts, with standard errors over prompts."""
+    pairs = list(itertools.combinations(runs, 2)) or [(runs[0], runs[0])]
+    n = len(alone)
+
+    def share(of: Any) -> tuple[float, float]:
+        return mean([(sum(of(a[i], b[i]) for a, b in pairs) / len(pairs), 1) for i in range(n)])
+
+    def with_alone(of: Any) -> tuple[float, float]:
+        return mean([(sum(of(r[i], alone[i]) for r in runs) / len(runs), 1) for i in range(n)])
+
+    return {
+        "differs_by_company": share(lambda a, b: a != b),
+        "kept_by_company": share(_agreeing),
+        "differs_from_alone": with_alone(lambda a, b: a != b),
+    }
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """A row for each policy, a column for each batch size."""
+    sizes = list(result["arms"][0]["sizes"])
+    parts = []
+    for title, figure in (
+        ("other answer in other company, %", "differs_by_company"),
+        ("other answer than stock alone, %", "differs_from_alone"),
+        ("right answers, %", "right"),
+    ):
+        rows = []
+        for arm in result["arms"]:
+            cells = [arm["sizes"][size][figure] for size in sizes]
+            rows.append([arm["name"], *(f"{100 * v:.1f} +-{100 * e:.1f}" for v, e in cells)])
+        parts.append(report.text_table([title, *(f"batch {s}" for s in sizes)], rows))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", default="composition.json")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    check_writable(arguments.output)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    tasks = examples(arguments.prompts, seed=11, split="held_out")
+    prompts = [task.prompt for task in tasks]
+    settings = {"prompts": arguments.prompts, "rounds": arguments.rounds, "arms": list(ARMS)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Journal(f"{arguments.output}.unfinished", settings) as journal,
+    ):
+        table = Path(folder) / "sere.table"
+        calibrate(demo_model.NAME, table, progress=False)
+        engine = Engine(
+            demo_model.PATH,
+            table,
+            batch=max(SIZES),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=128,
+        )
+        engine.set_policy(None)
+        alone = decoded(engine, prompts, 1, 0)
+        arms: dict[str, dict[str, Any]] = {name: {} for name in ARMS}
+        for size, name in tqdm(list(itertools.product(SIZES, ARMS))):
+            if (found := journal.get(f"{size} {name}")) is None:
+                engine.set_policy(ARMS[name])
+                rounds = 1 if size == 1 else arguments.rounds
+                runs = [decoded(engine, prompts, size, seed) for seed in range(rounds)]
+                found = compared(runs, alone)
+                text = [[engine.llm.get_tokenizer().decode(ids) for ids in run] for run in runs]
+                found["right"] = mean(
+                    [
+                        (sum(is_correct(task, run[i]) for run in text) / len(text), 1)
+                        for i, task in enumerate(tasks)
+                    ]
+                )
+                journal.add(f"{size} {name}", found)
+            arms[name][str(size)] = found
+    result = {
+        "provenance": report.provenance(),
+        **settings,
+        "arms": [
+            {"name": name, "rule": rule.to_dict() if rule else None, "sizes": arms[name]}
+            for name, rule in ARMS.items()
+        ],
+    }
+    report.save_json(arguments.output, result)
+    print(as_text(result))
+
+
+if __name__ == "__main__":
+    main()
