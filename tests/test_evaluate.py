@@ -65,11 +65,11 @@ def test_stock_has_the_models_own_perplexity(
 
 
 def test_a_policy_by_batch_size_follows_the_rows_of_each_step(tiny: Any) -> None:
-    """Stock from two rows on: at batch 4 only the steps of one row are re-routed."""
+    """Stock from four rows on: at batch 4 only the steps of fewer rows are re-routed."""
     by_rows = {"S": 1, "min_active": 1, "name": "by rows"}
     policies = [
         *POLICIES,
-        json.dumps({**by_rows, "batches": {"2": None}}),
+        json.dumps({**by_rows, "batches": {"4": None}}),
         json.dumps({**by_rows, "batches": {"2": {}}, "name": "same"}),
     ]
     result = tiny("rows.json", policies=policies)
