@@ -9,6 +9,9 @@ with intervals from their spread. Resumable: a seed that is finished is not run 
 from __future__ import annotations
 
 import argparse
+import ast
+import itertools
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -47,6 +50,7 @@ FAMILIES: dict[str, list[Settings]] = {
     "skip": [{"rival": "skip", "beta": b} for b in (0.8, 0.5, 0.3)],
     "frequency": [{"rival": "frequency", "budget": m} for m in (16, 24)],
 }
+OURS = "expected error"
 FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
 
 
@@ -99,20 +103,45 @@ def summary(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def ours_at(arms: list[dict[str, Any]], batch: str, active: float) -> float | None:
+    """KL of the expected-error front at so many active experts, between its two nearest points on
+    a logarithmic scale; None beyond its ends."""
+    front = sorted(
+        (f["active"][0], math.log(f["kl"][0]))
+        for arm in arms
+        if arm["family"] == OURS and (f := arm["batches"][batch])
+    )
+    for (x, low), (y, high) in itertools.pairwise(front):
+        if x <= active <= y:
+            return math.exp(low + (high - low) * (active - x) / (y - x))
+    return None
+
+
 def as_text(arms: list[dict[str, Any]], batch: str) -> str:
+    """Every figure with half of its 95 % interval; last, how many times what the expected-error
+    front loses at the same number of active experts."""
+    lost = arms[0]["batches"][batch]["exact_match"][0]
     rows = []
     for arm in arms:
         f = arm["batches"][batch]
-        cells = [
-            (f["active"], 1, 2),
-            (f["kl"], 1000, 3),
-            (f["top1"], 100, 2),
-            (f["exact_match"], 100, 2),
-        ]
+        wrong = (lost - f["exact_match"][0], f["exact_match"][1])
+        cells = [(f["active"], 1, 2), (f["kl"], 1000, 3), (wrong, 100, 2)]
         texts = [f"{scale * v:.{d}f} +-{scale * e:.{d}f}" for (v, e), scale, d in cells]
-        rows.append([arm["family"], arm["name"], *texts])
-    head = [f"batch {batch}", "settings", "active experts", "KL, 0.001 nats", "top-1, %"]
-    return report.text_table([*head, "exact match, %"], rows)
+        ours = ours_at(arms, batch, f["active"][0])
+        other = arm["family"] not in (OURS, "stock") and ours
+        rows.append([_brief(arm), *texts, f"{f['kl'][0] / ours:.1f}x" if other else ""])
+    head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "answers lost, %"]
+    return report.text_table([*head, "KL to ours"], rows)
+
+
+def _brief(arm: dict[str, Any]) -> str:
+    if arm["family"] == "stock":
+        return "stock"
+    settings = ast.literal_eval(arm["name"])
+    own = {k: v for k, v in settings.items() if k not in ("rival", "table")}
+    if "tau" in own:
+        own = {k: v for k, v in own.items() if k not in ("S", "min_active")}
+    return " ".join([f"{arm['family']}:", *(f"{k}={v}" for k, v in own.items())])
 
 
 def plot(arms: list[dict[str, Any]], path: Path) -> None:
@@ -120,15 +149,15 @@ def plot(arms: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(BATCHES)), map(str, BATCHES), strict=True):
-        for name in FAMILIES:
+        for name, marker in zip(FAMILIES, "ov^sDPXphd*<>8", strict=True):
             points = sorted(
                 (arm["batches"][batch]["active"][0], arm["batches"][batch]["kl"][0])
                 for arm in arms
                 if arm["family"] == name
             )
-            ours = name == "expected error"
+            ours = name == OURS
             style = {"linewidth": 2.5, "color": "black"} if ours else {"alpha": 0.7}
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name, **style)
         axes.axvline(arms[0]["batches"][batch]["active"][0] / 2, color="grey", linestyle=":")
         axes.set_yscale("log")
         axes.set_title(f"batch {batch} (dotted: half of what stock reads)")

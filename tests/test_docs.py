@@ -70,6 +70,16 @@ def test_figures_are_those_of_the_committed_result() -> None:
     assert made["machine"] in README
 
 
+def test_the_table_of_policies_is_the_committed_result() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from pareto import as_text as pareto_table
+
+    arms = json.loads((ROOT / "benchmarks/results/pareto.json").read_text())["arms"]
+    page = (ROOT / "docs/policies.md").read_text()
+    for batch in ("8", "32"):
+        assert "\n".join(line.rstrip() for line in pareto_table(arms, batch).splitlines()) in page
+
+
 def test_every_setting_is_documented() -> None:
     page = (ROOT / "docs/serving.md").read_text()
     for name in [f.name for f in (*fields(Policy), *fields(Settings))]:
