@@ -22,14 +22,15 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"demo", "calibrate", "tune", "harness", "generation", "inspect", "compare", "doctor"},
-    {"evaluate"},
+    {"demo", "calibrate", "tune", "harness", "generation", "bench", "inspect", "compare", "doctor"},
+    {"evaluate", "bench_result"},
     {"search"},
     {"quality", "cost"},
     {"arms"},
     {"rivals", "decoding"},
     {"stream"},
-    {"null_models"},
+    {"shapes"},
+    {"null_models", "roofline"},
     {"observation", "skeleton"},
     {"agreement", "loading", "unfinished"},
     {"moe"},
@@ -37,7 +38,7 @@ LAYERS: list[set[str]] = [
     {"policy", "kernels", "checkpoint", "files", "table"},
 ]
 CORE = LAYERS[-1]
-MAY_SERVE = {"demo", "doctor", "generation", "harness", "serving"}
+MAY_SERVE = {"bench", "demo", "doctor", "generation", "harness", "serving"}
 VLLM_LINES, LINES = 450, 360
 
 

@@ -13,6 +13,14 @@ from sere import __version__
 # `sere.similarity.METHODS`, named here because importing that takes torch.
 _METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
 _NULL_MODELS = ("weights", "random")  # `sere.null_models.METHODS`
+_SHAPES = (  # `sere.shapes.SHAPES`
+    "qwen1.5-moe-a2.7b",
+    "deepseek-v2-lite",
+    "qwen3-30b-a3b",
+    "gpt-oss-120b",
+    "qwen3-235b-a22b",
+    "deepseek-v3",
+)
 # argparse keeps what the verb's function does not take under these names.
 _VERB = "verb"
 
@@ -118,6 +126,43 @@ def _tune_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _bench_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="a folder, a hub name, demo, or a shape: " + ", ".join(_SHAPES)
+    )
+    parser.add_argument("table", nargs="?", help="its table (default: beside it; shapes: random)")
+    parser.add_argument(
+        "--policy",
+        dest="policies",
+        action="append",
+        metavar="JSON",
+        help='e.g. {"S": 1}, {"S": 1, "merge": true}, or the word tuned; may be repeated '
+        "(default: S=2 and S=1)",
+    )
+    parser.add_argument(
+        "--batch",
+        dest="batches",
+        type=_positive,
+        action="append",
+        metavar="B",
+        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
+    )
+    parser.add_argument("--input-len", type=_positive, default=128, help="tokens of a prompt")
+    parser.add_argument("--output-len", type=_positive, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measured, after a warm-up")
+    parser.add_argument("--layers", type=_positive, help="cut a shape to so many layers")
+    parser.add_argument(
+        "--skew", type=float, default=0.0, help="load a shape's experts as rank^-SKEW (0: alike)"
+    )
+    parser.add_argument(
+        "--trace", metavar="TABLE", help="load a shape's experts as this table has recorded"
+    )
+    parser.add_argument("--dtype", help="of the engine (default: float32 on CPUs, else bfloat16)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", default="bench.json", metavar="FILE")
+
+
 def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
     parser.add_argument("table", help="its table, made by `sere calibrate`")
@@ -166,6 +211,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         "find the fastest settings within a budget; store them in the table",
         _tune_flags,
         "sere.verbs:tune",
+    ),
+    "bench": (
+        "measure decode speed in vLLM, stock and re-routed, beside the roofline",
+        _bench_flags,
+        "sere.verbs:bench",
     ),
     "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
 }

@@ -2,7 +2,8 @@
 
 `weights`: the cosine of two experts' flattened parameters, mapped to [0, 1]. Experts whose hidden
 neurons are permuted compute the same and have nothing in common here.
-`random`: a symmetric matrix of uniform noise.
+`random`: a symmetric matrix of uniform noise. `random_statistics` is all that a table holds, for
+models whose weights are random, too.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from tqdm import tqdm
 
 from sere.moe import MoELayer
 from sere.skeleton import Skeleton
+from sere.table import LayerStatistics
 
 METHODS = ("weights", "random")
+# Few, so that similarities spread: experts alike and unlike.
+_DIRECTIONS = 16
 # How configurations call the number of experts per token.
 _K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
 
@@ -53,6 +57,18 @@ def experts_per_token(model: torch.nn.Module) -> int:
 def _random(E: int, seed: int) -> Tensor:
     noise = torch.rand(E, E, generator=torch.Generator().manual_seed(seed)).triu(1)
     return (noise + noise.T).fill_diagonal_(1)
+
+
+def random_statistics(E: int, seed: int) -> LayerStatistics:
+    """Of E imagined experts with random vectors for outputs; similarity is (cosine + 1) / 2."""
+    outputs = torch.randn(E, _DIRECTIONS, generator=torch.Generator().manual_seed(seed))
+    gram = outputs @ outputs.T / _DIRECTIONS
+    norm = gram.diagonal().sqrt()
+    cosine = gram / (norm[:, None] * norm[None, :])
+    similarity = ((cosine + 1) / 2).clamp(0, 1).fill_diagonal_(1)
+    energy = gram.diagonal().expand(E, E).clone()
+    load = torch.full((E,), 1 / E)
+    return LayerStatistics(similarity, load, gram, cosine, gram, energy, tokens=1)
 
 
 def _of_weights(layer: MoELayer) -> Tensor:

@@ -116,6 +116,22 @@ def tune(
     run(model, table, batches=batches or [1, 8, 32], device=device, **flags)
 
 
+def bench(
+    policies: list[str] | None,
+    batches: list[int] | None,
+    input_len: int,
+    output_len: int,
+    rounds: int,
+    seed: int,
+    **flags: Any,
+) -> None:
+    """`sere bench MODEL|SHAPE [TABLE] --policy JSON ... --batch B ...`."""
+    from sere.bench import Load, run
+
+    load = Load(tuple(batches or (1, 8, 32)), input_len, output_len, rounds, seed)
+    run(load=load, policies=policies or ['{"S": 2}', '{"S": 1}'], **flags)
+
+
 def doctor(table: str | None, model: str | None) -> int:
     """`sere doctor`: 0 if re-routing can take effect here."""
     from sere.doctor import examine

@@ -61,17 +61,34 @@ class Engine:
         """Switch the live engine; None is stock routing."""
         self.llm.collective_rpc("sere_policy", args=(policy.to_dict() if policy else None,))
 
+    def set_merge(self, on: bool) -> None:
+        """Fold duplicates of re-routed rows, or stop to (see `sere.kernels.merge`)."""
+        self.llm.collective_rpc("sere_merge", args=(on,))
+
+    def probe(self) -> dict[str, float]:
+        """What the device can do: see `sere.serving.probe`."""
+        return dict(self.llm.collective_rpc("sere_probe")[0])
+
     def generate(
-        self, prompts: Sequence[str], max_tokens: int, *, to_the_end: bool = False
+        self,
+        prompts: Sequence[str] | Sequence[list[int]],
+        max_tokens: int,
+        *,
+        to_the_end: bool = False,
     ) -> Batch:
         """Greedy completions of one batch, with the time that decoding took.
 
+        prompts: texts, or token ids (whose completions have no text).
         to_the_end: decode `max_tokens` tokens for every prompt, whatever the model says.
         """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=to_the_end)
-        requests = self.llm.generate(list(prompts), sampling, use_tqdm=False)
+        texts = all(isinstance(prompt, str) for prompt in prompts)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=to_the_end, detokenize=texts
+        )
+        given = list(prompts) if texts else [{"prompt_token_ids": ids} for ids in prompts]
+        requests = self.llm.generate(given, sampling, use_tqdm=False)
         lengths = [len(r.outputs[0].token_ids) for r in requests]
         begun = max(r.metrics.first_token_ts for r in requests)
         ended = max(r.metrics.last_token_ts for r in requests)

@@ -117,15 +117,20 @@ def check_config(config: Any) -> None:
             "shards the rows; use tensor parallel, or data and expert parallel"
         )
     settings = settings_of(config)
+    check_merge(config, settings.merge)
+    table = Table.load(settings.table)
+    check_policy(settings.policy, table)
+    check_model(config, settings, table, table.fingerprint.layers)
+
+
+def check_merge(config: Any, merge: bool) -> None:
+    """Refuse to fold duplicates where the number of slots may not follow the data."""
     on_cpu = config.device_config.device_type == "cpu"
-    if settings.merge and not (on_cpu and config.model_config.enforce_eager):
+    if merge and not (on_cpu and config.model_config.enforce_eager):
         raise ServingError(
             'sere cannot merge duplicates here: "merge" needs the CPU engine in eager mode '
             "(enforce_eager=True), as the number of slots follows the data; remove it"
         )
-    table = Table.load(settings.table)
-    check_policy(settings.policy, table)
-    check_model(config, settings, table, table.fingerprint.layers)
 
 
 def check_model(config: Any, settings: Settings, table: Table, layers: tuple[int, ...]) -> None:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sere.kernels.merge import narrow
-from sere.serving import worker
+from sere.serving import random_weights, worker
+from sere.serving.probe import sere_probe
 from sere.serving.session import ServingError, check_config, given, open_session
 from sere.serving.symbols import (
     MODEL_RUNNER_V2,
@@ -49,6 +50,7 @@ def register() -> None:
     if reason:
         return  # an engine that asks for re-routing will be refused with the reason
     _define_operator()
+    random_weights.register()
     wrap(router_module(), "create_fused_moe_router", _rerouting_factory)
     wrap(symbol("MoERunner"), "__init__", _binding)
     experts = symbol("FusedMoEExperts")
@@ -66,7 +68,7 @@ def _wrap_worker_side() -> None:
     for where in WORKERS:
         if exists(*where):
             wrap(get(*where), "compile_or_warm_up_model", worker.self_checking)
-    for call in worker.REMOTE_CALLS:
+    for call in (*worker.REMOTE_CALLS, sere_probe):
         setattr(symbol("WorkerBase"), call.__name__, call)
 
 

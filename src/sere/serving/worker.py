@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere.policy import Policy
-from sere.serving.session import ServingError, Session, given, session_of
+from sere.serving.session import ServingError, Session, check_merge, given, session_of
 from sere.serving.symbols import rival, symbol
 
 
@@ -124,6 +124,14 @@ def sere_reset(worker: Any) -> None:
         layer.counters.zero_()
 
 
+def sere_merge(worker: Any, on: bool) -> None:
+    """Switch the folding of duplicates, where the engine allows it (see `check_config`)."""
+    session = _session(worker)
+    check_merge(worker.vllm_config, on)
+    for layer in session.layers.values():
+        layer.merges = on
+
+
 def sere_record(worker: Any, on: bool) -> None:
     """Start (or stop) keeping every batch's routing on the host, for checks. Not for graphs."""
     for layer in _session(worker).layers.values():
@@ -139,7 +147,14 @@ def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
     }
 
 
-REMOTE_CALLS = (sere_policy, sere_stats, sere_reset, sere_record, sere_recording)
+REMOTE_CALLS = (
+    sere_policy,
+    sere_stats,
+    sere_reset,
+    sere_merge,
+    sere_record,
+    sere_recording,
+)
 
 
 def _session(worker: Any) -> Session:

@@ -1,0 +1,68 @@
+"""What a worker's device can do, measured where the engine runs, with its threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_BYTES = 2**30
+_SIDE = 2048  # of the square matrices that are multiplied
+_REPEATS = 5
+
+
+def sere_probe(worker: Any) -> dict[str, float]:
+    """bandwidth: bytes/s of reading weights, the best of three ways. flops: per second, of a matrix
+    product in the model's dtype. kv_bytes: that one token's keys and values take, all layers."""
+    device, dtype = worker.device, worker.model_config.dtype
+    return {
+        "bandwidth": bandwidth(device, dtype),
+        "flops": flops(device, dtype),
+        "kv_bytes": kv_bytes(worker.model_runner),
+    }
+
+
+def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of a sum, a copy and a matrix-vector product over 1 GiB: the best of them."""
+    rows = _BYTES // dtype.itemsize // 4096
+    matrix = torch.zeros(rows, 4096, dtype=dtype, device=device)
+    other, vector = torch.empty_like(matrix), matrix[0].clone()
+    size = matrix.numel() * dtype.itemsize
+    ways: list[tuple[int, Callable[[], Any]]] = [
+        (size, matrix.sum),
+        (2 * size, lambda: other.copy_(matrix)),
+        (size, lambda: matrix @ vector),
+    ]
+    return max(moved / _seconds(run, device) for moved, run in ways)
+
+
+def flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Per second, of the product of two square matrices."""
+    a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype, device=device) for _ in range(2))
+    return float(2 * _SIDE**3 / _seconds(lambda: a @ b, device))
+
+
+def kv_bytes(runner: Any) -> float:
+    """Bytes of one token's keys and values in all layers."""
+    return float(
+        sum(
+            len(group.layer_names)
+            * group.kv_cache_spec.page_size_bytes
+            / group.kv_cache_spec.block_size
+            for group in runner.kv_cache_config.kv_cache_groups
+        )
+    )
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The fastest of a few runs."""
+    taken = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
