@@ -114,7 +114,7 @@ def _rerouting(router: Any) -> type:
             ids = torch.ops.sere.reroute(ids, weights, self._sere.name)
         else:
             ids = self._sere.forward(ids, weights)
-        if self._sere.merges:
+        if self._sere.merges and not self._sere.bypassed:
             ids, weights = narrow(ids, weights)
         return weights, ids
 
