@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"verbs"},
     {"demo", "calibrate", "tune", "harness", "generation", "bench", "inspect", "compare", "doctor"},
     {"evaluate", "bench_result"},
+    {"bench_server", "bench_setup"},
     {"search"},
     {"quality", "cost"},
     {"arms"},
@@ -38,7 +39,16 @@ LAYERS: list[set[str]] = [
     {"policy", "kernels", "checkpoint", "files", "table"},
 ]
 CORE = LAYERS[-1]
-MAY_SERVE = {"bench", "demo", "doctor", "generation", "harness", "serving"}
+MAY_SERVE = {
+    "bench",
+    "bench_server",
+    "bench_setup",
+    "demo",
+    "doctor",
+    "generation",
+    "harness",
+    "serving",
+}
 VLLM_LINES, LINES = 450, 360
 
 

@@ -8,61 +8,30 @@ each measured time stands the time that the bytes read would take (`sere.rooflin
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any, Protocol
 
-import torch
 from tqdm import tqdm
 
-from sere import demo_model, report
+from sere import report
 from sere.bench_result import as_text, plot, summary
+from sere.bench_server import GATE_PROMPTS, Traffic, measure_server
+from sere.bench_setup import (
+    BenchError,
+    Contender,
+    Load,
+    Subject,
+    contenders_of,
+    subject,
+)
 from sere.files import check_writable
 from sere.journal import Journal
-from sere.policy import Policy, PolicyError
-from sere.roofline import Sizes
+from sere.policy import Policy
 from sere.serving.engine import Batch, Engine
-from sere.serving.random_weights import LOAD_FORMAT
-from sere.shapes import SHAPES, Shape, shape_named
-from sere.table import FILE_NAME, Table, stored_policy
 
-TUNED = "tuned"
 _WARM_TOKENS = 4
-
-
-class BenchError(RuntimeError):
-    """No speed can be reported, and why."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A policy and how it is served; None is stock routing."""
-
-    name: str
-    policy: Policy | None
-    merge: bool = False
-
-
-@dataclass(frozen=True)
-class Load:
-    """How a batch is made: lengths in tokens, rounds that count."""
-
-    batches: tuple[int, ...]
-    input_len: int = 128
-    output_len: int = 32
-    rounds: int = 5
-    seed: int = 0
-
-    def prompts(self, batch: int, turn: int, vocabulary: int) -> list[list[int]]:
-        """Random token ids, others in every round."""
-        random = Random(f"{self.seed}/{batch}/{turn}")
-        return [[random.randrange(vocabulary) for _ in range(self.input_len)] for _ in range(batch)]
 
 
 class Switchable(Protocol):
@@ -84,197 +53,73 @@ def run(
     *,
     policies: Sequence[str],
     load: Load,
-    layers: int | None = None,
-    skew: float = 0.0,
-    trace: str | None = None,
-    dtype: str | None = None,
-    eager: bool = False,
+    rates: Sequence[float] = (),
+    requests: int = 100,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure, print, write `output` (JSON) and a plot beside it.
 
-    model: a shape's name, or as for `calibrate`. table: of a shape by default random. layers: cuts
-    a shape. skew, trace: how unequally a shape's experts are loaded, see `experts_load`.
-    Raises `BenchError` if the gate fails.
+    rates: if any, a server is measured under so many requests per second instead of closed batches.
+    The rest: see `sere.bench_setup.subject`. Raises `BenchError` or `GateError` if the gate fails.
     """
     check_writable(output)
-    on_gpu = torch.cuda.is_available()
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    with _served(model, table, layers, load.seed) as (folder, table_path, shape):
-        known = Table.load(table_path)
-        E, K = known.fingerprint.E, known.fingerprint.K
-        contenders = [Contender("stock", None), *(_contender(t, table_path) for t in policies)]
-        _check(contenders, E, K)
-        expected = experts_load(E, skew, trace) if shape else None
-        if not shape and (skew or trace):
-            raise BenchError(f"{model} has a router of its own: skew and trace are for shapes")
-        sizes = Sizes.of(folder)
-        options = _options(load, dtype, eager or not on_gpu)
-        if shape:
-            _check_memory(sizes, dtype, on_gpu)
-            options |= {
-                "load_format": LOAD_FORMAT,
-                "model_loader_extra_config": {"seed": load.seed, "K": K, "load": expected},
-            }
-        settings = {
-            "model": model,
-            "layers": shape.layers if shape else sizes.layers,
-            "of_layers": shape.of_layers if shape else sizes.layers,
-            "vocabulary": _vocabulary(folder),
-            "table": known.method,
-            "E": E,
-            "K": K,
-            "dtype": dtype,
-            "graphs": not options["enforce_eager"],
-            "load": {**vars(load), "batches": None},
-            "skew": {"skew": skew, "trace": trace, "busiest": max(expected or [1 / E])},
-            "machine": report.provenance()["machine"],
-        }
-        pieces = {**settings, "policies": [c.name for c in contenders], "seed": load.seed}
-        with Journal(f"{output}.unfinished", json.loads(json.dumps(pieces))) as journal:
-            _measure(folder, table_path, contenders, load, options, journal, settings)
+    with subject(model, table, load, **options) as served:
+        contenders = contenders_of(policies, served.table)
+        rules = [[c.name, c.policy and c.policy.to_dict(), c.merge] for c in contenders]
+        pieces = {**served.facts, "rules": rules, "load": {**vars(load), "batches": None}}
+        with Journal(f"{output}.unfinished", pieces) as journal:
+            if rates:
+                traffic = Traffic(
+                    tuple(rates), requests, load.input_len, load.output_len, load.seed
+                )
+                found = _measure_server(served, contenders, load, traffic, journal)
+            else:
+                _measure(served, contenders, load, journal)
+                found = summary(contenders, load, journal, served)
             result = {
                 "provenance": report.provenance(),
-                **settings,
-                "table": {"method": known.method, **known.provenance},
+                **served.facts,
                 "load": {**vars(load), "batches": list(load.batches)},
-                **summary(contenders, load, journal, sizes, K, getattr(torch, dtype).itemsize),
+                **found,
             }
             report.save_json(output, result)
-    picture = Path(output).with_suffix(".png")
-    plot(result, picture)
     print(as_text(result))
-    print(f"\nwritten: {output}, {picture}")
+    if not rates:
+        plot(result, Path(output).with_suffix(".png"))
+        output = f"{output}, {Path(output).with_suffix('.png')}"
+    print(f"\nwritten: {output}")
     return result
 
 
-@contextmanager
-def _served(
-    model: str, table: str | None, layers: int | None, seed: int
-) -> Iterator[tuple[str, Path, Shape | None]]:
-    """Folder and table of what is measured; of a shape they exist as long as this does."""
-    shape = shape_named(model)
-    if shape is None:
-        if layers is not None:
-            raise BenchError(f"--layers cuts shapes ({', '.join(SHAPES)}), not {model}")
-        folder = demo_model.resolve(model)
-        yield folder, Path(table or Path(folder) / FILE_NAME).absolute(), None
-        return
-    shape = shape.cut(layers)
-    with tempfile.TemporaryDirectory() as temporary:
-        shape.write(temporary)
-        path = Path(table).absolute() if table else Path(temporary) / FILE_NAME
-        if table is None:
-            shape.table(seed).save(path)
-        yield temporary, path, shape
-
-
-def _contender(text: str, table: Path) -> Contender:
-    """From JSON: settings of a policy, "merge" and a "name"; or the word `tuned`."""
-    if text == TUNED:
-        policy = stored_policy(table)
-        if policy is None:
-            raise PolicyError(f"{table} carries no policy: run `sere tune`, or give JSON")
-        return Contender(TUNED, policy)
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
-    if not isinstance(settings, Mapping):
-        raise PolicyError(f'policy {text!r}: expected settings such as {{"S": 1}}')
-    rest = dict(settings)
-    merge, name = rest.pop("merge", False), rest.pop("name", None)
-    if not isinstance(merge, bool):
-        raise PolicyError(f"policy {text!r}: merge={merge!r}: expected true or false")
-    policy = Policy.from_dict(rest)
-    return Contender(name or policy.brief() + (" merge" if merge else ""), policy, merge)
-
-
-def _check(contenders: Sequence[Contender], E: int, K: int) -> None:
-    names = [contender.name for contender in contenders]
-    for name in names:
-        if names.count(name) > 1:
-            raise PolicyError(f"two policies are called {name}: give one of them a name")
-    for contender in contenders:
-        if contender.policy:
-            contender.policy.check_against(K, E)
-
-
-def experts_load(E: int, skew: float, trace: str | None) -> list[float] | None:
-    """[E] expected shares of the choices, descending; None: all alike.
-
-    skew: the share falls with rank as rank^-skew. trace: a calibrated table, whose recorded loads
-    (a mean over layers, by rank; stretched to E experts) are taken.
-    """
-    if trace:
-        if skew:
-            raise BenchError("give --skew or --trace, not both")
-        layers = [layer.load for layer in Table.load(trace).layers.values()]
-        curve = torch.stack([load.sort(descending=True).values for load in layers]).double().mean(0)
-        if not curve.sum():
-            raise BenchError(f"{trace}: a table made without text records no load")
-        ranks = torch.linspace(0, 1, E, dtype=torch.double)[None, None]
-        stretched = torch.nn.functional.interpolate(
-            curve[None, None], ranks.shape[2], mode="linear", align_corners=True
-        )[0, 0]
-        return [float(x) for x in stretched / stretched.sum()]
-    if not skew:
-        return None
-    shares = [rank**-skew for rank in range(1, E + 1)]
-    return [share / sum(shares) for share in shares]
-
-
-def _options(load: Load, dtype: str, eager: bool) -> dict[str, Any]:
-    """For `vllm.LLM`: a batch's prompts are read in one step, so that decoding begins together."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    longest = load.input_len + load.output_len
-    return {
-        "dtype": dtype,
-        "enforce_eager": eager,
-        "max_model_len": longest,
-        "max_num_batched_tokens": max(max(load.batches) * load.input_len, longest, 2048),
-    }
-
-
-def _check_memory(sizes: Sizes, dtype: str, on_gpu: bool) -> None:
-    """Refuse before minutes of filling memory; a GPU's engine says so itself."""
-    if on_gpu:
-        return
-    import psutil
-
-    needed = sizes.total * getattr(torch, dtype).itemsize
-    free = psutil.virtual_memory().available
-    if needed > 0.85 * free:
-        raise BenchError(
-            f"{needed / 1e9:.0f} GB of weights, {free / 1e9:.0f} GB of memory: take fewer layers "
-            "with --layers"
-        )
-
-
-def _vocabulary(folder: str) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+def _measure_server(
+    served: Subject,
+    contenders: Sequence[Contender],
+    load: Load,
+    traffic: Traffic,
+    journal: Journal,
+) -> dict[str, Any]:
+    policies = [(c.name, c.policy) for c in contenders if c.policy]
+    if any(contender.merge for contender in contenders):
+        raise BenchError("merge is set when a server starts: leave it out with --rate")
+    prompts = load.prompts(GATE_PROMPTS, 0, served.vocabulary)
+    options = {**served.options, "max_num_seqs": max(load.batches)}
+    rows = measure_server(
+        served.folder, str(served.table), policies, traffic, prompts, options, journal, served.K
+    )
+    return {"requests": traffic.requests, "server": rows}
 
 
 def _measure(
-    folder: str,
-    table: Path,
-    contenders: Sequence[Contender],
-    load: Load,
-    options: dict[str, Any],
-    journal: Journal,
-    settings: Mapping[str, Any],
+    served: Subject, contenders: Sequence[Contender], load: Load, journal: Journal
 ) -> None:
     """Everything that the journal lacks."""
     wanted = [f"{batch}/{turn}" for batch in load.batches for turn in range(load.rounds)]
     if journal.get("machine") and all(journal.get(piece) for piece in wanted):
         return
-    engine = Engine(folder, table, batch=max(load.batches), **options)
+    engine = Engine(served.folder, served.table, batch=max(load.batches), **served.options)
     if not journal.get("machine"):
         journal.add("machine", engine.probe())
-    measure(engine, contenders, load, journal, K=settings["K"], vocabulary=settings["vocabulary"])
+    measure(engine, contenders, load, journal, K=served.K, vocabulary=served.vocabulary)
 
 
 def measure(

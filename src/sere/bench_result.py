@@ -7,32 +7,26 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sere import report
+from sere import bench_server, report
+from sere.bench_setup import Contender, Load, Subject
 from sere.files import replaced
 from sere.journal import Journal
-from sere.roofline import Roofline, Sizes
-
-if TYPE_CHECKING:
-    from sere.bench import Contender, Load
+from sere.roofline import Roofline
+from sere.shapes import shape_named
 
 
 def summary(
-    contenders: Sequence[Contender],
-    load: Load,
-    journal: Journal,
-    sizes: Sizes,
-    K: int,
-    itemsize: int,
+    contenders: Sequence[Contender], load: Load, journal: Journal, served: Subject
 ) -> dict[str, Any]:
-    """Machine, roofline and, for every batch size, every contender's figures."""
+    """Roofline and, for every batch size, every contender's figures."""
     machine = journal.get("machine")
     context = load.input_len + load.output_len // 2
     bound = Roofline(
-        sizes,
-        K,
-        itemsize,
+        served.sizes,
+        served.K,
+        served.itemsize,
         machine["bandwidth"],
         machine["flops"],
         kv_bytes=machine["kv_bytes"] * context,
@@ -115,25 +109,30 @@ def interval(values: Sequence[float], draws: int = 2000) -> list[float]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """What was served, then a row for every policy and batch size."""
-    load = result["load"]
-    graphs = "CUDA graphs" if result["graphs"] else "eager"
+    """What was served, then a row for every policy and batch size (or rate of requests)."""
+    load, graphs = result["load"], "CUDA graphs" if result["graphs"] else "eager"
     what = f"{result['model']}, {result['dtype']}, {graphs}"
+    random = shape_named(result["model"]) is not None
+    if random:
+        what += f"; random weights, {result['layers']} of {result['of_layers']} layers"
     if result["layers"] != result["of_layers"]:
-        what += (
-            f"; {result['layers']} of {result['of_layers']} layers, random weights, vocabulary cut "
-            f"to {result['vocabulary']}"
+        what += f", vocabulary cut to {result['vocabulary']}"
+    lines = [what, f"{load['input_len']} tokens in, {load['output_len']} out"]
+    if random:
+        lines[1] += (
+            f"; E={result['E']}, K={result['K']}; the busiest expert is to take "
+            f"{result['skew']['busiest']:.1%} of the choices"
         )
-    lines = [
-        what,
-        f"{load['input_len']} tokens in, {load['output_len']} out, {load['rounds']} rounds; "
-        f"E={result['E']}, K={result['K']}; the busiest expert is meant to take "
-        f"{result['skew']['busiest']:.1%} of the choices",
-        f"predicted: {result['roofline']['text']}",
+    if "server" in result:
+        gate = "gate: one at a time, S=K answered as the stock server did"
+        return "\n".join([*lines, gate, "", bench_server.as_text(result["server"])])
+    lines += [
+        f"{load['rounds']} rounds; predicted: {result['roofline']['text']}",
         "gate: S=K wrote the same tokens as stock at every batch size",
         "",
+        table(result["results"]),
     ]
-    return "\n".join(lines) + table(result["results"])
+    return "\n".join(lines)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -150,6 +150,16 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-len", type=_positive, default=128, help="tokens of a prompt")
     parser.add_argument("--output-len", type=_positive, default=32, help="tokens to generate")
     parser.add_argument("--rounds", type=_positive, default=5, help="measured, after a warm-up")
+    parser.add_argument(
+        "--rate",
+        dest="rates",
+        type=float,
+        action="append",
+        metavar="R",
+        help="measure a server instead, with vLLM's load generator at R requests per second "
+        "(inf: all at once); may be repeated",
+    )
+    parser.add_argument("--requests", type=_positive, default=100, help="at each --rate")
     parser.add_argument("--layers", type=_positive, help="cut a shape to so many layers")
     parser.add_argument(
         "--skew", type=float, default=0.0, help="load a shape's experts as rank^-SKEW (0: alike)"

@@ -123,13 +123,16 @@ def bench(
     output_len: int,
     rounds: int,
     seed: int,
+    rates: list[float] | None,
     **flags: Any,
 ) -> None:
     """`sere bench MODEL|SHAPE [TABLE] --policy JSON ... --batch B ...`."""
-    from sere.bench import Load, run
+    from sere.bench import run
+    from sere.bench_setup import Load
 
     load = Load(tuple(batches or (1, 8, 32)), input_len, output_len, rounds, seed)
-    run(load=load, policies=policies or ['{"S": 2}', '{"S": 1}'], **flags)
+    chosen = policies or ['{"S": 2}', '{"S": 1}']
+    run(load=load, policies=chosen, rates=rates or (), **flags)
 
 
 def doctor(table: str | None, model: str | None) -> int:
