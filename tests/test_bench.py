@@ -105,7 +105,7 @@ def test_policies_are_read_with_merge_and_name(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "expected settings"),
         ('{"S": 1, "merge": 1}', "expected true or false"),
-        ('{"s": 1}', "did you mean 'S'"),
+        ('{"rhoo": 1}', "did you mean 'rho'"),
         ("tuned", "carries no policy"),
     ]:
         with pytest.raises(PolicyError, match=complaint):

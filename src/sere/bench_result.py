@@ -120,8 +120,8 @@ def as_text(result: dict[str, Any]) -> str:
     lines = [what, f"{load['input_len']} tokens in, {load['output_len']} out"]
     if random:
         lines[1] += (
-            f"; E={result['E']}, K={result['K']}; the busiest expert is to take "
-            f"{result['skew']['busiest']:.1%} of the choices"
+            f"; E={result['E']}, K={result['K']}; the busiest expert takes "
+            f"{result['skew']['reached']:.1%} of the choices ({result['skew']['wanted']:.1%} wanted)"
         )
     if "server" in result:
         gate = "gate: one at a time, S=K answered as the stock server did"

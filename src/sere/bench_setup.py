@@ -17,7 +17,7 @@ import torch
 from sere import demo_model, report
 from sere.policy import Policy, PolicyError
 from sere.roofline import Sizes
-from sere.serving.random_weights import LOAD_FORMAT
+from sere.serving.random_weights import LOAD_FORMAT, reached
 from sere.shapes import SHAPES, Shape, shape_named
 from sere.table import FILE_NAME, Table, stored_policy
 
@@ -115,7 +115,7 @@ def subject(
             "K": K,
             "dtype": dtype,
             "graphs": not options["enforce_eager"],
-            "skew": {"skew": skew, "trace": trace, "busiest": max(expected or [1 / E])},
+            "skew": {"skew": skew, "trace": trace, **_busiest(expected, E, K)},
             "table": {"method": known.method, **known.provenance},
             "machine": report.provenance()["machine"],
         }
@@ -213,6 +213,13 @@ def _options(load: Load, dtype: str, eager: bool) -> dict[str, Any]:
         "max_model_len": longest,
         "max_num_batched_tokens": max(max(load.batches) * load.input_len, longest, 2048),
     }
+
+
+def _busiest(load: list[float] | None, E: int, K: int) -> dict[str, float]:
+    """The busiest expert's share of the choices, as wanted and as a random router gives it."""
+    if load is None:
+        return {"wanted": 1 / E, "reached": 1 / E}
+    return {"wanted": max(load), "reached": float(reached(tuple(load), K).max())}
 
 
 def _check_memory(needed: float) -> None:

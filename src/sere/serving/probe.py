@@ -27,7 +27,8 @@ def sere_probe(worker: Any) -> dict[str, float]:
 def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes/s of a sum, a copy and a matrix-vector product over 1 GiB: the best of them."""
     rows = _BYTES // dtype.itemsize // 4096
-    matrix = torch.zeros(rows, 4096, dtype=dtype, device=device)
+    # Not zeros: pages of which nothing was written are all one page, which caches hold.
+    matrix = torch.ones(rows, 4096, dtype=dtype, device=device)
     other, vector = torch.empty_like(matrix), matrix[0].clone()
     size = matrix.numel() * dtype.itemsize
     ways: list[tuple[int, Callable[[], Any]]] = [

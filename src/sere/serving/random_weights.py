@@ -75,12 +75,21 @@ def row_sizes(load: tuple[float, ...], K: int) -> Tensor:
     tokens. An expert that more than half of the tokens would have to choose is out of reach.
     """
     wanted = torch.tensor(load) / sum(load)
-    logits = torch.randn(_SAMPLE, len(load), generator=torch.Generator().manual_seed(0))
+    logits = _imagined(len(load), seed=0)
     size = torch.ones(len(load))
     for _ in range(200):
         size = (size * ((wanted + 1e-4) / (chosen(logits * size, K) + 1e-4)) ** 0.2).clamp(0.02, 50)
         size /= size.mean()
     return size
+
+
+def reached(load: tuple[float, ...], K: int) -> Tensor:
+    """[E] shares that routers so shaped really give, on other imagined tokens."""
+    return chosen(_imagined(len(load), seed=1) * row_sizes(load, K), K)
+
+
+def _imagined(E: int, seed: int) -> Tensor:
+    return torch.randn(_SAMPLE, E, generator=torch.Generator().manual_seed(seed))
 
 
 def chosen(logits: Tensor, K: int) -> Tensor:
