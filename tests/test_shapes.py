@@ -103,4 +103,4 @@ def test_a_router_is_as_skewed_as_asked_for() -> None:
     assert (got - expected).abs().max() < 0.01
     assert got[0] > 2.5 / 32 > 1 / 32 > got[-1]
     assert reached(wanted, 4).max() == pytest.approx(max(wanted) / sum(wanted), abs=0.01)
-    assert torch.equal(row_sizes((1.0,) * 8, 2).round(decimals=1), torch.ones(8))
+    assert torch.allclose(row_sizes((1.0,) * 8, 2), torch.ones(8), atol=0.1)

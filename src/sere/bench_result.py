@@ -119,9 +119,10 @@ def as_text(result: dict[str, Any]) -> str:
         what += f", vocabulary cut to {result['vocabulary']}"
     lines = [what, f"{load['input_len']} tokens in, {load['output_len']} out"]
     if random:
+        skew = result["skew"]
         lines[1] += (
             f"; E={result['E']}, K={result['K']}; the busiest expert takes "
-            f"{result['skew']['reached']:.1%} of the choices ({result['skew']['wanted']:.1%} wanted)"
+            f"{skew['reached']:.1%} of the choices ({skew['wanted']:.1%} wanted)"
         )
     if "server" in result:
         gate = "gate: one at a time, S=K answered as the stock server did"
