@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.profile_decode import as_text as profile_as_text
+from sere.bench_result import table as bench_table
+from sere.bench_setup import contender_of
+from sere.cli import parser
 from sere.demo import as_text
 from sere.policy import Policy
 from sere.serving.settings import Settings
@@ -78,6 +82,32 @@ def test_the_table_of_policies_is_the_committed_result() -> None:
     page = (ROOT / "docs/policies.md").read_text()
     for batch in ("8", "32"):
         assert "\n".join(line.rstrip() for line in pareto_table(arms, batch).splitlines()) in page
+
+
+@pytest.mark.parametrize("result", sorted((ROOT / "benchmarks/results").glob("bench_cpu*.json")))
+def test_benchmark_tables_are_those_of_the_committed_results(result: Path) -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    found = json.loads(result.read_text())
+    assert bench_table(found["results"]) in page
+    assert found["provenance"]["machine"] in page
+    assert f"{found['layers']} of {found['of_layers']} layers" in page
+    assert result.name in page
+
+
+def test_the_profile_is_that_of_the_committed_result() -> None:
+    found = json.loads((ROOT / "benchmarks/results/profile_cpu.json").read_text())
+    assert profile_as_text(found) in (ROOT / "docs/benchmarks.md").read_text()
+
+
+def test_benchmark_commands_are_valid() -> None:
+    """Those that need a model or a GPU are parsed, not run."""
+    page = (ROOT / "docs/benchmarks.md").read_text().replace('"${P[@]}"', "").replace("$B", "")
+    lines = [line.strip() for line in page.splitlines() if line.startswith("    sere ")]
+    assert len(lines) >= 8
+    for line in lines:
+        given = parser().parse_args(shlex.split(line)[1:])
+        for policy in getattr(given, "policies", None) or []:
+            contender_of(policy, Path("absent"))
 
 
 def test_every_setting_is_documented() -> None:
