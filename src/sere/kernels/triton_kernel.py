@@ -18,10 +18,9 @@ from sere.kernels.reference import COUNTERS, LARGEST_WEIGHT, WEIGHT_FRACTION, Ro
 VOID, FAST = tl.constexpr(int(RowClass.VOID)), tl.constexpr(int(RowClass.FAST))
 EXACT = tl.constexpr(int(RowClass.EXACT))
 _OFF = tl.constexpr(OFF)
-# `first_rank` of an expert that nobody voted for: named by a real row (NAMED), or by none (NEVER).
-NAMED, NEVER = tl.constexpr(1 << 20), tl.constexpr(1 << 30)
-# ... and of one that rule 5 made primary.
-RESCUED = tl.constexpr(-1)
+# `first_rank` of an expert that nobody voted for: named by a real row (NAMED), or by none (NEVER);
+# and of one that rule 5 made primary.
+NAMED, NEVER, RESCUED = tl.constexpr(1 << 20), tl.constexpr(1 << 30), tl.constexpr(-1)
 _FRACTION = tl.constexpr(FRACTION)
 _WEIGHT_FRACTION, _LARGEST_WEIGHT = tl.constexpr(WEIGHT_FRACTION), tl.constexpr(LARGEST_WEIGHT)
 
