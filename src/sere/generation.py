@@ -55,8 +55,10 @@ class Written:
 
     def figures(self, stock: Written) -> dict[str, Any]:
         length, theirs = mean(self.length), mean(stock.length)
+        pairs = zip(self.right, stock.right, strict=True)
         return {
             "exact_match": mean(self.right),
+            "answers_lost": mean([(other - mine, n) for (mine, n), (other, _) in pairs]),
             "same_as_stock": mean(self.same),
             "kept": mean(self.kept),
             "length": length,
@@ -173,11 +175,13 @@ def as_text(result: dict[str, Any]) -> str:
             arm["name"],
             "-" if math.isnan(arm["active"][0]) else f"{arm['active'][0]:.1f}",
             share(arm["exact_match"]),
+            share(arm["answers_lost"]),
             share(arm["same_as_stock"]),
             f"{arm['length'][0]:.1f} ({arm['length_drift']:+.1%})",
         ]
         for arm in result["arms"]
     ]
     head = f"vLLM, batch {result['batch']}, {result['prompts']} prompts"
-    columns = [head, "active experts", "exact match", "same as stock", "tokens written"]
+    columns = [head, "active experts", "exact match", "answers lost"]
+    columns += ["same as stock", "tokens written"]
     return report.text_table(columns, rows)

@@ -18,7 +18,7 @@ from sere.table import Table
 
 TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.46
 _PER_LAYER = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the tau of all
-_SURE = 1.645  # one-sided 95 %
+SURE = 1.645  # one-sided 95 %
 BUDGETS = {
     "kl": "nats per token from stock, on average",
     "top1": "share of tokens whose most likely next token changes",
@@ -58,7 +58,7 @@ class Budget:
             loss, error = mean([(part.tokens - part.top1, part.tokens) for part in found])
         else:
             loss, error = answers_lost(found, stock)
-        return loss, loss + _SURE * (0.0 if math.isnan(error) else error)
+        return loss, loss + SURE * (0.0 if math.isnan(error) else error)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""Does what `sere tune` chooses keep its budget in the real engine, on prompts that it never saw?
+
+    python benchmarks/tuned.py -o benchmarks/results/tuned.json
+
+What a user would run, on the bundled model: calibrate, tune for a budget of lost answers,
+then let vLLM write the answers to other prompts under stock and under the policy in the table, at
+every batch size that was tuned for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sere import demo_model, report
+from sere.files import check_writable
+from sere.search import SURE
+from sere.table import Table
+
+BATCHES = (1, 8, 32)
+UNSEEN = 900  # a seed of prompts that no other run draws
+
+
+def sere(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "sere", *arguments], check=True)
+
+
+def measured(folder: Path, table: Path, batch: int, prompts: int) -> dict[str, Any]:
+    """What the engine wrote under stock and under the table's policy."""
+    policy = Table.load(table).policy
+    assert policy is not None
+    output = folder / f"{batch}.json"
+    flags = ["--engine", "--dtype", "float32", "--batch", str(batch), "--length", "48"]
+    flags += ["--samples", str(prompts), "--seed", str(UNSEEN), "--policy", policy.to_json()]
+    sere("evaluate", demo_model.NAME, str(table), *flags, "-o", str(output))
+    stock, tuned = json.loads(output.read_text())["arms"]
+    return {"batch": batch, "prompts": prompts, "stock": stock, "tuned": tuned}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """A row for each batch size."""
+    rows = []
+    for found in result["engine"]:
+        lost, error = found["tuned"]["answers_lost"]
+        rows.append(
+            [
+                str(found["batch"]),
+                f"{found['tuned']['active'][0]:.1f}",
+                f"{found['stock']['exact_match'][0]:.2%}",
+                f"{found['tuned']['exact_match'][0]:.2%}",
+                f"{lost:+.2%} (< {lost + SURE * error:.2%})",
+                f"{found['tuned']['same_as_stock'][0]:.2%}",
+                "yes" if found["kept"] else "NO",
+            ]
+        )
+    head = ["batch", "active experts", "right, stock", "right, tuned", "answers lost"]
+    return report.text_table([*head, "same as stock", "kept"], rows)
+
+
+def main() -> None:
+    """Tune, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", default="tuned.json")
+    parser.add_argument("--budget", type=float, default=0.005, help="share of answers lost")
+    parser.add_argument("--prompts", type=int, default=1024)
+    arguments = parser.parse_args()
+    check_writable(arguments.output)
+    with tempfile.TemporaryDirectory() as name:
+        folder, table = Path(name), Path(name) / "sere.table"
+        sere("calibrate", demo_model.NAME, "-o", str(table))
+        flags = ["--budget", f"exact_match={arguments.budget}", "--samples", "2048"]
+        flags += [word for batch in BATCHES for word in ("--batch", str(batch))]
+        sere("tune", demo_model.NAME, str(table), *flags, "-o", str(folder / "tuning.json"))
+        tuning = json.loads((folder / "tuning.json").read_text())
+        engine = [measured(folder, table, batch, arguments.prompts) for batch in BATCHES]
+    for found in engine:
+        lost, error = found["tuned"]["answers_lost"]
+        found["kept"] = lost + SURE * error <= arguments.budget
+    result = {
+        "provenance": report.provenance(),
+        "budget": arguments.budget,
+        "tuning": tuning,
+        "engine": engine,
+    }
+    report.save_json(arguments.output, result)
+    print(as_text(result))
+
+
+if __name__ == "__main__":
+    main()
