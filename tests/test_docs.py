@@ -110,6 +110,15 @@ def test_benchmark_commands_are_valid() -> None:
             contender_of(policy, Path("absent"))
 
 
+def test_the_table_of_company_is_the_committed_result() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from composition import as_text as company_table
+
+    result = json.loads((ROOT / "benchmarks/results/composition.json").read_text())
+    lines = [line.rstrip() for line in company_table(result).splitlines()]
+    assert "\n".join(lines) in (ROOT / "docs/policies.md").read_text()
+
+
 def test_every_setting_is_documented() -> None:
     page = (ROOT / "docs/serving.md").read_text()
     for name in [f.name for f in (*fields(Policy), *fields(Settings))]:
