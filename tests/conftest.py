@@ -85,6 +85,16 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of the bundled model."""
+    from sere.calibrate import calibrate
+
+    path = tmp_path_factory.mktemp("table") / "demo.safetensors"
+    calibrate("demo", path, samples=64, progress=False)
+    return path
+
+
 @pytest.fixture
 def make_table() -> Callable[..., Table]:
     """Builds a valid table; keyword arguments replace parts of it."""

@@ -1,8 +1,8 @@
 """One real vLLM engine in a process of its own: read a job as JSON, print its results as JSON.
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
-`steps`, each a list: ["generate", prompts, max_tokens], ["rpc", method, args...], or a check that
-needs the model in this process: ["capture"], ["captured"], ["addresses"].
+`steps`, each a list: ["generate", prompts, max_tokens, tiers], ["refused", tier], ["rpc", method,
+args...], or a check that needs the model in this process: ["capture"], ["captured"], ["addresses"].
 """
 
 from __future__ import annotations
@@ -21,11 +21,24 @@ class Steps:
         self.llm = llm
         self.taken: dict[str, list[Any]] = {}
 
-    def generate(self, prompts: list[str], max_tokens: int) -> list[Any]:
-        """[token ids, logprobs of the best five at each position] of each prompt."""
+    def generate(
+        self, prompts: list[str], max_tokens: int, tiers: list[Any] | None = None
+    ) -> list[Any]:
+        """[token ids, logprobs of the best five at each position] of each prompt.
+
+        tiers: what each request asks of sere; None for those that ask nothing.
+        """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5)
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                logprobs=5,
+                extra_args=None if tier is None else {"sere": tier},
+            )
+            for tier in tiers or [None] * len(prompts)
+        ]
         outputs = [r.outputs[0] for r in self.llm.generate(prompts, sampling, use_tqdm=False)]
         return [
             [
@@ -34,6 +47,14 @@ class Steps:
             ]
             for out in outputs
         ]
+
+    def refused(self, tier: Any) -> str:
+        """What the engine says to a request for this tier; the engine must live on."""
+        try:
+            self.generate(["1+1>"], 1, [tier])
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "accepted"
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=tuple(args))

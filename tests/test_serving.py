@@ -43,13 +43,6 @@ S1 = {"S": 1, "rho": 0.0}
 
 
 @pytest.fixture(scope="session")
-def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("table") / "demo.safetensors"
-    calibrate("demo", path, samples=64, progress=False)
-    return path
-
-
-@pytest.fixture(scope="session")
 def without_plugin() -> list[Any]:
     """Stock vLLM: the plug-in is not even loaded."""
     return run_engine([GENERATE, ALONE], env={"VLLM_PLUGINS": ""})
@@ -135,14 +128,16 @@ def test_every_row_has_its_class(with_plugin: dict[str, Any]) -> None:
 def test_prefill_mixed_with_decode_is_told_apart_row_by_row(table_path: Path) -> None:
     """Three requests at a time and few tokens a step: prompts are chunked between decode rows."""
     results = run_engine(
-        [GENERATE, ["rpc", "sere_stats"]],
-        sere={"table": str(table_path), **S1},
+        [GENERATE, ["rpc", "sere_stats"], ["refused", "exact"], ["refused", "S=2"]],
+        sere={"table": str(table_path), **S1, "cap": "S=2"},
         options={"max_num_seqs": 3, "max_num_batched_tokens": 8, "enable_chunked_prefill": True},
     )
     generated = sum(len(tokens) for tokens, _ in results[0])
     for layer in results[1][0].values():
         assert layer["rows_fast"] == generated - len(PROMPTS)
         assert layer["rows_exact"] == sum(map(len, PROMPTS))
+    assert 'this server gives at most "S=2", "exact" was asked for' in results[2]
+    assert results[3] == "accepted"
 
 
 def test_ids_inside_vllm_are_the_specifications(
@@ -227,42 +222,58 @@ def test_engine_modes(mode: str, table_path: Path) -> None:
 
 @pytest.mark.modes
 def test_openai_server_answers(table_path: Path, without_plugin: list[Any]) -> None:
-    """`--additional-config` on the command line; greedy text equals the in-process engine's."""
+    """`--additional-config` on the command line; greedy text equals the in-process engine's, also
+    where a lone request may lose experts but asks to be exact."""
     with sockets.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--model", OPTIONS["model"], "--served-model-name", "demo", "--port", str(port)]
     flags += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    settings = json.dumps({"sere": {"table": str(table_path), **S1}})
+    settings = json.dumps({"sere": {"table": str(table_path), **S1, "min_active": 1}})
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
     with subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--additional-config", settings], env=environment()
     ) as server:
+        url = f"http://127.0.0.1:{port}"
         try:
-            answer = _complete(f"http://127.0.0.1:{port}", PROMPTS[0], server)
+            _wait_for(url, server)
+            answer = _complete(url, PROMPTS[0], {"sere": "exact"})
+            fast = _complete(url, PROMPTS[0], None)
+            for malformed in ({"sere": "fastest"}, {"sere": 3}, {"sere": ["exact"]}):
+                with pytest.raises(urllib.error.HTTPError) as refusal:
+                    _complete(url, PROMPTS[0], malformed)
+                assert refusal.value.code == 400
+                assert 'expected \\"exact\\", \\"fast\\"' in refusal.value.read().decode()
+            assert _complete(url, PROMPTS[0], {"sere": "S=4"}) == answer
         finally:
             server.terminate()
     alone = without_plugin[1][0][0]
-    assert answer["usage"]["completion_tokens"] == len(alone)
     tokenizer = load_tokenizer(OPTIONS["model"])
-    assert answer["choices"][0]["text"] == tokenizer.decode(alone, skip_special_tokens=True)
+    assert answer == tokenizer.decode(alone, skip_special_tokens=True)
+    assert fast != answer
 
 
-def _complete(url: str, prompt: str, server: subprocess.Popen[bytes]) -> Any:
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     for _ in range(300):
         assert server.poll() is None, "the server died"
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return json.load(response)
+            with urllib.request.urlopen(f"{url}/health", timeout=60):
+                return
         except urllib.error.URLError:
             time.sleep(1)
     raise TimeoutError(f"{url} did not answer in 300 s")
+
+
+def _complete(url: str, prompt: str, asked: dict[str, Any] | None) -> str:
+    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body if asked is None else {**body, "vllm_xargs": asked}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        text: str = json.load(response)["choices"][0]["text"]
+    return text
 
 
 # --- what cannot work is refused at start-up, with the reason ------------------------------------
@@ -343,6 +354,32 @@ def _text_file(folder: Path) -> Path:
 def test_an_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbols, "version", lambda name: "0.8.4")
     assert "vLLM 0.8.4 is not supported: install 'vllm>=0.32,<0.33'" in str(symbols.obstacle())
+    assert symbols.obstacle(any_version=True) is None
+
+
+def test_an_untested_version_is_tried_if_the_user_says_so(
+    table_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(symbols, "version", lambda name: "0.99.0")
+    with pytest.raises(ServingError, match=r"0\.99\.0 is not supported"):
+        configure(table=str(table_path))
+    configure(table=str(table_path), any_version=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable_dbo": True}, "dual-batch overlap"),
+        ({"ubatch_size": 2}, "dual-batch overlap"),
+        ({"kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill"),
+    ],
+    ids=str,
+)
+def test_modes_whose_rows_are_unknown_are_refused(
+    options: dict[str, Any], reason: str, table_path: Path
+) -> None:
+    with pytest.raises(ServingError, match=reason):
+        configure(options, table=str(table_path))
 
 
 def test_a_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

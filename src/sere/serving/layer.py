@@ -8,8 +8,9 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from sere.kernels import COUNTERS, Plan, implementation_for, new_counters
+from sere.kernels import COUNTERS, Plan, implementation_for
 from sere.kernels.implementations import load
+from sere.serving.live import Live
 from sere.serving.rows import RowClasses
 
 
@@ -17,7 +18,8 @@ class ReroutedLayer(nn.Module):
     """Plan and counters of one layer as buffers: their addresses never change, their content may.
 
     Buffers (and not plain attributes) so that vLLM's sleep mode saves and restores them;
-    non-persistent so that weight loading does not look for them.
+    non-persistent so that weight loading does not look for them. Settings and counters are this
+    layer's part of `Live`, the row classes are all layers'.
     """
 
     neighbours: Tensor
@@ -26,18 +28,22 @@ class ReroutedLayer(nn.Module):
     settings: Tensor
     counters: Tensor
 
-    def __init__(self, name: str, plan: Plan, rows: RowClasses, *, merges: bool = False) -> None:
+    def __init__(
+        self, name: str, plan: Plan, rows: RowClasses, live: Live, place: int, *, merges: bool
+    ) -> None:
+        """plan: on the device of `rows` and `live`. place: this layer's row in `live`."""
         super().__init__()
         self.name = name
         self.merges = merges
         self.rows = rows
+        self.live = live
         self.called = False
-        # Off without any work: a decision of the host, hence only where no graph can freeze it.
-        self.bypassed = False
         self.recording: list[tuple[Tensor, ...]] | None = None
-        for part in fields(plan):
-            self.register_buffer(part.name, getattr(plan, part.name), persistent=False)
-        self.register_buffer("counters", new_counters(plan.settings.device), persistent=False)
+        live.settings[place].copy_(plan.settings)
+        shared = {"settings": live.settings[place], "counters": live.counters[place]}
+        own = {part.name: getattr(plan, part.name) for part in fields(plan)}
+        for name_, buffer in {**own, **shared, "row_classes": rows.buffer}.items():
+            self.register_buffer(name_, buffer, persistent=False)
 
     @cached_property
     def plan(self) -> Plan:
@@ -57,15 +63,14 @@ class ReroutedLayer(nn.Module):
         return lambda ids, weights, rows: run(ids, weights, plan, rows, counters)
 
     def follow(self, plan: Plan | None) -> None:
-        """Re-route by another plan from now on; None is stock routing, at no cost on a CPU."""
-        self.bypassed = plan is None and self.settings.device.type == "cpu"
+        """Re-route by another plan from now on; None is stock routing."""
         self.plan.copy_(plan or Plan.off(self.plan.num_experts))
 
     def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Ids [T, K] after re-routing the batch under way; weights are scaled in place."""
         if not self.called:  # setting a module's attribute costs microseconds
             self.called = True
-        if self.bypassed:
+        if self.live.idle:
             return topk_ids
         rows = self.rows.of(topk_ids.shape[0])
         if self.recording is None:

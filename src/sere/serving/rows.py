@@ -2,8 +2,9 @@
 pass and read by every layer, so that it may change between replays of one captured graph.
 
 The rule: rows of a request that still reads its prompt are EXACT (prefill; the last prompt token
-too), rows of a request that generates are FAST, what follows the real rows is VOID. A request
-with more rows than decoding can have (recomputation after preemption) counts as prefill.
+too), rows of a request that generates are of the class that the request asked for, FAST by
+default; what follows the real rows is VOID. A request with more rows than decoding can have
+(recomputation after preemption) counts as prefill.
 """
 
 from __future__ import annotations
@@ -13,23 +14,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sere.kernels import RowClass
+from sere.kernels import RowClass, keeping
+
+_EXACT, _FAST = np.int8(RowClass.EXACT), np.int8(RowClass.FAST)
+
+
+def row_class(kept: int, K: int) -> int:
+    """The class of a decode row that keeps its `kept` best of K experts, whatever the policy."""
+    if kept >= K:
+        return int(RowClass.EXACT)
+    return keeping(kept) if kept else int(RowClass.FAST)
 
 
 class RowClasses:
     """Row classes of the forward pass under way.
 
-    buffer: [max_tokens] int8 `RowClass` on the worker's device; all VOID until the first real
-        batch, hence in profiling, warm-up and graph capture.
-    gate: "decode" or "all" (prefill rows are FAST, too), the policy's `rows`.
+    buffer: [max_tokens] int8 `RowClass` or `keeping(n)` on the worker's device; all VOID until the
+        first real batch, hence in profiling, warm-up and graph capture.
+    gate: "decode" or "all" (prefill rows are what the request's decode rows are), the policy's
+        `rows`.
+    fast, exact: how many rows of the pass may be re-routed, and how many may not.
     """
 
     def __init__(self, max_tokens: int, device: torch.device | str, gate: str) -> None:
         self.buffer = torch.zeros(max_tokens, dtype=torch.int8, device=device)
         self.gate = gate
-        # Written on the host, then copied; on a CPU the buffer itself.
-        self._staged = self.buffer if self.buffer.device.type == "cpu" else self.buffer.cpu()
-        self._host = self._staged.numpy()
+        self.fast = self.exact = 0
+        # Written on the host: on a CPU the buffer itself.
+        self._host = self.buffer.numpy() if self.buffer.device.type == "cpu" else None
         self._filled = 0  # rows of the last batch: what follows them is VOID already
         self._views: dict[int, Tensor] = {}
 
@@ -38,37 +50,54 @@ class RowClasses:
         self._fill(np.empty(0, np.int8))
 
     def fill(
-        self, prefilling: npt.NDArray[np.bool_], query_lengths: npt.NDArray[np.integer] | None
+        self,
+        prefilling: npt.NDArray[np.bool_],
+        query_lengths: npt.NDArray[np.integer] | None,
+        wanted: npt.NDArray[np.int8] | np.int8 = _FAST,
+        total: int | None = None,
     ) -> None:
         """Classify the rows of the coming batch.
 
         prefilling: [R] whether each request's rows are prefill, in batch order.
         query_lengths: [R] rows of each request; None where each has one.
+        wanted: [R] the class that each request's decode rows have, or one for all.
+        total: rows of the batch, where `query_lengths` may be too long: how many drafts of each
+            request are verified is then known on the device only. No row gets less than it asked
+            for: unless all are alike, all are EXACT.
         """
         if self.gate != "decode":
             prefilling = np.zeros_like(prefilling)
-        classes = np.add(prefilling, int(RowClass.FAST), dtype=np.int8)  # FAST or, one more, EXACT
-        self._fill(classes if query_lengths is None else np.repeat(classes, query_lengths))
+        classes = np.where(prefilling, _EXACT, wanted)
+        if query_lengths is None:
+            self._fill(classes)
+        elif total is None or total == query_lengths.sum():
+            self._fill(np.repeat(classes, query_lengths))
+        else:
+            alike = bool((classes == classes[0]).all())
+            self._fill(np.full(total, classes[0] if alike else _EXACT))
 
     def _fill(self, rows: npt.NDArray[np.int8]) -> None:
         n, filled = len(rows), self._filled
-        self._host[:n] = rows
-        if n < filled:
-            self._host[n:filled] = int(RowClass.VOID)
         self._filled, changed = n, max(n, filled)
-        if self._staged is not self.buffer:
-            self.buffer[:changed].copy_(self._staged[:changed])
+        self.exact = int(np.count_nonzero(rows == _EXACT))
+        self.fast = n - self.exact
+        if self._host is not None:
+            self._host[:n] = rows
+            self._host[n:changed] = int(RowClass.VOID)
+            return
+        # A fresh piece of pinned memory each time: the last copy may still wait for its turn.
+        staged = torch.zeros(changed, dtype=torch.int8, pin_memory=True)
+        staged[:n] = torch.from_numpy(rows)
+        self.buffer[:changed].copy_(staged, non_blocking=True)
 
     def of(self, T: int) -> Tensor:
-        """[T] classes of the rows that a layer sees."""
+        """[T] classes of the rows that a layer sees: those of the batch, and padding."""
+        if not self._filled <= T <= len(self.buffer):
+            raise RuntimeError(
+                f"a layer sees {T} rows of a batch of {self._filled} (at most {len(self.buffer)}): "
+                "this mode of vLLM splits or gathers batches in a way that sere does not know; "
+                "please report it"
+            )
         if T not in self._views:
-            if len(self.buffer) < T:
-                raise RuntimeError(
-                    f"a batch of {T} rows, but the scheduler announced {len(self.buffer)} at most: "
-                    "sere does not support this mode of vLLM; please report it"
-                )
             self._views[T] = self.buffer[:T]
         return self._views[T]
-
-
-assert RowClass.EXACT == RowClass.FAST + 1, "fill counts on it"

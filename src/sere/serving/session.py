@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from sere.checkpoint import Fingerprint, weight_hashes
-from sere.policy import Policy
+from sere.policy import Policy, PolicyError
 from sere.serving.layer import ReroutedLayer
+from sere.serving.live import Live
 from sere.serving.rows import RowClasses
 from sere.serving.settings import KEY, Settings
+from sere.serving.tiers import RequestTiers, Tier
 from sere.table import Table
 
 # The session hangs on vLLM's compilation config: the worker's own, and as long-lived as its layers.
 _ATTRIBUTE = "_sere_session"
+_CAP = "_sere_cap"  # in the front end, beside it
 
 
 class ServingError(RuntimeError):
@@ -30,6 +36,8 @@ class Session:
     settings: Settings
     table: Table
     rows: RowClasses
+    live: Live
+    tiers: RequestTiers
     layers: dict[int, ReroutedLayer] = field(default_factory=dict)
 
     def bind(self, index: int, name: str, *, E: int, K: int) -> ReroutedLayer:
@@ -45,10 +53,27 @@ class Session:
                 f"sere cannot re-route {name}: it has {E} experts, {K} per token; the table was "
                 f"made for {known.E} and {known.K}; calibrate the model that you serve"
             )
-        plan = self.table.plan(index, self.settings.policy)
-        layer = ReroutedLayer(name, plan, self.rows, merges=self.settings.merge)
-        self.layers[index] = layer.to(self.rows.buffer.device)
+        plan = self.table.plan(index, self.settings.policy).to(self.rows.buffer.device)
+        place, merges = self.live.place(index), self.settings.merge
+        layer = ReroutedLayer(name, plan, self.rows, self.live, place, merges=merges)
+        self.layers[index] = layer
         return layer
+
+    def begin(
+        self,
+        prefilling: npt.NDArray[np.bool_],
+        query_lengths: npt.NDArray[np.integer] | None,
+        requests: Sequence[str],
+        total: int | None = None,
+    ) -> None:
+        """A pass over these requests follows, in batch order (see `RowClasses.fill`)."""
+        self.rows.fill(prefilling, query_lengths, self.tiers.classes(requests), total)
+        self.live.choose(self.rows.fast, self.rows.exact)
+
+    def begin_dummy(self) -> None:
+        """A pass without a real row follows."""
+        self.rows.void()
+        self.live.choose(0, 0)
 
     def set_policy(self, policy: Policy | None) -> None:
         """Write a new policy into the live buffers; None switches re-routing off."""
@@ -57,6 +82,13 @@ class Session:
             self.rows.gate = policy.rows
         for index, layer in self.layers.items():
             layer.follow(self.table.plan(index, policy) if policy else None)
+        self.live.follow(policy)
+
+    def record(self, on: bool) -> None:
+        """Start (or stop) keeping every batch's routing on the host."""
+        self.live.watched = on
+        for layer in self.layers.values():
+            layer.recording = [] if on else None
 
     def check_bound(self, config: Any) -> None:
         """Raise unless exactly the table's layers are bound and the table fits the model."""
@@ -85,7 +117,11 @@ def open_session(config: Any) -> Session:
             config.device_config.device,
             settings.policy.rows,
         )
-        session = Session(settings, Table.load(settings.table), rows)
+        table = Table.load(settings.table)
+        live = Live(table, rows.buffer.device)
+        live.follow(settings.policy)
+        tiers = RequestTiers(settings.default, table.fingerprint.K)
+        session = Session(settings, table, rows, live, tiers)
         object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
     return session
 
@@ -94,6 +130,26 @@ def given(config: Any) -> Mapping[str, Any] | None:
     """What the user wrote behind "sere", or None where re-routing was not asked for."""
     additional = config.additional_config
     return additional.get(KEY) if isinstance(additional, Mapping) and KEY in additional else None
+
+
+def asked_by(params: Any) -> Any:
+    """What a request's parameters say behind "sere", or None."""
+    extra = getattr(params, "extra_args", None)
+    return extra.get(KEY) if isinstance(extra, Mapping) else None
+
+
+def check_request(config: Any, params: Any) -> None:
+    """Raise `PolicyError` if a request asks for what is no tier, or for more than the cap."""
+    asked = asked_by(params)
+    if asked is None or given(config) is None:
+        return
+    cap = getattr(config.compilation_config, _CAP, None)
+    if cap is None:
+        cap = settings_of(config).cap
+        object.__setattr__(config.compilation_config, _CAP, cap)
+    tier = Tier.parse(asked)
+    if tier > cap:
+        raise PolicyError(f'this server gives at most "{cap}", "{tier}" was asked for')
 
 
 def settings_of(config: Any) -> Settings:
@@ -111,11 +167,7 @@ def check_config(config: Any) -> None:
             "sere cannot re-route: VLLM_BATCH_INVARIANT promises results that do not depend on "
             "the batch, and re-routing makes them depend on it; unset one of the two"
         )
-    if config.parallel_config.use_sequence_parallel_moe:
-        raise ServingError(
-            "sere cannot re-route: sequence-parallel MoE (tensor with expert and data parallel) "
-            "shards the rows; use tensor parallel, or data and expert parallel"
-        )
+    _check_rows_are_known(config)
     settings = settings_of(config)
     check_merge(config, settings.merge)
     table = Table.load(settings.table)
@@ -131,6 +183,27 @@ def check_merge(config: Any, merge: bool) -> None:
             'sere cannot merge duplicates here: "merge" needs the CPU engine in eager mode '
             "(enforce_eager=True), as the number of slots follows the data; remove it"
         )
+
+
+def _check_rows_are_known(config: Any) -> None:
+    """Refuse modes in which a layer sees other rows than the scheduler's batch and its padding."""
+    parallel = config.parallel_config
+    modes = {
+        "sequence-parallel MoE (tensor with expert and data parallel) shards the rows; use tensor "
+        "parallel, or data and expert parallel": parallel.use_sequence_parallel_moe,
+        "dual-batch overlap (--enable-dbo, --ubatch-size) splits the rows; start without it": (
+            parallel.use_ubatching
+        ),
+        "prefill context parallel splits the rows; set --prefill-context-parallel-size 1": (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        "--kv-sharing-fast-prefill drops rows between layers; start without it": (
+            config.cache_config.kv_sharing_fast_prefill
+        ),
+    }
+    for reason, asked in modes.items():
+        if asked:
+            raise ServingError(f"sere cannot re-route: {reason}")
 
 
 def check_model(config: Any, settings: Settings, table: Table, layers: tuple[int, ...]) -> None:

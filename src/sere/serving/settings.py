@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sere.policy import Policy, PolicyError, check_keys
+from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
 
 KEY = "sere"
-_OWN_KEYS = ("table", "fingerprint", "merge")
+_OWN_KEYS = ("table", "fingerprint", "merge", "default", "cap", "any_version")
 _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 
 
@@ -27,12 +28,18 @@ class Settings:
         compares only architecture, E, K and layers (engines with random weights).
     merge: hand each expert once per row to the CPU engine's expert kernel, in as few slots as the
         batch needs (see `sere.kernels.merge`); eager mode only.
+    default: the tier of requests that ask for none.
+    cap: the best tier that a request may ask for.
+    any_version: try a version of vLLM outside the tested range.
     """
 
     table: Path
     policy: Policy
     fingerprint: Literal["weights", "router", "shape"] = "weights"
     merge: bool = False
+    default: Tier = FAST
+    cap: Tier = EXACT
+    any_version: bool = False
 
     @classmethod
     def parse(
@@ -59,14 +66,29 @@ class Settings:
         level = merged.get("fingerprint", "weights")
         if level not in ("weights", "router", "shape"):
             raise PolicyError(f'fingerprint={level!r}: expected "weights", "router" or "shape"')
-        merge = merged.get("merge", False)
-        if not isinstance(merge, bool):
-            raise PolicyError(f"merge={merge!r}: expected true or false")
+        default, cap = (_tier(merged, *key) for key in (("default", "fast"), ("cap", "exact")))
+        if default > cap:
+            raise PolicyError(f'default="{default}" is better than cap="{cap}": raise the cap')
+        flags = {name: _flag(merged, name) for name in ("merge", "any_version")}
         from_model = "table" not in given
         table = _find_table(merged.get("table"), model_folder, from_model)
         own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
         policy = Policy.from_dict(own) if own else stored_policy(table) or Policy()
-        return cls(table, policy, level, merge)
+        return cls(table, policy, level, default=default, cap=cap, **flags)
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise PolicyError(f"{name}={value!r}: expected true or false")
+    return value
+
+
+def _tier(given: Mapping[str, Any], name: str, otherwise: str) -> Tier:
+    try:
+        return Tier.parse(given.get(name, otherwise))
+    except PolicyError as error:
+        raise PolicyError(f"{name}={error}") from None
 
 
 def _find_table(named: str | None, folder: Path | None, from_model: bool) -> Path:

@@ -25,6 +25,8 @@ SYMBOLS = {
     "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),
     "FusedMoEExperts": (f"{_MOE}.modular_kernel", "FusedMoEExperts"),
     "ModelRunnerV1": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
+    "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
     "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
 }
 # Attributes of these that are called or wrapped.
@@ -33,7 +35,8 @@ MEMBERS = {
     "BaseRouter": ("_compute_routing",),
     "MoERunner": ("__init__", "is_monolithic", "layer_id"),
     "FusedMoEExperts": ("is_supported_config", "is_monolithic"),
-    "ModelRunnerV1": ("_prepare_inputs", "_dummy_run"),
+    "ModelRunnerV1": ("_prepare_inputs", "_update_states", "_dummy_run"),
+    "InputProcessor": ("_validate_params",),
     "WorkerBase": ("compile_or_warm_up_model",),
 }
 # Whichever of these can be imported on this machine: (module, class).
@@ -71,17 +74,27 @@ def router_module() -> Any:
     return import_module(SYMBOLS["create_fused_moe_router"][0])
 
 
-def obstacle() -> str | None:
-    """Why re-routing cannot be put into this vLLM, or None."""
+def obstacle(*, any_version: bool = False) -> str | None:
+    """Why re-routing cannot be put into this vLLM, or None; any_version: tested or not."""
+    if not any_version and (untested := untested_version()):
+        return untested
+    missing = missing_symbols()
+    if missing:
+        return f"vLLM {vllm_version()} lacks {', '.join(missing)}: is it a modified build?"
+    return rival()
+
+
+def untested_version() -> str | None:
+    """Why this version of vLLM is not among the tested ones, or None."""
     found = vllm_version()
     release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
-    if not SUPPORTED[0] <= release < SUPPORTED[1]:
-        return f"vLLM {found} is not supported: install 'vllm>={low},<{high}'"
-    missing = missing_symbols()
-    if missing:
-        return f"vLLM {found} lacks {', '.join(missing)}: is it a modified build?"
-    return rival()
+    if SUPPORTED[0] <= release < SUPPORTED[1]:
+        return None
+    return (
+        f"vLLM {found} is not supported: install 'vllm>={low},<{high}' (or try this one, untested: "
+        '"any_version": true)'
+    )
 
 
 def missing_symbols() -> list[str]:

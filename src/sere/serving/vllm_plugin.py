@@ -15,16 +15,23 @@ Without "sere" in `additional_config` every wrapper hands straight through to vL
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sere.kernels.merge import narrow
+from sere.policy import PolicyError
 from sere.serving import random_weights, worker
 from sere.serving.probe import sere_probe
-from sere.serving.session import ServingError, check_config, given, open_session
+from sere.serving.session import (
+    ServingError,
+    check_config,
+    check_request,
+    given,
+    open_session,
+)
 from sere.serving.symbols import (
     MODEL_RUNNER_V2,
     WORKERS,
@@ -33,6 +40,7 @@ from sere.serving.symbols import (
     obstacle,
     router_module,
     symbol,
+    untested_version,
     wrap,
 )
 
@@ -45,7 +53,7 @@ def register() -> None:
     if getattr(config, _MARK, False):
         return
     setattr(config, _MARK, True)
-    reason = obstacle()
+    reason = obstacle(any_version=True)
     wrap(config, "__post_init__", functools.partial(_checking, reason))
     if reason:
         return  # an engine that asks for re-routing will be refused with the reason
@@ -55,15 +63,18 @@ def register() -> None:
     wrap(symbol("MoERunner"), "__init__", _binding)
     experts = symbol("FusedMoEExperts")
     experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
+    wrap(symbol("InputProcessor"), "_validate_params", _admitting)
     _wrap_worker_side()
 
 
 def _wrap_worker_side() -> None:
     runner = symbol("ModelRunnerV1")
     wrap(runner, "_prepare_inputs", worker.classifying_v1)
+    wrap(runner, "_update_states", worker.tracking)
     wrap(runner, "_dummy_run", worker.voiding)
     if torch.cuda.is_available() and exists(*MODEL_RUNNER_V2):
         wrap(get(*MODEL_RUNNER_V2), "prepare_inputs", worker.classifying_v2)
+        wrap(get(*MODEL_RUNNER_V2), "add_requests", worker.tracking)
         wrap(get(*MODEL_RUNNER_V2), "_dummy_run", worker.voiding)
     for where in WORKERS:
         if exists(*where):
@@ -76,13 +87,27 @@ def _checking(reason: str | None, original: Callable[..., None]) -> Callable[...
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:
         original(config, *args, **kwargs)
         model = config.model_config
-        if given(config) is None or model is None or model.is_submodel_config:
+        asked = given(config)
+        if asked is None or model is None or model.is_submodel_config:
             return
-        if reason:
-            raise ServingError(f"sere cannot re-route: {reason}")
+        any_version = isinstance(asked, Mapping) and asked.get("any_version") is True
+        if found := reason or (None if any_version else untested_version()):
+            raise ServingError(f"sere cannot re-route: {found}")
         check_config(config)
 
     return __post_init__
+
+
+def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _validate_params(processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check_request(processor.vllm_config, params)
+        except PolicyError as error:
+            refusal = symbol("VLLMValidationError")
+            raise refusal(f'"sere": {error}', parameter="extra_args") from None
+        return original(processor, params, *args, **kwargs)
+
+    return _validate_params
 
 
 def _current_config() -> Any:
@@ -114,7 +139,7 @@ def _rerouting(router: Any) -> type:
             ids = torch.ops.sere.reroute(ids, weights, self._sere.name)
         else:
             ids = self._sere.forward(ids, weights)
-        if self._sere.merges and not self._sere.bypassed:
+        if self._sere.merges and not self._sere.live.idle:
             ids, weights = narrow(ids, weights)
         return weights, ids
 

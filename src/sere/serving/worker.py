@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere.policy import Policy
-from sere.serving.session import ServingError, Session, check_merge, given, session_of
+from sere.serving.session import (
+    ServingError,
+    Session,
+    asked_by,
+    check_merge,
+    given,
+    session_of,
+)
 from sere.serving.symbols import rival, symbol
 
 
@@ -26,7 +33,7 @@ def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
             if scheduler_output.total_num_scheduled_tokens != R:
                 lengths = num_scheduled_tokens[:R]
                 prefilling |= lengths > runner.vllm_config.uniform_decode_query_len
-            session.rows.fill(prefilling, lengths)
+            session.begin(prefilling, lengths, batch.req_ids)
         return original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     return _prepare_inputs
@@ -39,10 +46,27 @@ def classifying_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         batch = original(runner, *args, **kwargs)
         session = session_of(runner.vllm_config)
         if session is not None:
-            session.rows.fill(batch.is_prefilling_np, batch.num_scheduled_tokens)
+            session.begin(
+                batch.is_prefilling_np, batch.num_scheduled_tokens, batch.req_ids, batch.num_tokens
+            )
         return batch
 
     return prepare_inputs
+
+
+def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps what takes a scheduler's news about requests before each step: `_update_states` of
+    model runner V1, `add_requests` of V2."""
+
+    def take(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        session = session_of(runner.vllm_config)
+        if session is not None:
+            session.tiers.remove(scheduler_output.finished_req_ids)
+            for new in scheduler_output.scheduled_new_reqs:
+                session.tiers.add(new.req_id, asked_by(new.sampling_params))
+        return original(runner, scheduler_output, *args, **kwargs)
+
+    return take
 
 
 def voiding(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +75,7 @@ def voiding(original: Callable[..., Any]) -> Callable[..., Any]:
     def _dummy_run(runner: Any, *args: Any, **kwargs: Any) -> Any:
         session = session_of(runner.vllm_config)
         if session is not None:
-            session.rows.void()
+            session.begin_dummy()
         return original(runner, *args, **kwargs)
 
     return _dummy_run
@@ -64,6 +88,7 @@ def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(worker)
         if given(worker.vllm_config) is not None:
             self_check(worker)
+            sere_reset(worker)  # model runner V2 warms up with requests that look real
         return result
 
     return compile_or_warm_up_model
@@ -120,8 +145,7 @@ def sere_stats(worker: Any) -> dict[int, dict[str, int]]:
 
 def sere_reset(worker: Any) -> None:
     """Set all counters to zero."""
-    for layer in _session(worker).layers.values():
-        layer.counters.zero_()
+    _session(worker).live.counters.zero_()
 
 
 def sere_merge(worker: Any, on: bool) -> None:
@@ -134,8 +158,7 @@ def sere_merge(worker: Any, on: bool) -> None:
 
 def sere_record(worker: Any, on: bool) -> None:
     """Start (or stop) keeping every batch's routing on the host, for checks. Not for graphs."""
-    for layer in _session(worker).layers.values():
-        layer.recording = [] if on else None
+    _session(worker).record(on)
 
 
 def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:

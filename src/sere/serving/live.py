@@ -1,0 +1,110 @@
+"""What the layers of one worker share on the device, and how it follows the load.
+
+A policy may say from how many decoded rows on to route otherwise (`Policy.batches`). Only numbers
+differ between batch sizes, never neighbour lists, so that a step of another size costs one small
+copy, queued like the step's inputs: no sync, and captured graphs of any kind see it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sere.kernels import COUNTERS, Plan
+from sere.kernels.plan import OFF
+from sere.policy import Policy
+from sere.table import Table
+
+MIN_ACTIVE = 1  # its place in a plan's settings
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """All layers' settings for one batch size.
+
+    values: [L, 5] int32 on the host, pinned where the device is another.
+    off: stock routing. spares_one: a batch of one FAST row is left as it is in every layer.
+    """
+
+    values: Tensor
+    off: bool
+    spares_one: bool
+
+
+class Live:
+    """Settings that all layers' operators read, and counters that they add to.
+
+    settings: [L, 5] int32, row i are the `Plan.settings` of the i-th layer; its address never
+        changes. counters: [L, len(COUNTERS)] int64.
+    idle: whether the coming pass needs no operator. Decided on the host, hence only on CPUs, where
+        no graph can freeze it.
+    watched: the operator is to run whenever a row is real, because someone records it.
+    """
+
+    def __init__(self, table: Table, device: torch.device | str) -> None:
+        self._table = table
+        self._places = {index: i for i, index in enumerate(table.layers)}
+        off = Plan.off(table.fingerprint.E, "cpu").settings
+        self.settings = off.repeat(len(self._places), 1).to(device)
+        self.counters = torch.zeros(
+            len(self._places), len(COUNTERS), dtype=torch.int64, device=device
+        )
+        self._on_host = self.settings.device.type == "cpu"
+        self.idle = self.watched = False
+        self.follow(None)
+
+    def place(self, index: int) -> int:
+        """The row of decoder layer `index` in `settings` and `counters`."""
+        return self._places[index]
+
+    def follow(self, policy: Policy | None) -> None:
+        """Take the settings of a policy, for every batch size; None is stock routing."""
+        buckets = [0, *policy.batches] if policy else [0]
+        self._policy = policy
+        self._bank = {b: self._setting(policy.for_bucket(b) if policy else None) for b in buckets}
+        self._use(0)
+
+    def _setting(self, policy: Policy | None) -> _Setting:
+        E, K = self._table.fingerprint.E, self._table.fingerprint.K
+        plans = [
+            self._table.plan(i, policy) if policy else Plan.off(E, "cpu") for i in self._places
+        ]
+        values = torch.stack([plan.settings for plan in plans])
+        spares_one = bool((values[:, MIN_ACTIVE] >= K).all())
+        return _Setting(
+            values if self._on_host else values.pin_memory(),
+            bool((values[:, 0] == OFF).all()),
+            spares_one,
+        )
+
+    def _use(self, bucket: int) -> None:
+        self._bucket, self._now = bucket, self._bank[bucket]
+        self.settings.copy_(self._now.values, non_blocking=True)
+
+    def choose(self, fast: int, exact: int) -> None:
+        """Prepare a pass over so many rows that may be re-routed, and rows that may not."""
+        if fast and len(self._bank) > 1 and self._policy:
+            bucket = self._policy.bucket(fast)
+            if bucket != self._bucket:
+                self._use(bucket)
+        if self._on_host:
+            self.idle = not self.watched and self._spared(fast, exact)
+
+    def _spared(self, fast: int, exact: int) -> bool:
+        """Whether the operator would change nothing; counts what it would have counted."""
+        now = self._now
+        if now.off:
+            return True
+        if fast == 1 and not exact and now.spares_one:
+            K = self._table.fingerprint.K
+            self._count(steps=1, active_before=K, active_after=K, rows_fast=1)
+            return True
+        if exact and not fast:
+            self._count(rows_exact=exact)
+            return True
+        return False
+
+    def _count(self, **figures: int) -> None:
+        self.counters += torch.tensor([figures.get(name, 0) for name in COUNTERS])
