@@ -14,6 +14,8 @@ from sere import demo_model
 from tests.engine_script import RESULT
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
+# A plug-in for tests: makes vLLM 0.32's CPU experts obey the expert map of expert parallelism.
+EXPERT_MAP = Path(__file__).with_name("expert_map")
 OPTIONS = {
     "model": str(demo_model.PATH),
     "dtype": "float32",
@@ -45,16 +47,20 @@ def run_engine(
     sere: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,
+    paths: tuple[Path, ...] = (),
     timeout: int = 600,
 ) -> list[Any]:
-    """Results of `steps` on a fresh engine; `sere` is the value in `additional_config`."""
+    """Results of `steps` on a fresh engine; `sere` is the value in `additional_config`, `paths` are
+    further folders to import from (and to find plug-ins in)."""
     settings = {**OPTIONS, **(options or {})}
     if sere is not None:
         settings["additional_config"] = {"sere": sere}
+    variables = environment(**(env or {}))
+    variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], *map(str, paths)])
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         input=json.dumps({"options": settings, "steps": steps}),
-        env=environment(**(env or {})),
+        env=variables,
         capture_output=True,
         text=True,
         timeout=timeout,

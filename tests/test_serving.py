@@ -25,12 +25,12 @@ from sere.loading import load_tokenizer
 from sere.policy import Policy
 from sere.serving import symbols
 from sere.serving.engine import check_plugin_allowed
-from sere.serving.session import ServingError
+from sere.serving.session import ServingError, check_config, stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.worker import self_check
 from sere.table import FILE_NAME, Table
 from sere.tasks import examples
-from tests.engines import OPTIONS, EngineFailure, environment, run_engine
+from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, environment, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -188,12 +188,12 @@ def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> 
 
 # --- the ways vLLM runs ---------------------------------------------------------------------------
 
+SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "multi-process": ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
-    "tensor parallel": (
-        {"tensor_parallel_size": 2},
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    ),
+    "tensor parallel": ({"tensor_parallel_size": 2}, SEVERAL),
+    "expert parallel": ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, SEVERAL),
+    "pipeline parallel": ({"pipeline_parallel_size": 2}, SEVERAL),
     "torch.compile": ({"enforce_eager": False}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
 }
@@ -205,19 +205,37 @@ def test_engine_modes(mode: str, table_path: Path) -> None:
     options, env = MODES[mode]
     if mode == "torch.compile" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++ on the CPU")
-    steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_policy", None], GENERATE]
-    on, stats, _, off = run_engine(
-        steps, sere={"table": str(table_path), **S1}, options=options, env=env
+    paths: tuple[Path, ...] = (EXPERT_MAP,) if mode == "expert parallel" else ()
+    steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_record", True]]
+    steps += [["generate", PROMPTS, 4, ["exact", None] * 12], ["rpc", "sere_recording"]]
+    steps += [["rpc", "sere_policy", None], GENERATE]
+    on, stats, _, mixed, recording, _, off = run_engine(
+        steps, sere={"table": str(table_path), **S1}, options=options, env=env, paths=paths
     )
-    stock = run_engine([GENERATE], options=options, env={**env, "VLLM_PLUGINS": ""})[0]
+    stock_env = {**env, "VLLM_PLUGINS": "expert_map"}
+    stock = run_engine([GENERATE], options=options, env=stock_env, paths=paths)[0]
     assert off == stock
     assert on != stock
+    # An exact request's tokens, whatever its neighbours get.
+    assert [o[0] for o in mixed[0::2]] == [s[0][:4] for s in stock[0::2]]
+    layers = _checked_ranks(recording, staged=mode == "pipeline parallel")
+    assert sorted(map(int, layers)) == list(Table.load(table_path).layers)
     generated = sum(len(tokens) for tokens, _ in on)
-    for rank in stats:
-        assert rank == stats[0]  # tensor-parallel ranks choose the same sets
-        for layer in rank.values():
-            assert layer["rows_fast"] == generated - len(PROMPTS)
-            assert layer["active_after"] < 0.8 * layer["active_before"]
+    for layer in (layer for rank in stats for layer in rank.values()):
+        assert layer["rows_fast"] == generated - len(PROMPTS)
+        assert layer["active_after"] < 0.8 * layer["active_before"]
+
+
+def _checked_ranks(recording: list[dict[str, Any]], *, staged: bool) -> dict[str, Any]:
+    """What all ranks recorded: the same, bit for bit, or (staged) each its own layers."""
+    merged: dict[str, Any] = {}
+    for rank in recording:
+        assert rank
+        assert staged or rank == recording[0]  # ids and weights, before and after, and classes
+        assert not (staged and set(rank) & set(merged))
+        merged |= rank
+    assert all(batches for batches in merged.values())
+    return merged
 
 
 @pytest.mark.modes
@@ -249,8 +267,8 @@ def test_openai_server_answers(table_path: Path, without_plugin: list[Any]) -> N
             server.terminate()
     alone = without_plugin[1][0][0]
     tokenizer = load_tokenizer(OPTIONS["model"])
-    assert answer == tokenizer.decode(alone, skip_special_tokens=True)
-    assert fast != answer
+    assert answer["text"] == tokenizer.decode(alone, skip_special_tokens=True)
+    assert fast["logprobs"] != answer["logprobs"]
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
@@ -264,28 +282,29 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     raise TimeoutError(f"{url} did not answer in 300 s")
 
 
-def _complete(url: str, prompt: str, asked: dict[str, Any] | None) -> str:
+def _complete(url: str, prompt: str, asked: dict[str, Any] | None) -> dict[str, Any]:
     body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+    body["logprobs"] = 1
     request = urllib.request.Request(
         f"{url}/v1/completions",
         json.dumps(body if asked is None else {**body, "vllm_xargs": asked}).encode(),
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as response:
-        text: str = json.load(response)["choices"][0]["text"]
-    return text
+        choice: dict[str, Any] = json.load(response)["choices"][0]
+    return choice
 
 
 # --- what cannot work is refused at start-up, with the reason ------------------------------------
 
 
-def configure(options: dict[str, Any] | None = None, **sere: Any) -> None:
+def configure(options: dict[str, Any] | None = None, **sere: Any) -> Any:
     """What `LLM(...)` and `vllm serve` do first, before anything is loaded."""
     from vllm.engine.arg_utils import EngineArgs
 
     register()
     given = {**OPTIONS, **(options or {})}
-    EngineArgs(**given, additional_config={"sere": sere}).create_engine_config()
+    return EngineArgs(**given, additional_config={"sere": sere}).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +372,7 @@ def _text_file(folder: Path) -> Path:
 
 def test_an_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbols, "version", lambda name: "0.8.4")
-    assert "vLLM 0.8.4 is not supported: install 'vllm>=0.32,<0.33'" in str(symbols.obstacle())
+    assert "vLLM 0.8.4 is not supported: install 'vllm>=0.32,<0.34'" in str(symbols.obstacle())
     assert symbols.obstacle(any_version=True) is None
 
 
@@ -367,19 +386,30 @@ def test_an_untested_version_is_tried_if_the_user_says_so(
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("part", "options", "reason"),
     [
-        ({"enable_dbo": True}, "dual-batch overlap"),
-        ({"ubatch_size": 2}, "dual-batch overlap"),
-        ({"kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill"),
+        ("parallel_config", {"enable_dbo": True}, "dual-batch overlap"),
+        ("parallel_config", {"ubatch_size": 2}, "dual-batch overlap"),
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "prefill context parallel"),
+        (
+            "parallel_config",
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2},
+            "sequence-parallel MoE",
+        ),
+        ("cache_config", {"kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill"),
     ],
     ids=str,
 )
 def test_modes_whose_rows_are_unknown_are_refused(
-    options: dict[str, Any], reason: str, table_path: Path
+    part: str, options: dict[str, Any], reason: str, table_path: Path
 ) -> None:
+    """The CPU platform switches some of them off by itself, hence the second look."""
+    config = configure(table=str(table_path))
+    check_config(config)
+    for name, value in options.items():
+        setattr(getattr(config, part), name, value)
     with pytest.raises(ServingError, match=reason):
-        configure(options, table=str(table_path))
+        check_config(config)
 
 
 def test_a_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,13 +470,17 @@ class _Worker:
     def __init__(self, runners: list[Any], session: Any) -> None:
         context = {str(i): runner for i, runner in enumerate(runners)}
         compilation = SimpleNamespace(static_forward_context=context, _sere_session=session)
-        self.vllm_config = SimpleNamespace(compilation_config=compilation)
+        self.vllm_config = SimpleNamespace(
+            compilation_config=compilation,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        )
         self.model_runner = SimpleNamespace(_dummy_run=lambda rows: None)
 
 
 def _runner(**attributes: Any) -> Any:
     class Runner(symbols.symbol("MoERunner")):  # type: ignore[misc]
         is_monolithic = attributes.pop("is_monolithic", False)
+        do_naive_dispatch_combine = attributes.pop("naive", False)
 
         def __init__(self) -> None:
             self.__dict__.update(layer_name="model.layers.0.mlp.experts", **attributes)
@@ -459,6 +493,7 @@ def _runner(**attributes: Any) -> Any:
     [
         ({}, "not bound to model.layers.0"),
         ({"sere": SimpleNamespace(called=True), "is_monolithic": True}, "--moe-backend triton"),
+        ({"sere": SimpleNamespace(called=True), "naive": True}, "gathers all data-parallel ranks"),
         ({"sere": SimpleNamespace(called=False)}, "never called in model.layers.0"),
     ],
 )
@@ -469,6 +504,47 @@ def test_the_self_check_refuses_what_is_silently_inert(
     with pytest.raises(ServingError, match=reason):
         self_check(_Worker([_runner(**attributes)], session))
     self_check(_Worker([_runner(sere=SimpleNamespace(called=True))], session))
+
+
+def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
+    """What a host where sere is not installed does: its workers lack our methods."""
+
+    class Executor(symbols.symbol("Executor")):  # type: ignore[misc]
+        def __init__(self, sere: dict[str, Any] | None, broken: bool) -> None:
+            self.vllm_config = SimpleNamespace(
+                additional_config={} if sere is None else {"sere": sere},
+                compilation_config=SimpleNamespace(),
+            )
+            self.broken = broken
+
+        def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+            if self.broken and method.startswith("sere"):
+                raise AttributeError(f"'Worker' object has no attribute {method!r}")
+            return []
+
+        _init_executor = check_health = None
+
+    register()
+    with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_layers"):
+        Executor({}, broken=True).compile_or_warm_up_model()
+    Executor({}, broken=False).compile_or_warm_up_model()
+    Executor(None, broken=True).compile_or_warm_up_model()
+
+
+def test_a_pipeline_stage_may_have_no_moe_layer(table_path: Path) -> None:
+    layers = Table.load(table_path).layers
+
+    def config(start: int, end: int) -> Any:
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(pipeline_parallel_size=2),
+            model_config=SimpleNamespace(
+                get_layers_start_end_indices=lambda parallel: (start, end)
+            ),
+        )
+
+    assert stage_of(config(0, 2), layers) == (0, 1)
+    assert stage_of(config(2, 9), layers) == tuple(i for i in layers if i >= 2)
+    assert stage_of(config(70, 80), layers) == ()
 
 
 def test_the_self_check_refuses_a_model_without_moe_layers() -> None:

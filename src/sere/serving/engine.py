@@ -104,8 +104,11 @@ class Engine:
         self.llm.collective_rpc("sere_reset")
 
     def stats(self) -> dict[int, dict[str, int]]:
-        """Counters by decoder layer and name, of rank 0 (tensor-parallel ranks agree)."""
-        stats: dict[int, dict[str, int]] = self.llm.collective_rpc("sere_stats")[0]
+        """Counters by decoder layer and name (tensor-parallel ranks agree, pipeline stages have
+        layers of their own)."""
+        stats: dict[int, dict[str, int]] = {}
+        for worker in self.llm.collective_rpc("sere_stats"):
+            stats.update(worker)
         assert all(tuple(layer) == COUNTERS for layer in stats.values())
         return stats
 

@@ -91,14 +91,32 @@ class Session:
             layer.recording = [] if on else None
 
     def check_bound(self, config: Any) -> None:
-        """Raise unless exactly the table's layers are bound and the table fits the model."""
-        bound, known = tuple(sorted(self.layers)), self.table.fingerprint.layers
-        if config.parallel_config.pipeline_parallel_size == 1 and bound != known:
+        """Raise unless exactly the table's layers are bound (of this worker's pipeline stage) and
+        the table fits the model."""
+        known = self.table.fingerprint.layers
+        bound, expected = tuple(sorted(self.layers)), stage_of(config, known)
+        if bound != expected:
             raise ServingError(
-                f"sere is bound to layers {list(bound)}, the table has {list(known)}: this model "
-                "calls expert kernels past vLLM's routers, which sere cannot reach"
+                f"sere is bound to layers {list(bound)}, the table has {list(expected)}: this "
+                "model calls expert kernels past vLLM's routers, which sere cannot reach"
             )
-        check_model(config, self.settings, self.table, bound)
+        check_model(config, self.settings, self.table, known)
+
+
+def stage_of(config: Any, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the decoder layers that this worker's pipeline stage has."""
+    parallel = config.parallel_config
+    if parallel.pipeline_parallel_size == 1:
+        return layers
+    start, end = config.model_config.get_layers_start_end_indices(parallel)
+    return tuple(index for index in layers if start <= index < end)
+
+
+def is_dense_stage(config: Any) -> bool:
+    """Whether this worker is a pipeline stage that has no MoE layer to re-route."""
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return False
+    return not stage_of(config, Table.load(settings_of(config).table).fingerprint.layers)
 
 
 def session_of(config: Any) -> Session | None:

@@ -11,9 +11,10 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-SUPPORTED = ((0, 32), (0, 33))  # from, up to but not including
+SUPPORTED = ((0, 32), (0, 34))  # from, up to but not including
 
 _MOE = "vllm.model_executor.layers.fused_moe"
+_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 # What is called or wrapped: name here -> (module, attribute path).
 SYMBOLS = {
@@ -24,7 +25,8 @@ SYMBOLS = {
     "BaseRouter": (f"{_MOE}.router.base_router", "BaseRouter"),
     "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),
     "FusedMoEExperts": (f"{_MOE}.modular_kernel", "FusedMoEExperts"),
-    "ModelRunnerV1": ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    "ModelRunnerV1": (_V1, "GPUModelRunner"),
+    "Executor": ("vllm.v1.executor.abstract", "Executor"),
     "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
     "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
     "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
@@ -33,15 +35,77 @@ SYMBOLS = {
 MEMBERS = {
     "VllmConfig": ("__post_init__", "uniform_decode_query_len"),
     "BaseRouter": ("_compute_routing",),
-    "MoERunner": ("__init__", "is_monolithic", "layer_id"),
+    "MoERunner": ("__init__", "is_monolithic", "layer_id", "do_naive_dispatch_combine"),
     "FusedMoEExperts": ("is_supported_config", "is_monolithic"),
     "ModelRunnerV1": ("_prepare_inputs", "_update_states", "_dummy_run"),
+    "Executor": ("compile_or_warm_up_model", "collective_rpc"),
     "InputProcessor": ("_validate_params",),
     "WorkerBase": ("compile_or_warm_up_model",),
 }
+# What is read of vLLM's objects: (module, class) -> attributes. These are not looked for at start
+# (most exist on instances only) but in each version's sources, by `tools/vllm_contract.py`.
+READ = {
+    (f"{_MOE}.runner.moe_runner", "MoERunner"): ("layer_name", "moe_config", "router"),
+    (f"{_MOE}.router.base_router", "BaseRouter"): ("top_k",),
+    (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),
+    ("vllm.forward_context", "ForwardContext"): ("no_compile_layers",),
+    (_V1, "GPUModelRunner"): ("vllm_config", "input_batch"),
+    ("vllm.v1.worker.gpu_input_batch", "InputBatch"): (
+        "num_reqs",
+        "req_ids",
+        "num_computed_tokens_cpu",
+        "num_prompt_tokens",
+    ),
+    (_V2, "GPUModelRunner"): ("vllm_config", "prepare_inputs", "add_requests", "_dummy_run"),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch"): (
+        "req_ids",
+        "num_scheduled_tokens",
+        "num_tokens",
+        "is_prefilling_np",
+    ),
+    ("vllm.v1.core.sched.output", "SchedulerOutput"): (
+        "scheduled_new_reqs",
+        "finished_req_ids",
+        "total_num_scheduled_tokens",
+    ),
+    ("vllm.v1.core.sched.output", "NewRequestData"): ("req_id", "sampling_params"),
+    ("vllm.sampling_params", "SamplingParams"): ("extra_args",),
+    ("vllm.v1.engine.input_processor", "InputProcessor"): ("vllm_config",),
+    ("vllm.v1.executor.abstract", "Executor"): ("vllm_config",),
+    ("vllm.v1.worker.worker_base", "WorkerBase"): ("vllm_config",),
+    ("vllm.v1.worker.cpu_worker", "CPUWorker"): ("compile_or_warm_up_model", "model_runner"),
+    ("vllm.v1.worker.gpu_worker", "Worker"): ("compile_or_warm_up_model", "model_runner"),
+    ("vllm.config", "VllmConfig"): ("additional_config",),
+    ("vllm.config", "CompilationConfig"): ("static_forward_context", "cudagraph_capture_sizes"),
+    ("vllm.config", "ModelConfig"): (
+        "is_submodel_config",
+        "hf_config",
+        "enforce_eager",
+        "get_layers_start_end_indices",
+    ),
+    ("vllm.config", "CacheConfig"): ("kv_sharing_fast_prefill",),
+    ("vllm.config", "ParallelConfig"): (
+        "use_sequence_parallel_moe",
+        "use_ubatching",
+        "prefill_context_parallel_size",
+        "pipeline_parallel_size",
+    ),
+    ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens",),
+}
+# How wrapped functions are called: (module, path) -> their first parameters.
+PARAMETERS = {
+    (_V1, "GPUModelRunner._prepare_inputs"): ("self", "scheduler_output", "num_scheduled_tokens"),
+    (_V1, "GPUModelRunner._update_states"): ("self", "scheduler_output"),
+    (_V1, "GPUModelRunner._dummy_run"): ("self", "num_tokens"),
+    (_V2, "GPUModelRunner.add_requests"): ("self", "scheduler_output"),
+    (f"{_MOE}.router.base_router", "BaseRouter._compute_routing"): ("self", "hidden_states"),
+    (f"{_MOE}.modular_kernel", "FusedMoEExperts.is_supported_config"): ("cls", "moe_config"),
+    ("vllm.v1.engine.input_processor", "InputProcessor._validate_params"): ("self", "params"),
+    ("vllm.exceptions", "VLLMValidationError.__init__"): ("self", "message"),
+}
 # Whichever of these can be imported on this machine: (module, class).
 WORKERS = (("vllm.v1.worker.cpu_worker", "CPUWorker"), ("vllm.v1.worker.gpu_worker", "Worker"))
-MODEL_RUNNER_V2 = ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner")
+MODEL_RUNNER_V2 = (_V2, "GPUModelRunner")
 
 
 def symbol(name: str) -> Any:

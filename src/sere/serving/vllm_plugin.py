@@ -63,6 +63,7 @@ def register() -> None:
     wrap(symbol("MoERunner"), "__init__", _binding)
     experts = symbol("FusedMoEExperts")
     experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
+    wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
     wrap(symbol("InputProcessor"), "_validate_params", _admitting)
     _wrap_worker_side()
 
@@ -96,6 +97,22 @@ def _checking(reason: str | None, original: Callable[..., None]) -> Callable[...
         check_config(config)
 
     return __post_init__
+
+
+def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
+    def compile_or_warm_up_model(executor: Any) -> None:
+        original(executor)
+        if given(executor.vllm_config) is None:
+            return
+        try:
+            executor.collective_rpc(worker.sere_layers.__name__)
+        except Exception as error:
+            raise ServingError(
+                "sere is not loaded in every worker: install the same version on every host, and "
+                f"let VLLM_PLUGINS name 'sere' there if it is set ({error})"
+            ) from error
+
+    return compile_or_warm_up_model
 
 
 def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +160,12 @@ def _rerouting(router: Any) -> type:
             ids, weights = narrow(ids, weights)
         return weights, ids
 
-    return type(f"Rerouting{router.__name__}", (router,), {"_compute_routing": _compute_routing})
+    members = {
+        "_compute_routing": _compute_routing,
+        # Read by vLLM 0.33: no kernel that routes inside itself. 0.32 needs `_vetoing`.
+        "supports_monolithic_kernels": False,
+    }
+    return type(f"Rerouting{router.__name__}", (router,), members)
 
 
 def _binding(original: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,8 @@ from sere.serving.session import (
     asked_by,
     check_merge,
     given,
+    is_dense_stage,
+    open_session,
     session_of,
 )
 from sere.serving.symbols import rival, symbol
@@ -99,6 +101,8 @@ def self_check(worker: Any) -> None:
     session = session_of(worker.vllm_config)
     context = worker.vllm_config.compilation_config.static_forward_context
     runners = [layer for layer in context.values() if isinstance(layer, symbol("MoERunner"))]
+    if not runners and is_dense_stage(worker.vllm_config):
+        return
     if session is None or not runners:
         raise ServingError(
             "sere found no MoE layer to re-route: is this a Mixture-of-Experts model? (Models that "
@@ -128,6 +132,12 @@ def _check_runner(runner: Any) -> None:
             f"{runner.layer_name} runs a kernel that routes inside itself, which sere cannot "
             "reach: start vLLM with --moe-backend triton (or another modular backend)"
         )
+    if runner.do_naive_dispatch_combine:
+        raise ServingError(
+            f"{runner.layer_name} gathers all data-parallel ranks' rows before it routes, and sere "
+            "knows the classes of its own only: use tensor parallel, or a quantisation whose "
+            "kernels dispatch after routing"
+        )
 
 
 # --- methods that `collective_rpc` finds on the worker ----------------------------------------
@@ -136,6 +146,11 @@ def _check_runner(runner: Any) -> None:
 def sere_policy(worker: Any, settings: Mapping[str, Any] | None) -> None:
     """Switch the live policy: settings as in `Policy.from_dict`, or None for stock routing."""
     _session(worker).set_policy(None if settings is None else Policy.from_dict(settings))
+
+
+def sere_layers(worker: Any) -> list[int]:
+    """Which decoder layers this worker re-routes."""
+    return sorted(_session(worker).layers)
 
 
 def sere_stats(worker: Any) -> dict[int, dict[str, int]]:
@@ -171,6 +186,7 @@ def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
 
 
 REMOTE_CALLS = (
+    sere_layers,
     sere_policy,
     sere_stats,
     sere_reset,
@@ -182,6 +198,8 @@ REMOTE_CALLS = (
 
 def _session(worker: Any) -> Session:
     session = session_of(worker.vllm_config)
+    if session is None and given(worker.vllm_config) is not None:
+        session = open_session(worker.vllm_config)  # a pipeline stage without MoE layers
     if session is None:
         raise ServingError('this engine was started without {"sere": ...} in additional_config')
     return session
