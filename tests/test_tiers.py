@@ -76,6 +76,7 @@ def test_what_slips_past_the_front_end_does_not_stop_a_worker() -> None:
         ({"default": "slow"}, "default='slow': expected \"exact\""),
         ({"cap": 7}, "cap=7: expected"),
         ({"default": "exact", "cap": "S=2"}, 'default="exact" is better than cap="S=2"'),
+        ({"union": "global"}, "union='global': expected \"rank\""),
         ({"any_version": "yes"}, "any_version='yes': expected true or false"),
     ],
 )

@@ -12,7 +12,7 @@ from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
 
 KEY = "sere"
-_OWN_KEYS = ("table", "fingerprint", "merge", "default", "cap", "any_version")
+_OWN_KEYS = ("table", "fingerprint", "merge", "default", "cap", "any_version", "union")
 _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 
 
@@ -69,6 +69,7 @@ class Settings:
         default, cap = (_tier(merged, *key) for key in (("default", "fast"), ("cap", "exact")))
         if default > cap:
             raise PolicyError(f'default="{default}" is better than cap="{cap}": raise the cap')
+        _check_union(merged.get("union", "rank"))
         flags = {name: _flag(merged, name) for name in ("merge", "any_version")}
         from_model = "table" not in given
         table = _find_table(merged.get("table"), model_folder, from_model)
@@ -82,6 +83,15 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise PolicyError(f"{name}={value!r}: expected true or false")
     return value
+
+
+def _check_union(value: Any) -> None:
+    if value != "rank":
+        raise PolicyError(
+            f'union={value!r}: expected "rank", each data-parallel rank\'s own primaries. One set '
+            "for all would need an all-reduce in every layer between votes and routes, and ranks "
+            "that are idle or replay graphs of other sizes are not in step for it"
+        )
 
 
 def _tier(given: Mapping[str, Any], name: str, otherwise: str) -> Tier:
