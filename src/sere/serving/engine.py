@@ -38,10 +38,13 @@ class Batch:
 class Engine:
     """A vLLM engine with re-routing loaded; greedy decoding."""
 
-    def __init__(self, model: str | Path, table: str | Path, *, batch: int, **options: Any) -> None:
+    def __init__(
+        self, model: str | Path, table: str | Path | None, *, batch: int, **options: Any
+    ) -> None:
         """Start the engine with re-routing off.
 
-        batch: requests decoded together at most. options: passed on to `vllm.LLM`.
+        table: None for stock vLLM, where no policy can be set. batch: requests decoded together at
+        most. options: passed on to `vllm.LLM`.
         """
         check_plugin_allowed()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -52,10 +55,11 @@ class Engine:
             max_num_seqs=batch,
             enable_prefix_caching=False,
             disable_log_stats=False,
-            additional_config={KEY: {"table": str(table)}},
+            additional_config={KEY: {"table": str(table)}} if table else {},
             **options,
         )
-        self.set_policy(None)
+        if table:
+            self.set_policy(None)
 
     def set_policy(self, policy: Policy | None) -> None:
         """Switch the live engine; None is stock routing."""
