@@ -5,8 +5,9 @@
 
 The demo model (or a random one of 8 layers, 64 experts, 8 chosen, H=512) in vLLM's CPU engine: two
 engines in one process, stock and with the plug-in; three arms take turns, every batch as wide and
-as long as the others. Off is the policy None: rows are classified, the operator is skipped. S=K does
-all the work (votes, counters, too) and moves nothing; tokens must be equal, or no figure is given.
+as long as the others. Off is the policy None: rows are classified, the operator is skipped. S=K
+does all the work (votes, counters, too) and moves nothing; tokens must be equal, or no figure is
+given.
 A larger model's step takes longer, the operator hardly: the demo model is the worst case.
 """
 

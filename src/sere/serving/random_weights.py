@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sere.serving.symbols import get
+from sere.serving.symbols import symbol
 
 LOAD_FORMAT = "sere_random"
-_LOADERS = "vllm.model_executor.model_loader"
 _STD = 0.02  # how transformers initialises matrices
 _ROUTER = re.compile(r"(?:^|\.)(?:gate|router)\.weight$")
 _SAMPLE = 4096  # imagined tokens that routers are shaped with
@@ -28,7 +27,7 @@ _SAMPLE = 4096  # imagined tokens that routers are shaped with
 
 def register() -> None:
     """Make the load format known to vLLM in this process."""
-    base: Any = get(f"{_LOADERS}.base_loader", "BaseModelLoader")
+    base: Any = symbol("BaseModelLoader")
 
     class RandomLoader(base):  # type: ignore[misc]
         """`model_loader_extra_config`: {"seed", "K", "load": expected shares or None}."""
@@ -39,7 +38,7 @@ def register() -> None:
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             fill(model, **self.load_config.model_loader_extra_config)
 
-    get(_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER")[LOAD_FORMAT] = RandomLoader
+    symbol("model_loaders")[LOAD_FORMAT] = RandomLoader
 
 
 @torch.no_grad()

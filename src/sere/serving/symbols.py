@@ -14,6 +14,7 @@ from typing import Any
 SUPPORTED = ((0, 32), (0, 34))  # from, up to but not including
 
 _MOE = "vllm.model_executor.layers.fused_moe"
+_LOADERS = "vllm.model_executor.model_loader"
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 # What is called or wrapped: name here -> (module, attribute path).
@@ -30,6 +31,8 @@ SYMBOLS = {
     "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
     "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
     "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
+    "BaseModelLoader": (f"{_LOADERS}.base_loader", "BaseModelLoader"),
+    "model_loaders": (_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER"),
 }
 # Attributes of these that are called or wrapped.
 MEMBERS = {
@@ -49,14 +52,20 @@ READ = {
     (f"{_MOE}.router.base_router", "BaseRouter"): ("top_k",),
     (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),
     ("vllm.forward_context", "ForwardContext"): ("no_compile_layers",),
-    (_V1, "GPUModelRunner"): ("vllm_config", "input_batch"),
+    (_V1, "GPUModelRunner"): ("vllm_config", "input_batch", "kv_cache_config"),
     ("vllm.v1.worker.gpu_input_batch", "InputBatch"): (
         "num_reqs",
         "req_ids",
         "num_computed_tokens_cpu",
         "num_prompt_tokens",
     ),
-    (_V2, "GPUModelRunner"): ("vllm_config", "prepare_inputs", "add_requests", "_dummy_run"),
+    (_V2, "GPUModelRunner"): (
+        "vllm_config",
+        "kv_cache_config",
+        "prepare_inputs",
+        "add_requests",
+        "_dummy_run",
+    ),
     ("vllm.v1.worker.gpu.input_batch", "InputBatch"): (
         "req_ids",
         "num_scheduled_tokens",
