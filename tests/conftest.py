@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from sere.checkpoint import Fingerprint
 from sere.table import LayerStatistics, Table
+from tests.servers import Server, openai_server
 
 torch.set_num_threads(1)
 
@@ -125,3 +126,10 @@ def make_table() -> Callable[..., Table]:
 @pytest.fixture
 def table(make_table: Callable[..., Table]) -> Table:
     return make_table()
+
+
+@pytest.fixture(scope="session")
+def server(table_path: Path) -> Iterator[Server]:
+    """One OpenAI server with re-routing on (S=1), shared by the tests of all files."""
+    with openai_server({"table": str(table_path), "S": 1, "rho": 0.0}) as running:
+        yield running

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import socket as sockets
-import subprocess
-import sys
-import time
 import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -30,7 +24,8 @@ from sere.serving.vllm_plugin import register
 from sere.serving.worker import self_check
 from sere.table import FILE_NAME, Table
 from sere.tasks import examples
-from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, environment, run_engine
+from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, run_engine
+from tests.servers import Server
 
 pytestmark = pytest.mark.engine
 
@@ -239,60 +234,28 @@ def _checked_ranks(recording: list[dict[str, Any]], *, staged: bool) -> dict[str
 
 
 @pytest.mark.modes
-def test_openai_server_answers(table_path: Path, without_plugin: list[Any]) -> None:
+def test_openai_server_answers(server: Server, without_plugin: list[Any]) -> None:
     """`--additional-config` on the command line; greedy text equals the in-process engine's, also
     where a lone request may lose experts but asks to be exact."""
-    with sockets.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--model", OPTIONS["model"], "--served-model-name", "demo", "--port", str(port)]
-    flags += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    settings = json.dumps({"sere": {"table": str(table_path), **S1, "min_active": 1}})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
-    with subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--additional-config", settings], env=environment()
-    ) as server:
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait_for(url, server)
-            answer = _complete(url, PROMPTS[0], {"sere": "exact"})
-            fast = _complete(url, PROMPTS[0], None)
-            for malformed in ({"sere": "fastest"}, {"sere": 3}, {"sere": ["exact"]}):
-                with pytest.raises(urllib.error.HTTPError) as refusal:
-                    _complete(url, PROMPTS[0], malformed)
-                assert refusal.value.code == 400
-                assert 'expected \\"exact\\", \\"fast\\"' in refusal.value.read().decode()
-            assert _complete(url, PROMPTS[0], {"sere": "S=4"}) == answer
-        finally:
-            server.terminate()
+
+    def complete(**asked: Any) -> dict[str, Any]:
+        choice: dict[str, Any] = server.complete(PROMPTS[:1], TOKENS, logprobs=1, **asked)[
+            "choices"
+        ][0]
+        return choice
+
+    answer = complete(vllm_xargs={"sere": "exact"})
+    fast = complete()
+    for malformed in ({"sere": "fastest"}, {"sere": 3}, {"sere": ["exact"]}):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            complete(vllm_xargs=malformed)
+        assert refusal.value.code == 400
+        assert 'expected \\"exact\\", \\"fast\\"' in refusal.value.read().decode()
+    assert complete(vllm_xargs={"sere": "S=4"}) == answer
     alone = without_plugin[1][0][0]
     tokenizer = load_tokenizer(OPTIONS["model"])
     assert answer["text"] == tokenizer.decode(alone, skip_special_tokens=True)
     assert fast["logprobs"] != answer["logprobs"]
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        assert server.poll() is None, "the server died"
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=60):
-                return
-        except urllib.error.URLError:
-            time.sleep(1)
-    raise TimeoutError(f"{url} did not answer in 300 s")
-
-
-def _complete(url: str, prompt: str, asked: dict[str, Any] | None) -> dict[str, Any]:
-    body = {"model": "demo", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-    body["logprobs"] = 1
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        json.dumps(body if asked is None else {**body, "vllm_xargs": asked}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        choice: dict[str, Any] = json.load(response)["choices"][0]
-    return choice
 
 
 # --- what cannot work is refused at start-up, with the reason ------------------------------------

@@ -39,6 +39,13 @@ class Session:
     live: Live
     tiers: RequestTiers
     layers: dict[int, ReroutedLayer] = field(default_factory=dict)
+    policy: Policy | None = field(init=False)  # what is on; None is stock routing
+    fallback: str | None = None  # why the shadow check switched the policy off
+    asleep: bool = False  # vLLM's sleep mode: the layers' buffers are unmapped
+    last_told: dict[str, Any] | None = None  # see `telemetry.snapshot`
+
+    def __post_init__(self) -> None:
+        self.policy = self.settings.policy
 
     def bind(self, index: int, name: str, *, E: int, K: int) -> ReroutedLayer:
         """The re-routed layer for decoder layer `index`, which has E experts, K per token."""
@@ -80,6 +87,7 @@ class Session:
         if policy is not None:
             check_policy(policy, self.table)
             self.rows.gate = policy.rows
+        self.policy, self.fallback = policy, None
         for index, layer in self.layers.items():
             layer.follow(self.table.plan(index, policy) if policy else None)
         self.live.follow(policy)

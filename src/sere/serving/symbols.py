@@ -114,6 +114,8 @@ PARAMETERS = {
 }
 # Whichever of these can be imported on this machine: (module, class).
 WORKERS = (("vllm.v1.worker.cpu_worker", "CPUWorker"), ("vllm.v1.worker.gpu_worker", "Worker"))
+# Where the API server's metrics are attached; without it sere serves, but exports none.
+METRICS_ROUTER = ("vllm.entrypoints.serve.instrumentator.metrics", "attach_router")
 MODEL_RUNNER_V2 = (_V2, "GPUModelRunner")
 
 

@@ -15,7 +15,9 @@ Without "sere" in `additional_config` every wrapper hands straight through to vL
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from sere.kernels.merge import narrow
 from sere.policy import PolicyError
-from sere.serving import random_weights, worker
+from sere.serving import random_weights, telemetry, worker
 from sere.serving.probe import sere_probe
 from sere.serving.session import (
     ServingError,
@@ -33,6 +35,7 @@ from sere.serving.session import (
     open_session,
 )
 from sere.serving.symbols import (
+    METRICS_ROUTER,
     MODEL_RUNNER_V2,
     WORKERS,
     exists,
@@ -45,6 +48,7 @@ from sere.serving.symbols import (
 )
 
 _MARK = "_sere_registered"
+_LOG = logging.getLogger("vllm.sere")  # below vLLM's own, so that its handlers show it
 
 
 def register() -> None:
@@ -80,6 +84,8 @@ def _wrap_worker_side() -> None:
     for where in WORKERS:
         if exists(*where):
             wrap(get(*where), "compile_or_warm_up_model", worker.self_checking)
+            wrap(get(*where), "sleep", telemetry.falling_asleep)
+            wrap(get(*where), "wake_up", telemetry.waking_up)
     for call in (*worker.REMOTE_CALLS, sere_probe):
         setattr(symbol("WorkerBase"), call.__name__, call)
 
@@ -95,6 +101,7 @@ def _checking(reason: str | None, original: Callable[..., None]) -> Callable[...
         if found := reason or (None if any_version else untested_version()):
             raise ServingError(f"sere cannot re-route: {found}")
         check_config(config)
+        _export_metrics()
 
     return __post_init__
 
@@ -125,6 +132,17 @@ def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(processor, params, *args, **kwargs)
 
     return _validate_params
+
+
+@functools.cache
+def _export_metrics() -> None:
+    """Put sere's metrics on `/metrics`; called where a config is made, so not in workers."""
+    if exists(*METRICS_ROUTER):
+        from sere.serving.frontend import exporting
+
+        wrap(import_module(METRICS_ROUTER[0]), METRICS_ROUTER[1], exporting)
+    else:
+        _LOG.warning("sere: no metrics on /metrics: this vLLM lacks %s", METRICS_ROUTER[0])
 
 
 def _current_config() -> Any:

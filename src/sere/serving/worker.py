@@ -18,6 +18,7 @@ from sere.serving.session import (
     session_of,
 )
 from sere.serving.symbols import rival, symbol
+from sere.serving.telemetry import snapshot
 
 
 def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,6 +159,11 @@ def sere_stats(worker: Any) -> dict[int, dict[str, int]]:
     return {index: layer.stats() for index, layer in sorted(_session(worker).layers.items())}
 
 
+def sere_telemetry(worker: Any) -> dict[str, Any]:
+    """See `sere.serving.telemetry.snapshot`; also while the engine sleeps."""
+    return snapshot(_session(worker, asleep=True))
+
+
 def sere_reset(worker: Any) -> None:
     """Set all counters to zero."""
     _session(worker).live.counters.zero_()
@@ -189,6 +195,7 @@ REMOTE_CALLS = (
     sere_layers,
     sere_policy,
     sere_stats,
+    sere_telemetry,
     sere_reset,
     sere_merge,
     sere_record,
@@ -196,10 +203,12 @@ REMOTE_CALLS = (
 )
 
 
-def _session(worker: Any) -> Session:
+def _session(worker: Any, *, asleep: bool = False) -> Session:
     session = session_of(worker.vllm_config)
     if session is None and given(worker.vllm_config) is not None:
         session = open_session(worker.vllm_config)  # a pipeline stage without MoE layers
     if session is None:
         raise ServingError('this engine was started without {"sere": ...} in additional_config')
+    if session.asleep and not asleep:
+        raise ServingError("the engine sleeps and its buffers are unmapped: wake it up first")
     return session

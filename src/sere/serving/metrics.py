@@ -1,0 +1,101 @@
+"""Workers' snapshots as Prometheus metrics. Every name that sere exports stands in this file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+Snapshot = Mapping[str, Any]
+"""What `sere.serving.telemetry.snapshot` gives."""
+
+# Counter of the operator -> name without "_total", labels besides engine and layer, help.
+_COUNTERS: dict[str, tuple[str, dict[str, str], str]] = {
+    "steps": ("sere_steps", {}, "Steps with at least one re-routable row"),
+    "active_before": (
+        "sere_active_experts_before",
+        {},
+        "Distinct experts that the router chose, summed over sere_steps",
+    ),
+    "active_after": (
+        "sere_active_experts_after",
+        {},
+        "Distinct experts that were read, summed over sere_steps",
+    ),
+    "slots_rerouted": ("sere_slots_rerouted", {}, "Slots moved to another expert"),
+    "slots_critical": ("sere_slots_critical", {}, "Slots kept because no expert could stand in"),
+    "rows_fast": ("sere_rows", {"row_class": "fast"}, "Rows by class"),
+    "rows_exact": ("sere_rows", {"row_class": "exact"}, "Rows by class"),
+    "rows_void": ("sere_rows", {"row_class": "void"}, "Rows by class"),
+}
+_SLOTS = ("sere_slots", "Slots of re-routable rows: what sere_slots_rerouted is a share of")
+_STATES = {
+    "sere_policy_on": "1 while a policy is on, 0 while routing is stock",
+    "sere_fallback": "1 after the shadow check has switched to stock routing",
+    "sere_experts": "Experts of a layer",
+    "sere_experts_per_token": "Experts per token",
+}
+
+
+def families(engines: Mapping[int, Iterable[Snapshot]], *, up: bool) -> list[Metric]:
+    """Metric families of all engines.
+
+    engines: by engine (data-parallel) index the snapshots of its workers, in rank order. Of
+        several workers that report a layer the first counts: tensor-parallel ranks agree.
+    up: whether these are fresh; otherwise the engine did not answer in time and they are old.
+    """
+    found = _Families()
+    found.gauge("sere_up", "1 if the engine answered this scrape, 0 if figures are old", up)
+    for engine, workers in sorted(engines.items()):
+        snapshots = list(workers)
+        for snapshot in snapshots[:1]:
+            _states(found, {"engine": str(engine)}, snapshot)
+        seen: set[int] = set()
+        for snapshot in snapshots:
+            for index in snapshot["layers"].keys() - seen:
+                _layer(found, {"engine": str(engine), "layer": str(index)}, index, snapshot)
+            seen |= snapshot["layers"].keys()
+    return list(found)
+
+
+def _states(found: _Families, labels: dict[str, str], snapshot: Snapshot) -> None:
+    policy, fallback = snapshot["policy"], snapshot["fallback"]
+    values = (policy is not None, fallback is not None, snapshot["E"], snapshot["K"])
+    for (name, about), value in zip(_STATES.items(), values, strict=True):
+        found.gauge(name, about, value, labels)
+    told = {key: value for key, value in (policy or {}).items() if value not in (None, {})}
+    about = "The policy that is on, as JSON, and why there is none"
+    info = {"policy": json.dumps(told) if told else "stock", "reason": fallback or ""}
+    found.gauge("sere_policy_info", about, 1, {**labels, **info})
+
+
+def _layer(found: _Families, labels: dict[str, str], index: int, snapshot: Snapshot) -> None:
+    counters = snapshot["layers"][index]
+    for counter, value in counters.items():
+        name, more, about = _COUNTERS.get(counter, (f"sere_{counter}", {}, counter))
+        found.counter(name, about, value, {**labels, **more})
+    found.counter(*_SLOTS, counters["rows_fast"] * snapshot["K"], labels)
+
+
+class _Families:
+    """Metric families by name, each with the labels of its first sample."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def counter(self, name: str, about: str, value: float, labels: dict[str, str]) -> None:
+        self._add(CounterMetricFamily, name, about, value, labels)
+
+    def gauge(
+        self, name: str, about: str, value: float, labels: dict[str, str] | None = None
+    ) -> None:
+        self._add(GaugeMetricFamily, name, about, value, labels or {})
+
+    def _add(self, kind: Any, name: str, about: str, value: float, labels: dict[str, str]) -> None:
+        family = self._known.setdefault(name, kind(name, about, labels=list(labels)))
+        family.add_metric(list(labels.values()), value)
+
+    def __iter__(self) -> Iterator[Metric]:
+        return iter(self._known.values())

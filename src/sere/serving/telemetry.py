@@ -1,0 +1,70 @@
+"""What a worker tells about itself: counters of every layer, the policy, the shadow check.
+
+Asked for by `collective_rpc`, hence between two steps: nothing here costs a step anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sere.kernels import COUNTERS
+from sere.serving.session import Session, session_of
+
+
+def snapshot(session: Session) -> dict[str, Any]:
+    """Builtin types only, as it travels between processes. Waits for the device once.
+
+    policy: settings by name, or None where routing is stock. fallback: why the shadow check
+    switched to stock routing, or None. E, K: experts of a layer, of a token. layers: counters by
+    decoder layer index and name. shadow: the check's figures by layer index.
+
+    While the worker sleeps its buffers are unmapped: it repeats what it told last.
+    """
+    if session.last_told is None or not session.asleep:
+        known = session.table.fingerprint
+        session.last_told = {
+            "policy": session.policy.to_dict() if session.policy else None,
+            "fallback": session.fallback,
+            "E": known.E,
+            "K": known.K,
+            "layers": _counters(session),
+            "shadow": {},
+        }
+    return session.last_told
+
+
+def _counters(session: Session) -> dict[int, dict[str, int]]:
+    """Counters by decoder layer index and name: one copy from the device for all layers."""
+    if not session.layers:
+        return {}
+    figures = torch.stack([layer.counters for layer in session.layers.values()]).tolist()
+    named = [dict(zip(COUNTERS, row, strict=True)) for row in figures]
+    return dict(sorted(zip(session.layers, named, strict=True)))
+
+
+def falling_asleep(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a worker's `sleep`."""
+
+    def sleep(worker: Any, *args: Any, **kwargs: Any) -> None:
+        session = session_of(worker.vllm_config)
+        if session is not None:
+            snapshot(session)
+            session.asleep = True
+        original(worker, *args, **kwargs)
+
+    return sleep
+
+
+def waking_up(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps a worker's `wake_up`; the layers' buffers come back with the weights."""
+
+    def wake_up(worker: Any, tags: list[str] | None = None) -> None:
+        original(worker, tags)
+        session = session_of(worker.vllm_config)
+        if session is not None and (tags is None or "weights" in tags):
+            session.asleep = False
+
+    return wake_up
