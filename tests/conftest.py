@@ -130,6 +130,8 @@ def table(make_table: Callable[..., Table]) -> Table:
 
 @pytest.fixture(scope="session")
 def server(table_path: Path) -> Iterator[Server]:
-    """One OpenAI server with re-routing on (S=1), shared by the tests of all files."""
-    with openai_server({"table": str(table_path), "S": 1, "rho": 0.0}) as running:
+    """One OpenAI server that re-routes and checks itself, shared by the tests of all files."""
+    shadow = {"every": 2, "bound": 0.2}
+    sere = {"table": str(table_path), "S": 2, "shadow": shadow}
+    with openai_server(sere) as running:
         yield running

@@ -203,9 +203,12 @@ def test_engine_modes(mode: str, table_path: Path) -> None:
     paths: tuple[Path, ...] = (EXPERT_MAP,) if mode == "expert parallel" else ()
     steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_record", True]]
     steps += [["generate", PROMPTS, 4, ["exact", None] * 12], ["rpc", "sere_recording"]]
-    steps += [["rpc", "sere_policy", None], GENERATE]
-    on, stats, _, mixed, recording, _, off = run_engine(
-        steps, sere={"table": str(table_path), **S1}, options=options, env=env, paths=paths
+    steps += [["rpc", "sere_telemetry"], ["rpc", "sere_policy", None], GENERATE]
+    sere: dict[str, Any] = {"table": str(table_path), **S1}
+    if "enforce_eager" not in options:
+        sere["shadow"] = {"every": 2, "bound": 1e3}
+    on, stats, _, mixed, recording, told, _, off = run_engine(
+        steps, sere=sere, options=options, env=env, paths=paths
     )
     stock_env = {**env, "VLLM_PLUGINS": "expert_map"}
     stock = run_engine([GENERATE], options=options, env=stock_env, paths=paths)[0]
@@ -215,6 +218,11 @@ def test_engine_modes(mode: str, table_path: Path) -> None:
     assert [o[0] for o in mixed[0::2]] == [s[0][:4] for s in stock[0::2]]
     layers = _checked_ranks(recording, staged=mode == "pipeline parallel")
     assert sorted(map(int, layers)) == list(Table.load(table_path).layers)
+    for rank in told:
+        # Tensor-parallel ranks find the same, and would fall back together.
+        assert rank == told[0] or mode == "pipeline parallel"
+        for figures in rank["shadow"].values():
+            assert figures["checks"] > 0 < figures["error"] < 1
     generated = sum(len(tokens) for tokens, _ in on)
     for layer in (layer for rank in stats for layer in rank.values()):
         assert layer["rows_fast"] == generated - len(PROMPTS)

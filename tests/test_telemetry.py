@@ -65,7 +65,22 @@ def test_the_servers_own_metrics_hold_ours(server: Server) -> None:
         assert 0 < grown("sere_slots_rerouted_total", layer=layer) < K * fast
         assert grown("sere_steps_total", layer=layer) >= 11
         after = grown("sere_active_experts_after_total", layer=layer)
-        assert 0 < after < 0.8 * grown("sere_active_experts_before_total", layer=layer)
+        assert 0 < after < grown("sere_active_experts_before_total", layer=layer)
+
+
+@pytest.mark.engine
+@pytest.mark.modes
+def test_a_mild_policy_does_not_fall_back(server: Server) -> None:
+    server.complete(PROMPTS, 12, ignore_eos=True)
+    server.complete(PROMPTS, 12, ignore_eos=True)
+    asyncio.run(asyncio.sleep(frontend.FRESH_S))
+    text = server.get("/metrics")
+    assert value(text, "sere_fallback", engine=0) == 0
+    for layer in LAYERS:
+        assert value(text, "sere_shadow_checks_total", layer=layer) >= 2
+        assert 0 < value(text, "sere_shadow_error", layer=layer) < 0.2
+        assert 0 < value(text, "sere_surrendered_weight", layer=layer) < 0.5
+        assert value(text, "sere_shadow_exceeded_total", layer=layer) == 0
 
 
 @pytest.mark.engine
@@ -193,20 +208,25 @@ def test_an_engine_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.Monk
 
 
 def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
-    class Layer:
+    class Live:
         figures = tuple(range(len(COUNTERS)))
 
         @property
         def counters(self) -> torch.Tensor:
             assert not session.asleep, "the device would fault"
-            return torch.tensor(self.figures)
+            return torch.tensor([self.figures])
+
+        def place(self, index: int) -> int:
+            return 0
 
     session: Any = SimpleNamespace(
         asleep=False,
         last_told=None,
         policy=None,
         fallback=None,
-        layers={0: Layer()},
+        shadow=None,
+        layers={5: None},
+        live=Live(),
         table=SimpleNamespace(fingerprint=SimpleNamespace(E=8, K=2)),
     )
     config = SimpleNamespace(compilation_config=SimpleNamespace(_sere_session=session))
@@ -214,7 +234,7 @@ def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
     calls: list[Any] = []
     telemetry.falling_asleep(lambda worker, level: calls.append(level))(worker, 2)
     told = sere_telemetry(worker)
-    assert told["layers"][0] == dict(zip(COUNTERS, Layer.figures, strict=True))
+    assert told["layers"][5] == dict(zip(COUNTERS, Live.figures, strict=True))
     with pytest.raises(ServingError, match="the engine sleeps"):
         sere_stats(worker)
 

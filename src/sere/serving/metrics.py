@@ -31,6 +31,23 @@ _COUNTERS: dict[str, tuple[str, dict[str, str], str]] = {
     "rows_void": ("sere_rows", {"row_class": "void"}, "Rows by class"),
 }
 _SLOTS = ("sere_slots", "Slots of re-routable rows: what sere_slots_rerouted is a share of")
+# Figure of `sere.serving.shadow.Figures` -> name, help; of layers that were checked.
+_SHADOW_COUNTERS = {
+    "checks": ("sere_shadow_checks", "Shadow checks of this layer"),
+    "exceeded": ("sere_shadow_exceeded", "Shadow checks that found more than the bound"),
+    "error_sum": ("sere_shadow_error_sum", "Relative errors, summed over sere_shadow_checks"),
+    "surrendered_sum": (
+        "sere_surrendered_weight_sum",
+        "Share of routing weight whose slots moved, summed over sere_shadow_checks",
+    ),
+}
+_SHADOW_GAUGES = {
+    "error": ("sere_shadow_error", "Relative error of the layer's output at its latest check"),
+    "surrendered": (
+        "sere_surrendered_weight",
+        "Share of routing weight whose slots moved at the latest check",
+    ),
+}
 _STATES = {
     "sere_policy_on": "1 while a policy is on, 0 while routing is stock",
     "sere_fallback": "1 after the shadow check has switched to stock routing",
@@ -50,8 +67,8 @@ def families(engines: Mapping[int, Iterable[Snapshot]], *, up: bool) -> list[Met
     found.gauge("sere_up", "1 if the engine answered this scrape, 0 if figures are old", up)
     for engine, workers in sorted(engines.items()):
         snapshots = list(workers)
-        for snapshot in snapshots[:1]:
-            _states(found, {"engine": str(engine)}, snapshot)
+        if snapshots:
+            _states(found, {"engine": str(engine)}, snapshots)
         seen: set[int] = set()
         for snapshot in snapshots:
             for index in snapshot["layers"].keys() - seen:
@@ -60,9 +77,12 @@ def families(engines: Mapping[int, Iterable[Snapshot]], *, up: bool) -> list[Met
     return list(found)
 
 
-def _states(found: _Families, labels: dict[str, str], snapshot: Snapshot) -> None:
-    policy, fallback = snapshot["policy"], snapshot["fallback"]
-    values = (policy is not None, fallback is not None, snapshot["E"], snapshot["K"])
+def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot]) -> None:
+    first = snapshots[0]
+    policy = first["policy"]
+    # Pipeline stages check, and fall back, on their own.
+    fallback = next((s["fallback"] for s in snapshots if s["fallback"]), None)
+    values = (policy is not None, fallback is not None, first["E"], first["K"])
     for (name, about), value in zip(_STATES.items(), values, strict=True):
         found.gauge(name, about, value, labels)
     told = {key: value for key, value in (policy or {}).items() if value not in (None, {})}
@@ -77,6 +97,12 @@ def _layer(found: _Families, labels: dict[str, str], index: int, snapshot: Snaps
         name, more, about = _COUNTERS.get(counter, (f"sere_{counter}", {}, counter))
         found.counter(name, about, value, {**labels, **more})
     found.counter(*_SLOTS, counters["rows_fast"] * snapshot["K"], labels)
+    checked = snapshot["shadow"].get(index)
+    if checked and checked["checks"]:
+        for figure, (name, about) in _SHADOW_COUNTERS.items():
+            found.counter(name, about, checked[figure], labels)
+        for figure, (name, about) in _SHADOW_GAUGES.items():
+            found.gauge(name, about, checked[figure], labels)
 
 
 class _Families:

@@ -17,6 +17,7 @@ from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.rows import RowClasses
 from sere.serving.settings import KEY, Settings
+from sere.serving.shadow import Shadow
 from sere.serving.tiers import RequestTiers, Tier
 from sere.table import Table
 
@@ -39,6 +40,7 @@ class Session:
     live: Live
     tiers: RequestTiers
     layers: dict[int, ReroutedLayer] = field(default_factory=dict)
+    shadow: Shadow | None = field(init=False)
     policy: Policy | None = field(init=False)  # what is on; None is stock routing
     fallback: str | None = None  # why the shadow check switched the policy off
     asleep: bool = False  # vLLM's sleep mode: the layers' buffers are unmapped
@@ -46,6 +48,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
+        asked = self.settings.shadow
+        self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
 
     def bind(self, index: int, name: str, *, E: int, K: int) -> ReroutedLayer:
         """The re-routed layer for decoder layer `index`, which has E experts, K per token."""
@@ -91,6 +95,13 @@ class Session:
         for index, layer in self.layers.items():
             layer.follow(self.table.plan(index, policy) if policy else None)
         self.live.follow(policy)
+        if self.shadow is not None:
+            self.shadow.switch(on=policy is not None)
+
+    def fall_back(self, reason: str) -> None:
+        """Stock routing until a policy is set again."""
+        self.set_policy(None)
+        self.fallback = reason
 
     def record(self, on: bool) -> None:
         """Start (or stop) keeping every batch's routing on the host."""
@@ -196,6 +207,8 @@ def check_config(config: Any) -> None:
     _check_rows_are_known(config)
     settings = settings_of(config)
     check_merge(config, settings.merge)
+    if settings.shadow is not None:
+        _check_shadow(config)
     table = Table.load(settings.table)
     check_policy(settings.policy, table)
     check_model(config, settings, table, table.fingerprint.layers)
@@ -230,6 +243,22 @@ def _check_rows_are_known(config: Any) -> None:
     for reason, asked in modes.items():
         if asked:
             raise ServingError(f"sere cannot re-route: {reason}")
+
+
+def _check_shadow(config: Any) -> None:
+    """Refuse the shadow check where it cannot run."""
+    parallel = config.parallel_config
+    reason = None
+    if not config.model_config.enforce_eager:
+        reason = "graphs would freeze it; add enforce_eager=True (--enforce-eager)"
+    elif parallel.data_parallel_size > 1:
+        reason = "data-parallel engines run their experts in lockstep"
+    elif parallel.enable_eplb:
+        reason = (
+            "with expert load balancing (EPLB) the router's choice is not what experts are given"
+        )
+    if reason:
+        raise ServingError(f'sere cannot run the shadow check here: {reason}; or remove "shadow"')
 
 
 def check_model(config: Any, settings: Settings, table: Table, layers: tuple[int, ...]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sere.policy import Policy, PolicyError, check_keys
+from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
 
 KEY = "sere"
-_OWN_KEYS = ("table", "fingerprint", "merge", "default", "cap", "any_version", "union")
+_OWN_KEYS = ("table", "fingerprint", "merge", "default", "cap", "any_version", "union", "shadow")
 _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 
 
@@ -31,6 +32,8 @@ class Settings:
     default: the tier of requests that ask for none.
     cap: the best tier that a request may ask for.
     any_version: try a version of vLLM outside the tested range.
+    shadow: how often a layer is compared with stock routing, and when to fall back to it; None
+        never. Eager mode only.
     """
 
     table: Path
@@ -40,6 +43,7 @@ class Settings:
     default: Tier = FAST
     cap: Tier = EXACT
     any_version: bool = False
+    shadow: ShadowSettings | None = None
 
     @classmethod
     def parse(
@@ -75,7 +79,9 @@ class Settings:
         table = _find_table(merged.get("table"), model_folder, from_model)
         own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
         policy = Policy.from_dict(own) if own else stored_policy(table) or Policy()
-        return cls(table, policy, level, default=default, cap=cap, **flags)
+        asked = merged.get("shadow")
+        shadow = None if asked is None else ShadowSettings.parse(asked)
+        return cls(table, policy, level, default=default, cap=cap, shadow=shadow, **flags)
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

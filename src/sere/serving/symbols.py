@@ -22,6 +22,7 @@ SYMBOLS = {
     "VllmConfig": ("vllm.config", "VllmConfig"),
     "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
     "get_forward_context": ("vllm.forward_context", "get_forward_context"),
+    "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
     "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
     "BaseRouter": (f"{_MOE}.router.base_router", "BaseRouter"),
     "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),

@@ -6,9 +6,8 @@ Asked for by `collective_rpc`, hence between two steps: nothing here costs a ste
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
-
-import torch
 
 from sere.kernels import COUNTERS
 from sere.serving.session import Session, session_of
@@ -31,18 +30,24 @@ def snapshot(session: Session) -> dict[str, Any]:
             "E": known.E,
             "K": known.K,
             "layers": _counters(session),
-            "shadow": {},
+            "shadow": _shadow(session),
         }
     return session.last_told
 
 
 def _counters(session: Session) -> dict[int, dict[str, int]]:
     """Counters by decoder layer index and name: one copy from the device for all layers."""
-    if not session.layers:
+    figures = session.live.counters.tolist()
+    return {
+        index: dict(zip(COUNTERS, figures[session.live.place(index)], strict=True))
+        for index in sorted(session.layers)
+    }
+
+
+def _shadow(session: Session) -> dict[int, dict[str, float]]:
+    if session.shadow is None:
         return {}
-    figures = torch.stack([layer.counters for layer in session.layers.values()]).tolist()
-    named = [dict(zip(COUNTERS, row, strict=True)) for row in figures]
-    return dict(sorted(zip(session.layers, named, strict=True)))
+    return {index: asdict(figures) for index, figures in session.shadow.figures.items()}
 
 
 def falling_asleep(original: Callable[..., None]) -> Callable[..., None]:

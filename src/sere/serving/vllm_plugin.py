@@ -192,13 +192,16 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
         config = _current_config()
         if given(config) is None:
             return
-        runner.sere = open_session(config).bind(
+        session = open_session(config)
+        runner.sere = session.bind(
             runner.layer_id,
             runner.layer_name,
             E=runner.moe_config.num_logical_experts,
             K=runner.router.top_k,
         )
         runner.router._sere = runner.sere
+        if session.shadow is not None:
+            session.shadow.watch(runner.layer_id, runner.sere, runner.routed_experts)
 
     return __init__
 

@@ -166,7 +166,10 @@ def sere_telemetry(worker: Any) -> dict[str, Any]:
 
 def sere_reset(worker: Any) -> None:
     """Set all counters to zero."""
-    _session(worker).live.counters.zero_()
+    session = _session(worker)
+    session.live.counters.zero_()
+    if session.shadow is not None:
+        session.shadow.reset()
 
 
 def sere_merge(worker: Any, on: bool) -> None:
