@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml requirements/cpu.lock tools/install.py
 lock: setup
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --system-certs --upgrade \
 		--universal --python-version 3.11 --no-annotate --excludes requirements/excludes.txt \
-		--extra hf --extra cuda --extra eval --group dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock
+		--extra hf --extra cuda --extra eval --extra top --group dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out

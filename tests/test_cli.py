@@ -60,6 +60,7 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
         "evaluate": ["m", "t"],
         "tune": ["m", "t"],
         "bench": ["m"],
+        "top": ["u"],
     }
     required = needed.get(verb, [])
     given = vars(parser().parse_args([verb, *required]))
@@ -74,6 +75,7 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
     [
         (["inspect", "absent.safetensors"], "absent.safetensors: no such table"),
         (["calibrate", "absent"], "--data FILE is needed"),
+        (["top", "127.0.0.1:9"], "http://127.0.0.1:9/metrics cannot be read"),
         (["calibrate", "absent", "--data", "absent.txt"], "absent.txt: no such file"),
         (["calibrate", "demo", "-o", "absent/t.safetensors"], "absent does not exist"),
     ],

@@ -4,6 +4,7 @@ help needs neither torch nor vllm."""
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -194,6 +195,13 @@ def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _top_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", help="of a vLLM server, e.g. localhost:8000")
+    parser.add_argument("--interval", type=_seconds, default=2.0, metavar="S", help="seconds")
+    parser.add_argument("--once", action="store_true", help="print one picture, since the start")
+    parser.add_argument("--json", action="store_true", help="print one reading as JSON")
+
+
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", metavar="FILE", help="also check that this table can be read")
     parser.add_argument("--model", metavar="FOLDER", help="... and that it belongs to this model")
@@ -227,6 +235,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         _bench_flags,
         "sere.verbs:bench",
     ),
+    "top": ("show what re-routing does in a running server, live", _top_flags, "sere.verbs:top"),
     "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
 }
 
@@ -268,4 +277,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds > 0")
     return value

@@ -135,6 +135,21 @@ def bench(
     run(load=load, policies=chosen, rates=rates or (), **flags)
 
 
+def top(url: str, interval: float, once: bool, json: bool) -> None:
+    """`sere top URL [--once] [--json]`."""
+    try:
+        if json:
+            from sere.scrape import read, view
+
+            print(dumps(asdict(view(read(url)))))
+        else:
+            from sere import top as screen
+
+            screen.show(url) if once else screen.follow(url, interval)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error}: pip install 'sere[top]'") from error
+
+
 def doctor(table: str | None, model: str | None) -> int:
     """`sere doctor`: 0 if re-routing can take effect here."""
     from sere.doctor import examine
