@@ -203,8 +203,9 @@ def _top_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--table", metavar="FILE", help="also check that this table can be read")
-    parser.add_argument("--model", metavar="FOLDER", help="... and that it belongs to this model")
+    parser.add_argument("model", nargs="?", help="also check this model (folder, hub name, demo)")
+    parser.add_argument("table", nargs="?", help="... and that this table fits and would be served")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
 # verb: (what it does, flags, "module:function")
@@ -236,7 +237,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         "sere.verbs:bench",
     ),
     "top": ("show what re-routing does in a running server, live", _top_flags, "sere.verbs:top"),
-    "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
+    "doctor": (
+        "tell whether re-routing can take effect here, and what hinders it",
+        _doctor_flags,
+        "sere.verbs:doctor",
+    ),
 }
 
 

