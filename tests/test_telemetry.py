@@ -204,6 +204,26 @@ def test_an_engine_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.Monk
     assert value(fresh, "sere_up") == value(again, "sere_up") == 1
 
 
+def test_an_engine_that_fails_is_logged_and_old_figures_given(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    core = Core({0: []})
+    core.engine_ranks_managed = [0, 1]  # answers of one only
+    assert value(scrape(core), "sere_up") == 0
+    assert "no fresh metrics" in caplog.text
+
+
+def test_a_client_that_cannot_ask_all_engines_asks_the_first() -> None:
+    async def collective_rpc(method: str) -> list[dict[str, Any]]:
+        assert method == "sere_telemetry"
+        return [told({0: 5})]
+
+    core = SimpleNamespace(engine_ranks_managed=[2, 3])
+    client = SimpleNamespace(engine_core=core, collective_rpc=collective_rpc)
+    text = asyncio.run(frontend.Source(client).text()).decode()
+    assert value(text, "sere_policy_on", engine=2) == 1
+
+
 # --- sleep mode: buffers are unmapped, reading them would crash the worker ----------------------
 
 

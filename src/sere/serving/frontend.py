@@ -9,6 +9,7 @@ servers with `PROMETHEUS_MULTIPROC_DIR`), and costs nothing between scrapes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ PATIENCE_S = 2.0
 """How long a scrape waits for the engine before it gives out the figures of the last one."""
 FRESH_S = 0.5
 """Figures younger than this are given out again: a flood of scrapes does not reach the engine."""
+
+_LOG = logging.getLogger("vllm.sere")
 
 Engines = dict[int, list[Snapshot]]
 
@@ -101,17 +104,22 @@ class Source:
         if not done:
             return False  # a later scrape waits for the same answer
         task, self._asked = done.pop(), None
-        if task.exception() is not None:
+        if error := task.exception():
+            _LOG.warning("sere: no fresh metrics, an engine answered: %s", error)
             return False
         self._engines, self._answered = task.result(), time.monotonic()
         return True
 
 
 async def _ask(client: Any) -> Engines:
-    """By engine index the snapshots of its workers; `collective_rpc` answers for the first only."""
+    """By engine index the snapshots of its workers."""
     core = client.engine_core
-    answers = await core.call_utility_all_async("collective_rpc", "sere_telemetry", None, (), None)
-    return dict(zip(core.engine_ranks_managed, answers, strict=True))
+    ranks = core.engine_ranks_managed
+    ask_all = getattr(core, "call_utility_all_async", None)
+    if ask_all is None:  # vLLM before 0.32: the first engine's only
+        return {ranks[0]: await client.collective_rpc("sere_telemetry")}
+    answers = await ask_all("collective_rpc", "sere_telemetry", None, (), None)
+    return dict(zip(ranks, answers, strict=True))
 
 
 class _Fixed(CollectorRegistry):
