@@ -22,7 +22,6 @@ SYMBOLS = {
     "VllmConfig": ("vllm.config", "VllmConfig"),
     "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
     "get_forward_context": ("vllm.forward_context", "get_forward_context"),
-    "get_tp_group": ("vllm.distributed.parallel_state", "get_tp_group"),
     "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
     "BaseRouter": (f"{_MOE}.router.base_router", "BaseRouter"),
     "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),
@@ -115,6 +114,8 @@ PARAMETERS = {
 }
 # Whichever of these can be imported on this machine: (module, class).
 WORKERS = (("vllm.v1.worker.cpu_worker", "CPUWorker"), ("vllm.v1.worker.gpu_worker", "Worker"))
+# What only the shadow check calls.
+TP_GROUP = ("vllm.distributed.parallel_state", "get_tp_group")
 # Where the API server's metrics are attached; without it sere serves, but exports none.
 METRICS_ROUTER = ("vllm.entrypoints.serve.instrumentator.metrics", "attach_router")
 MODEL_RUNNER_V2 = (_V2, "GPUModelRunner")
