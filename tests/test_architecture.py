@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"__main__"},
     {"cli"},
     {"verbs"},
-    {"demo", "calibrate", "tune", "harness", "generation", "inspect", "compare", "doctor"},
+    {"demo", "calibrate", "tune", "harness", "generation", "inspect", "compare", "doctor", "page"},
     {"evaluate"},
     {"search"},
     {"quality", "cost"},

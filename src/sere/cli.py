@@ -139,6 +139,11 @@ def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="results: JSON files and tables of any verb")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE")
+
+
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", metavar="FILE", help="also check that this table can be read")
     parser.add_argument("--model", metavar="FOLDER", help="... and that it belongs to this model")
@@ -167,6 +172,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         _tune_flags,
         "sere.verbs:tune",
     ),
+    "report": ("show a folder of results as one HTML page", _report_flags, "sere.verbs:report"),
     "doctor": ("check this installation: vLLM, plug-in, table", _doctor_flags, "sere.verbs:doctor"),
 }
 
