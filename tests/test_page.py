@@ -13,33 +13,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.pareto import summary
 from sere import evaluate, tune
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.cost import Cost
-from sere.generation import Written
 from sere.page.quality import front
-from sere.serving.engine import Batch
 from sere.table import Table
+from tests.page_results import FIGURES, HARNESS, bench, generation, pareto
 from tools.browser import browser
 
 ROOT = Path(__file__).parent.parent
 RULES = ['{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05, "min_active": 1}']
-HARNESS = {
-    "provenance": {"commit": "abc", "date": "2026-01-01T00:00:00+00:00", "machine": "a GPU"},
-    "backend": "hf",
-    "batch": 4,
-    "arms": [
-        {
-            "name": name,
-            "metrics": {"sums": {"exact_match,none": value}},
-            "errors": {"sums": {"exact_match": 0.01}},
-            "decodes": {"sums": True},
-        }
-        for name, value in (("stock", 0.97), ("S=1", 0.9612345))
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +38,11 @@ def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPat
     output = str(folder / "b.json")
     tune.run(model, table, budget="kl=0.01", output=output, cost=cost, batches=[1, 4], **text)
     found = json.loads((folder / "a.json").read_text())
-    (folder / "c.json").write_text(json.dumps({"arms": _pareto(found), "seeds": [{}, {}]}))
+    (folder / "c.json").write_text(json.dumps({"arms": pareto(found), "seeds": [{}, {}]}))
     (folder / "d.json").write_bytes((ROOT / "benchmarks/results/demo.json").read_bytes())
-    (folder / "e.json").write_text(json.dumps(_generation()))
+    (folder / "e.json").write_text(json.dumps(generation()))
     (folder / "f.json").write_text(json.dumps(HARNESS))
+    (folder / "g.json").write_text(json.dumps(bench(model, RULES)))
     (folder / "half.json").write_text('{"arms": [')
     (folder / "list.json").write_text("[1, 2]")
     (folder / "old.json").write_text('{"by_batch": [], "held_out": [], "policy": null}')
@@ -65,41 +50,6 @@ def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPat
     for plot in folder.glob("*.png"):
         plot.unlink()
     return folder
-
-
-def _pareto(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """As benchmarks/pareto.py sums up two seeds."""
-    seeds = [
-        {
-            arm["name"]: {
-                size: {
-                    name: figure[0] + seed / 100
-                    for name, figure in found.items()
-                    if name in _FIGURES
-                }
-                for size, found in zip(("8", "32"), arm["batches"].values(), strict=True)
-            }
-            for arm in evaluation["arms"]
-        }
-        for seed in (1, 2)
-    ]
-    return summary(seeds)
-
-
-_FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
-
-
-def _generation() -> dict[str, Any]:
-    stock, other = Written("stock", None), Written("</script><b>S=1</b>", None)
-    answers = ["12", "34"]
-    mine = Batch(["12", "34"], [[1, 2], [3, 4]], 4, 1.0)
-    theirs = Batch(["12", "35"], [[1, 2], [3, 5, 5]], 5, 1.0)
-    for batch in ((mine, theirs), (mine, mine)):
-        stock.take(answers, batch[0], batch[0])
-        other.take(answers, batch[1], batch[0])
-        other.active.append((9.0, 2.0))
-    arms = [{"name": one.name, **one.figures(stock)} for one in (stock, other)]
-    return {"batch": 2, "prompts": 4, "arms": arms, "provenance": {"date": "2026-01-02T00:00"}}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +93,7 @@ def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
         "d.json": "demo",
         "e.json": "generation",
         "f.json": "harness",
+        "g.json": "bench",
         "experts.table": "table",
     }
     lines = error.splitlines()
@@ -174,7 +125,7 @@ def test_each_result_has_its_provenance(results: Path, data: dict[str, Any]) -> 
 def test_quality_is_the_evaluations(name: str, results: Path, data: dict[str, Any]) -> None:
     arms, shown = load(results, name)["arms"], section(data, name)
     rows = [
-        [int(size), arm["name"], *(arm["batches"][size][figure] for figure in _FIGURES)]
+        [int(size), arm["name"], *(arm["batches"][size][figure] for figure in FIGURES)]
         for size in arms[0]["batches"]
         for arm in arms
     ]
@@ -189,6 +140,40 @@ def test_quality_is_the_evaluations(name: str, results: Path, data: dict[str, An
         for x, custom in zip(trace["x"], trace.get("customdata", []), strict=False)
     ]
     assert sorted(drawn) == sorted((row[2][0], row[3][0]) for row in rows if row[1] != "stock")
+
+
+def test_speed_is_the_benchmarks_beside_its_roofline(results: Path, data: dict[str, Any]) -> None:
+    found, shown = load(results, "g.json")["results"], section(data, "g.json")
+    rows = iter(shown["grids"][0]["rows"])
+    for each in found:
+        for arm in each["arms"]:
+            row = next(rows)
+            assert row[:4] == [each["batch"], arm["name"], arm["tpot_ms"], arm["tokens_per_s"]]
+            if arm["policy"]:
+                ends = arm["speedup_interval_95"]
+                assert row[7:] == [arm["speedup"], *ends, arm["predicted_speedup"]]
+    drawn = {(trace["name"], tuple(trace["y"])) for trace in shown["figures"][0]["data"]}
+    for i, arm in list(enumerate(found[0]["arms"]))[1:]:
+        for name, figure in (
+            (arm["name"], "speedup"),
+            (arm["name"] + ", roofline", "predicted_ms"),
+        ):
+            assert (name, tuple(each["arms"][i][figure] for each in found)) in drawn
+
+
+def test_quality_against_time_where_the_same_model_was_timed(
+    results: Path, data: dict[str, Any]
+) -> None:
+    timed = {each["batch"]: each["arms"] for each in load(results, "g.json")["results"]}
+    _, against_time = section(data, "a.json")["figures"]
+    arms = load(results, "a.json")["arms"]
+    for trace in against_time["data"]:
+        size = int(trace["name"].removeprefix("batch "))
+        drawn = {(x, kl) for x, (_, kl) in zip(trace["x"], trace["customdata"], strict=True)}
+        losses = [arm["batches"][str(size)]["kl"][0] for arm in arms]
+        assert drawn == set(zip([arm["tpot_ms"] for arm in timed[size]], losses, strict=True))
+    assert len(against_time["data"]) == 2
+    assert len(section(data, "c.json")["figures"]) == 1  # of which model is not known
 
 
 def test_advice_is_the_tuners(results: Path, data: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
@@ -24,7 +24,7 @@ _COLUMNS = (
 )
 
 
-def sections(source: Source) -> Iterable[Section]:
+def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """One section; losses are those of passages that the search did not see."""
     result = source.content
     name, limit = result["settings"]["budget"]["name"], result["settings"]["budget"]["limit"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sere.page.parts import Column, Figure, Grid, Section, colour, plot
@@ -11,7 +11,7 @@ from sere.page.sources import Source
 _RIGHT = [[0, "#e4572e"], [0.5, "#e9b44c"], [1, "#2f7f86"]]
 
 
-def demo(source: Source) -> Iterable[Section]:
+def demo(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """Right answers by kind of task, active experts by layer, speed."""
     result, arms = source.content, source.content["arms"]
     best = min(
@@ -90,7 +90,7 @@ def _layers(arms: list[dict[str, Any]], E: int) -> Figure:
     return Figure("Experts that a decode step reads, by layer.", figure)
 
 
-def generation(source: Source) -> Iterable[Section]:
+def generation(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """What vLLM writes freely: right, the same as stock, longer or shorter."""
     result, arms = source.content, source.content["arms"]
     columns = [
@@ -134,7 +134,7 @@ def generation(source: Source) -> Iterable[Section]:
     )
 
 
-def harness(source: Source) -> Iterable[Section]:
+def harness(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """Tasks of lm-evaluation-harness: a row for each metric, a column for each policy."""
     result, arms = source.content, source.content["arms"]
     rows = [

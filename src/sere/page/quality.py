@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from plotly.subplots import make_subplots
 
-from sere.page.parts import GREY, LAYOUT, LOGARITHMIC, Column, Figure, Grid, Section, colour
+from sere import demo_model
+from sere.page.parts import GREY, LAYOUT, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
 from sere.page.sources import Source
 
 _COLUMNS = (
@@ -21,8 +24,9 @@ _FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
 _OURS = "expected error"
 
 
-def sections(source: Source) -> Iterable[Section]:
-    """One section: a panel for each batch size, and all figures as a grid."""
+def sections(source: Source, others: Sequence[Source]) -> Iterable[Section]:
+    """One section: a panel for each batch size, and all figures as a grid; against time as well
+    where one of the `others` is a benchmark of the same model."""
     arms = source.content["arms"]
     sizes = list(arms[0]["batches"])
     names = [name for name in ("family", "name") if name in arms[0]]
@@ -40,7 +44,7 @@ def sections(source: Source) -> Iterable[Section]:
         "Quality against active experts",
         source.name,
         _finding(arms, sizes[-1]),
-        [_fronts(arms, sizes)],
+        [_fronts(arms, sizes), *_against_time(source, others)],
         [Grid(f"Every policy beside stock; after ±: {error}", [*heads, *_COLUMNS], rows)],
     )
 
@@ -144,6 +148,59 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
         "hide a kind.",
         panels,
     )
+
+
+def _against_time(source: Source, others: Sequence[Source]) -> Iterable[Figure]:
+    """KL against measured time per token, of every policy that was both evaluated and timed."""
+    arms = source.content["arms"]
+    sizes = list(arms[0]["batches"])
+    floor = _floor(arms, sizes)
+    model = source.content.get("settings", {}).get("model")
+    for bench in (other for other in others if other.kind == "bench"):
+        if model is None or _short(bench.content["model"]) != _short(model):
+            continue
+        figure = plot(hovermode="closest")
+        for number, found in enumerate(bench.content["results"]):
+            pairs = list(_evaluated_and_timed(arms, found, str(found["batch"])))
+            if not pairs:
+                continue
+            pairs.sort(key=lambda pair: pair[1]["tpot_ms"])
+            figure.add_scatter(
+                x=[timed["tpot_ms"] for _, timed in pairs],
+                y=[max(kl, floor) for kl, _ in pairs],
+                customdata=[[timed["name"], kl] for kl, timed in pairs],
+                hovertemplate=(
+                    "<b>%{customdata[0]}</b><br>%{x:.2f} ms per token<br>"
+                    "KL %{customdata[1]:.3g} nats"
+                ),
+                text=[timed["name"] for _, timed in pairs],
+                textposition="top center",
+                mode="lines+markers+text",
+                name=f"batch {found['batch']}",
+                line={"color": colour(number), "width": 1.2},
+                marker={"size": 9},
+            )
+        if figure.data:
+            figure.update_xaxes(title="time per output token, ms", rangemode="tozero")
+            figure.update_yaxes(LOGARITHMIC, title="KL from stock, nats per token")
+            yield Figure(
+                f"The same loss against measured time, of the policies that {bench.name} has too. "
+                "Stock, which loses nothing, is at the bottom.",
+                figure,
+            )
+
+
+def _evaluated_and_timed(
+    arms: Sequence[dict[str, Any]], timed: dict[str, Any], size: str
+) -> Iterable[tuple[float, dict[str, Any]]]:
+    for own, other in product(arms, timed["arms"]):
+        if size in own["batches"] and own.get("rule") == other["policy"]:
+            yield own["batches"][size]["kl"][0], other
+
+
+def _short(model: str) -> str:
+    """A folder's or a hub model's own name."""
+    return demo_model.PATH.name if model == demo_model.NAME else Path(model).name
 
 
 def _floor(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,12 +14,13 @@ from plotly.offline import get_plotlyjs
 
 from sere import __version__
 from sere.files import check_writable, replaced
-from sere.page import advice, answers, quality, similarity
+from sere.page import advice, answers, quality, similarity, speed
 from sere.page.parts import Figure, Section
 from sere.page.sources import Source, UnknownFile, read
 
 # kind: what is shown of it; the page is in this order.
-SECTIONS: Mapping[str, Callable[[Source], Iterable[Section]]] = {
+SECTIONS: Mapping[str, Callable[[Source, Sequence[Source]], Iterable[Section]]] = {
+    "bench": speed.sections,
     "tuning": advice.sections,
     "evaluation": quality.sections,
     "demo": answers.demo,
@@ -39,14 +40,19 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     check_writable(output)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder: name the one that holds the results")
+    sources: list[Source] = []
     shown: list[tuple[Source, list[Section]]] = []
     unknown: dict[str, str] = {}
     for path in sorted(p for p in folder.iterdir() if p.resolve() != Path(output).resolve()):
         try:
-            source = read(path)
-            shown.append((source, _sections(source)))
+            sources.append(read(path))
         except UnknownFile as reason:
             unknown[path.name] = str(reason)
+    for source in sources:
+        try:
+            shown.append((source, _sections(source, sources)))
+        except UnknownFile as reason:
+            unknown[source.name] = str(reason)
     if not shown:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unknown.items())
         raise ValueError(
@@ -60,9 +66,9 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     return [source for source, _ in shown], unknown
 
 
-def _sections(source: Source) -> list[Section]:
+def _sections(source: Source, others: Sequence[Source]) -> list[Section]:
     try:
-        return list(SECTIONS[source.kind](source))
+        return list(SECTIONS[source.kind](source, others))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UnknownFile(
             f"looks like a result of kind {source.kind!r}, but is incomplete or of another version "

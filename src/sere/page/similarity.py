@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from plotly.subplots import make_subplots
@@ -27,7 +27,7 @@ _COLUMNS = (
 )
 
 
-def sections(source: Source) -> Iterable[Section]:
+def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """One section: a heatmap with a slider over layers, and `sere inspect`'s figures."""
     table: Table = source.content
     rho = (table.policy or Policy()).rho or 0.3

@@ -57,6 +57,7 @@ def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
 
 # kind: how it is told from the others. No document fits two.
 KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "bench": _has("results", "roofline", "load"),
     "tuning": _has("by_batch", "held_out", "policy"),
     "evaluation": _arms_have("name", "batches"),
     "demo": _arms_have("name", "exact_match_by_family", "active_by_layer"),
