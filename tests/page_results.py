@@ -1,4 +1,4 @@
-"""Results of the verbs that take a vLLM engine, and of a summary over seeds, as they are written."""
+"""Results of the verbs that need a vLLM engine, and of a summary over seeds, as they write them."""
 
 from __future__ import annotations
 
