@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sere.page.parts import Column, Figure, Grid, Section, colour, plot
+from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, plot
 from sere.page.sources import Source
 
 _RIGHT = [[0, "#e4572e"], [0.5, "#e9b44c"], [1, "#2f7f86"]]
@@ -82,7 +82,7 @@ def _layers(arms: list[dict[str, Any]], E: int) -> Figure:
             x=list(arm["active_by_layer"]),
             y=[pair[1] for pair in arm["active_by_layer"].values()],
             name=arm["name"],
-            marker_color=colour(number),
+            marker_color=colour(number - 1) if number else GREY,
             hovertemplate="%{y:.2f}",
         )
     figure.update_xaxes(title="MoE layer", type="category")

@@ -41,7 +41,7 @@ def sections(source: Source, others: Sequence[Source]) -> Iterable[Section]:
         "half of the 95 % interval over seeds" if "seeds" in source.content else "standard error"
     )
     yield Section(
-        "Quality against active experts",
+        "Quality beside rival rules" if "family" in names else "Quality against active experts",
         source.name,
         _finding(arms, sizes[-1]),
         [_fronts(arms, sizes), *_against_time(source, others)],
@@ -181,7 +181,7 @@ def _against_time(source: Source, others: Sequence[Source]) -> Iterable[Figure]:
                 marker={"size": 9},
             )
         if figure.data:
-            figure.update_xaxes(title="time per output token, ms", rangemode="tozero")
+            figure.update_xaxes(title="time per output token, ms")
             figure.update_yaxes(LOGARITHMIC, title="KL from stock, nats per token")
             yield Figure(
                 f"The same loss against measured time, of the policies that {bench.name} has too. "
