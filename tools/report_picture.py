@@ -48,9 +48,7 @@ def picture(page: Path, scheme: str) -> Image.Image:
     """The top of the page in light or dark."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser())
-        tab = chromium.new_page(
-            viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme
-        )
+        tab = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
         tab.goto(page.as_uri())
         tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
         tab.wait_for_timeout(500)  # plotly.js draws the rest of the figures

@@ -20,7 +20,8 @@ _COLUMNS = (
     Column("within budget"),
     Column("expected speed-up", ".2f"),
     Column("advice"),
-    Column("fastest of its own"),
+    Column("alone: expected error"),
+    Column("alone: paper's rule"),
 )
 
 
@@ -60,7 +61,7 @@ def _row(own: dict[str, Any], held: dict[str, Any]) -> list[Any]:
         held["kept"],
         stock["seconds"] / chosen["seconds"],
         "re-route" if held["enable"] else "leave stock",
-        _brief(own["best"]["policy"]) if own["best"] else None,
+        *(_brief(own[rule]["policy"]) if own[rule] else None for rule in ("error", "paper")),
     ]
 
 
