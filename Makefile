@@ -10,6 +10,7 @@ demo: setup
 	$(BIN)/sere demo
 
 test: setup
+	@$(BIN)/python tools/browser.py
 	$(BIN)/pytest
 
 # Every architecture of transformers, not only one of each shape.
@@ -32,7 +33,8 @@ $(INSTALLED): pyproject.toml requirements/cpu.lock tools/install.py
 lock: setup
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --system-certs --upgrade \
 		--universal --python-version 3.11 --no-annotate --excludes requirements/excludes.txt \
-		--extra hf --extra cuda --extra eval --extra top --group dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock
+		--extra hf --extra report --extra eval --extra top --extra cuda --group dev pyproject.toml \
+		requirements/cpu.in -o requirements/cpu.lock
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out

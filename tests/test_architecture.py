@@ -33,6 +33,7 @@ LAYERS: list[set[str]] = [
         "compare",
         "doctor",
         "top",
+        "page",
     },
     {"evaluate", "bench_result"},
     {"bench_server", "bench_setup"},

@@ -61,6 +61,7 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
         "tune": ["m", "t"],
         "bench": ["m"],
         "top": ["u"],
+        "report": ["d"],
     }
     required = needed.get(verb, [])
     given = vars(parser().parse_args([verb, *required]))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -19,27 +24,28 @@ from sere.cli import parser
 from sere.demo import as_text
 from sere.policy import Policy
 from sere.serving.settings import Settings
+from sere.table import Table
+from tests.doc_blocks import blocks, complaints, script
 from tests.engines import environment
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README_PATH = ROOT / "README.md"
+README = README_PATH.read_text()
+COMMANDS = "\n".join(block.text for block in blocks(README_PATH) if block.language == "bash")
+EXECUTED = ("README.md", "tutorial.md")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
 def test_make_targets_exist() -> None:
     rules = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash")), flags=re.M)
+    targets = re.findall(r"^make (\w+)$", COMMANDS, flags=re.M)
     assert targets == ["demo", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", rules, flags=re.M)
 
 
 def test_the_server_command_is_valid() -> None:
-    (command,) = [line for line in "\n".join(blocks("bash")).splitlines() if "vllm serve" in line]
+    (command,) = [line for line in COMMANDS.splitlines() if "vllm serve" in line]
     words = shlex.split(command)
     given = json.loads(words[words.index("--additional-config") + 1])["sere"]
     table = given.pop("table")
@@ -47,23 +53,83 @@ def test_the_server_command_is_valid() -> None:
     Policy.from_dict(given)
 
 
-@pytest.mark.engine
-def test_commands_and_code_run_as_written(tmp_path: Path) -> None:
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    for line in "\n".join(blocks("bash")).splitlines():
-        if line.startswith("sere "):
-            subprocess.run(shlex.split(line), cwd=tmp_path, env=env, check=True)
-    assert (tmp_path / "heatmaps.png").read_bytes().startswith(b"\x89PNG")
-    (code,) = blocks("python")
-    script = tmp_path / "serve.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_block_runs_or_says_why_not(page: Path) -> None:
+    assert complaints(page) == []
+    if page.name not in EXECUTED:
+        assert not [block for block in blocks(page) if block.runs], "add the page to EXECUTED"
+
+
+def test_blocks_that_are_neither_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- needs: luck -->\n```bash\nls\n```\n\n```\nx\n```\n\n    ls -l\n\n"
+        "<!-- needs: gpu -->\n```bash\nls\n```\n\n```text\nout\n```\n"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "53390>09335" in done.stdout
-    assert "'slots_rerouted'" in done.stdout
+    luck, language, indent = complaints(page)
+    assert "needs 'luck'" in luck and "name a language" in language and "fence it" in indent
+
+
+@pytest.mark.engine
+def test_readme_runs_as_written(tmp_path: Path) -> None:
+    """Its commands, then its script with what other pages add to it."""
+    (code,) = [block for block in blocks(README_PATH) if block.language == "python"]
+    more = [
+        block.text
+        for page in PAGES
+        for block in blocks(page)
+        if block.marker == "continues: README.md"
+    ]
+    assert len(more) == 1
+    (tmp_path / "serve.py").write_text(code.text + indent("\n".join(more), " " * 4))
+    own = [b.text for b in blocks(README_PATH) if b.language == "bash" and b.runs]
+    lines = [line for line in "".join(own).splitlines() if not line.startswith("make ")]
+    out = execute("\n".join(["set -e", *lines, "python serve.py"]), tmp_path)
+    assert (tmp_path / "heatmaps.png").read_bytes().startswith(b"\x89PNG")
+    assert "53390>09335" in out
+    assert "'slots_rerouted'" in out
+
+
+@pytest.mark.modes
+def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
+    page = ROOT / "docs/tutorial.md"
+    out = execute(script(page, tmp_path), tmp_path)
+    assert Table.load(tmp_path / "demo.table").policy is not None
+    assert "53390>09335" in out
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    for block in blocks(page):
+        if block.language == "text":  # what it shows is what is printed, up to the figures
+            head = re.sub(r"\s+", " ", block.text.splitlines()[0])
+            assert head in re.sub(r"\s+", " ", out), head
+
+
+def execute(commands: str, folder: Path) -> str:
+    """Output of a bash script; what it leaves running ends with it."""
+    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", PORT=str(free_port()))
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        running = subprocess.Popen(
+            ["bash", "-c", commands],
+            cwd=folder,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = running.wait(timeout=600)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+    assert status == 0, log.read_text()[-4000:]
+    return log.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def test_figures_are_those_of_the_committed_result() -> None:
@@ -117,6 +183,10 @@ def test_the_table_of_company_is_the_committed_result() -> None:
     result = json.loads((ROOT / "benchmarks/results/composition.json").read_text())
     lines = [line.rstrip() for line in company_table(result).splitlines()]
     assert "\n".join(lines) in (ROOT / "docs/policies.md").read_text()
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 160
 
 
 def test_every_setting_is_documented() -> None:

@@ -202,6 +202,11 @@ def _top_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one reading as JSON")
 
 
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="results: JSON files and tables of any verb")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE")
+
+
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="also check this model (folder, hub name, demo)")
     parser.add_argument("table", nargs="?", help="... and that this table fits and would be served")
@@ -236,6 +241,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
         _bench_flags,
         "sere.verbs:bench",
     ),
+    "report": ("show a folder of results as one HTML page", _report_flags, "sere.verbs:report"),
     "top": ("show what re-routing does in a running server, live", _top_flags, "sere.verbs:top"),
     "doctor": (
         "tell whether re-routing can take effect here, and what hinders it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from json import dumps
@@ -114,6 +115,20 @@ def tune(
     if expert_mb:
         device["expert_bytes"] = expert_mb * 1e6
     run(model, table, batches=batches or [1, 8, 32], device=device, **flags)
+
+
+def report(folder: str, output: str) -> None:
+    """`sere report DIR -o PAGE`."""
+    try:
+        from sere.page import render
+    except ImportError as error:
+        raise ImportError(
+            f"sere report needs plotly ({error}): pip install 'sere[report]'"
+        ) from error
+    shown, unknown = render.write(folder, output)
+    for name, reason in unknown.items():
+        print(f"not shown: {name}: {reason}", file=sys.stderr)
+    print(f"{output}: {', '.join(f'{one.name} ({one.kind})' for one in shown)}")
 
 
 def bench(

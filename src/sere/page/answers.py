@@ -1,0 +1,168 @@
+"""`sere demo`, `sere evaluate --engine` and `--tasks`: what a model answers under each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, plot
+from sere.page.sources import Source
+
+_RIGHT = [[0, "#e4572e"], [0.5, "#e9b44c"], [1, "#2f7f86"]]
+
+
+def demo(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
+    """Right answers by kind of task, active experts by layer, speed."""
+    result, arms = source.content, source.content["arms"]
+    best = min(
+        arms[1:], key=lambda arm: (arms[0]["exact_match"] - arm["exact_match"], _active(arm))
+    )
+    columns = [
+        Column("policy"),
+        Column("exact match, %", ".1f", 100),
+        Column("active experts", ".2f"),
+        Column("slots re-routed, %", ".1f", 100),
+        Column("kept as critical, %", ".1f", 100),
+        Column("decode tokens/s", ".0f"),
+        Column("ratio to stock", ".2f"),
+    ]
+    rows = [
+        [
+            arm["name"],
+            arm["exact_match"],
+            _active(arm),
+            arm["rerouted_fraction"],
+            arm["critical_fraction"],
+            arm["decode_tokens_per_s"],
+            arm["speed_ratio_to_stock"],
+        ]
+        for arm in arms
+    ]
+    yield Section(
+        "Right answers, by kind of task",
+        source.name,
+        f"{best['name']} answers {best['exact_match']:.1%} right (stock: "
+        f"{arms[0]['exact_match']:.1%}) and reads {_active(best):.1f} experts per layer instead of "
+        f"{_active(arms[0]):.1f}.",
+        [_families(arms), _layers(arms, result["E"])],
+        [Grid(f"{result['prompts']} prompts, batch {result['batch']}", columns, rows)],
+    )
+
+
+def _active(arm: dict[str, Any]) -> float:
+    after = [pair[1] for pair in arm["active_by_layer"].values()]
+    return float(sum(after) / len(after))
+
+
+def _families(arms: list[dict[str, Any]]) -> Figure:
+    families = list(arms[0]["exact_match_by_family"])
+    shares = [[arm["exact_match_by_family"][family] for arm in arms] for family in families]
+    figure = plot(height=max(300, 32 * len(families) + 90))
+    figure.add_heatmap(
+        z=shares,
+        x=[arm["name"] for arm in arms],
+        y=families,
+        zmax=1,
+        colorscale=_RIGHT,
+        texttemplate="%{z:.1%}",
+        hovertemplate="%{y}, %{x}: %{z:.2%}<extra></extra>",
+        xgap=2,
+        ygap=2,
+        colorbar={"tickformat": ".0%", "thickness": 12},
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
+    figure.update_xaxes(side="top", showgrid=False)
+    return Figure("Share of right answers, by kind of task (down) and policy (across).", figure)
+
+
+def _layers(arms: list[dict[str, Any]], E: int) -> Figure:
+    figure = plot(height=360, hovermode="x unified", barmode="group")
+    for number, arm in enumerate(arms):
+        figure.add_bar(
+            x=list(arm["active_by_layer"]),
+            y=[pair[1] for pair in arm["active_by_layer"].values()],
+            name=arm["name"],
+            marker_color=colour(number - 1) if number else GREY,
+            hovertemplate="%{y:.2f}",
+        )
+    figure.update_xaxes(title="MoE layer", type="category")
+    figure.update_yaxes(title=f"active experts per step (of {E})")
+    return Figure("Experts that a decode step reads, by layer.", figure)
+
+
+def generation(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
+    """What vLLM writes freely: right, the same as stock, longer or shorter."""
+    result, arms = source.content, source.content["arms"]
+    columns = [
+        Column("policy"),
+        Column("active experts", ".2f"),
+        Column("exact match, %", ".2f", 100),
+        Column("same as stock, %", ".2f", 100),
+        Column("same up to, %", ".2f", 100),
+        Column("tokens written", ".2f"),
+        Column("length drift, %", "+.2f", 100),
+    ]
+    names = ("active", "exact_match", "same_as_stock", "kept", "length", "length_drift")
+    figure = plot(height=320, barmode="group")
+    for number, (name, title) in enumerate(
+        [("exact_match", "exact match"), ("same_as_stock", "same as stock")]
+    ):
+        figure.add_bar(
+            x=[arm["name"] for arm in arms],
+            y=[arm[name][0] for arm in arms],
+            error_y={"type": "data", "array": [arm[name][1] for arm in arms], "thickness": 1},
+            name=title,
+            marker_color=colour(number + 1),
+            hovertemplate="%{y:.2%}",
+        )
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    worst = min(arms, key=lambda arm: arm["same_as_stock"][0])
+    yield Section(
+        "What vLLM writes",
+        source.name,
+        f"Least like stock is {worst['name']}: {worst['same_as_stock'][0]:.1%} of its answers are "
+        f"the same, {worst['exact_match'][0]:.1%} are right (stock: "
+        f"{arms[0]['exact_match'][0]:.1%}).",
+        [Figure("Share of answers; bars: standard error.", figure)],
+        [
+            Grid(
+                f"{result['prompts']} prompts, batch {result['batch']}; after ±: standard error",
+                columns,
+                [[arm["name"], *(arm[name] for name in names)] for arm in arms],
+            )
+        ],
+    )
+
+
+def harness(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
+    """Tasks of lm-evaluation-harness: a row for each metric, a column for each policy."""
+    result, arms = source.content, source.content["arms"]
+    rows = [
+        [task, metric.split(",")[0], *(_metric(arm, task, metric) for arm in arms)]
+        for task, metrics in arms[0]["metrics"].items()
+        for metric in metrics
+    ]
+    prompts_alone = [task for task, decodes in arms[0]["decodes"].items() if not decodes]
+    note = f" {', '.join(prompts_alone)} scores prompts, which are not re-routed."
+    yield Section(
+        "lm-evaluation-harness",
+        source.name,
+        f"{len(arms[0]['metrics'])} tasks under {len(arms)} policies, {result['backend']}, batch "
+        f"{result['batch']}." + (note if prompts_alone else ""),
+        [],
+        [
+            Grid(
+                "After ±: standard error",
+                [
+                    Column("task"),
+                    Column("metric"),
+                    *(Column(str(arm["name"]), ".4f") for arm in arms),
+                ],
+                rows,
+            )
+        ],
+    )
+
+
+def _metric(arm: dict[str, Any], task: str, metric: str) -> tuple[float, float | None]:
+    return arm["metrics"][task][metric], arm["errors"].get(task, {}).get(metric.split(",")[0])

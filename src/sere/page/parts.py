@@ -1,0 +1,104 @@
+"""What a page is made of: sections with figures and grids of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Readable on white and on near-black alike; ours first.
+COLOURS = (
+    *("#e4572e", "#3b82c4", "#2a9d8f", "#b07aa1", "#c29b1f", "#7f8fa6", "#d1739b", "#6a9f3a"),
+    *("#8c6bb1", "#1fa2c2", "#a8764a", "#9aa800", "#cc5a71", "#5b7fd6", "#4f9c76", "#b5651d"),
+)
+GREY = "#8a94a0"
+SCALE = "Viridis"
+LOGARITHMIC: dict[str, Any] = {"type": "log", "exponentformat": "power", "dtick": 1}
+LAYOUT: dict[str, Any] = {
+    "margin": {"l": 64, "r": 16, "t": 40, "b": 56},
+    "height": 420,
+    "legend": {"orientation": "h", "y": -0.26, "x": 0},
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a grid; format: of its numbers, as for `format()`; factor: shown times this."""
+
+    title: str
+    format: str = ""
+    factor: float = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of raw values: text, numbers, None, or a (value, error) pair."""
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, which are set flush left."""
+        return any(isinstance(row[column], str) for row in self.rows)
+
+    def shown(self, value: Any, column: Column) -> str:
+        """A cell as the page has it."""
+        if value is None:
+            return "-"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, tuple | list):
+            number, error = (self.shown(part, column) for part in value)
+            return number if value[1] is None else f"{number} ± {error}"
+        if isinstance(value, int | float) and column.format:
+            return format(value * column.factor, column.format)
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One position of a figure's slider: the attributes of each trace that change."""
+
+    label: str
+    traces: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its caption, which says how to read it; frames: of its slider, if it has one."""
+
+    caption: str
+    plot: go.Figure
+    frames: Sequence[Frame] = ()
+
+    def spec(self) -> dict[str, Any]:
+        """What plotly.js draws, as plain JSON without a template: the page brings the colours."""
+        found: dict[str, Any] = self.plot.to_plotly_json()
+        found["layout"].pop("template", None)
+        return found
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is shown of one result.
+
+    source: the name of its file. finding: the one sentence to take away.
+    """
+
+    title: str
+    source: str
+    finding: str
+    figures: Sequence[Figure] = ()
+    grids: Sequence[Grid] = ()
+
+
+def plot(**layout: Any) -> go.Figure:
+    """An empty plot in the page's style."""
+    return go.Figure(layout={**LAYOUT, **layout})
+
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]

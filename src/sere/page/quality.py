@@ -1,0 +1,209 @@
+"""`sere evaluate` and benchmarks/pareto.py: what is lost against how many experts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from plotly.subplots import make_subplots
+
+from sere import demo_model
+from sere.page.parts import GREY, LAYOUT, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
+from sere.page.sources import Source
+
+_COLUMNS = (
+    Column("active experts", ".2f"),
+    Column("KL, 0.001 nats", ".3f", 1000),
+    Column("same top-1, %", ".2f", 100),
+    Column("perplexity", ".4f"),
+    Column("exact match, %", ".2f", 100),
+)
+_FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
+_OURS = "expected error"
+
+
+def sections(source: Source, others: Sequence[Source]) -> Iterable[Section]:
+    """One section: a panel for each batch size, and all figures as a grid; against time as well
+    where one of the `others` is a benchmark of the same model."""
+    arms = source.content["arms"]
+    sizes = list(arms[0]["batches"])
+    names = [name for name in ("family", "name") if name in arms[0]]
+    heads = [Column("batch"), *(Column({"name": "policy"}.get(name, name)) for name in names)]
+    rows = [
+        [int(size), *(_plain(arm[name]) for name in names)]
+        + [arm["batches"][size][name] for name in _FIGURES]
+        for size in sizes
+        for arm in arms
+    ]
+    error = (
+        "half of the 95 % interval over seeds" if "seeds" in source.content else "standard error"
+    )
+    yield Section(
+        "Quality beside rival rules" if "family" in names else "Quality against active experts",
+        source.name,
+        _finding(arms, sizes[-1]),
+        [_fronts(arms, sizes), *_against_time(source, others)],
+        [Grid(f"Every policy beside stock; after ±: {error}", [*heads, *_COLUMNS], rows)],
+    )
+
+
+def _plain(name: str) -> str:
+    """Without the braces and quotes of settings that serve as a name."""
+    return name.strip("{}").replace("'", "")
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points that no other beats in one coordinate without losing in the other (both are
+    better when smaller), by ascending first coordinate."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def _finding(arms: Sequence[dict[str, Any]], size: str) -> str:
+    stock, *others = (arm["batches"][size] for arm in arms)
+    near = [(found["active"][0], found) for found in others if found["top1"][0] >= 0.999]
+    if not near:
+        return f"Batch {size}: no policy keeps 99.9 % of the most likely next tokens."
+    _, best = min(near, key=lambda pair: pair[0])
+    name = next(_plain(arm["name"]) for arm in arms if arm["batches"][size] is best)
+    return (
+        f"Batch {size}: {name} reads {best['active'][0]:.1f} experts per layer instead of "
+        f"{stock['active'][0]:.1f} and keeps {best['top1'][0]:.2%} of the most likely next tokens."
+    )
+
+
+def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
+    families = list(dict.fromkeys(arm.get("family", arm["name"]) for arm in arms[1:]))
+    if _OURS in families:  # drawn last, on top; first colour
+        families.sort(key=lambda family: family != _OURS)
+    panels = make_subplots(
+        1,
+        len(sizes),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=[f"batch {size}" for size in sizes],
+    )
+    panels.update_layout(LAYOUT, hovermode="closest")
+    floor = _floor(arms, sizes)
+    for column, size in enumerate(sizes, start=1):
+        found = [(arm, arm["batches"][size]) for arm in arms]
+        points = [(f["active"][0], max(f["kl"][0], floor)) for _, f in found[1:]]
+        x, y = zip(*front(points), strict=True)
+        panels.add_scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            line={"shape": "hv", "dash": "dot", "width": 1},
+            name="Pareto front",
+            legendgroup="front",
+            showlegend=column == 1,
+            hoverinfo="skip",
+            line_color=GREY,
+            row=1,
+            col=column,
+        )
+        for number, family in enumerate(families):
+            own = [(a, f) for a, f in found[1:] if a.get("family", a["name"]) == family]
+            own.sort(key=lambda pair: pair[1]["active"][0])
+            panels.add_scatter(
+                x=[f["active"][0] for _, f in own],
+                y=[max(f["kl"][0], floor) for _, f in own],
+                customdata=[
+                    [_plain(a["name"]), f["kl"][0], f["top1"][0], f["exact_match"][0]]
+                    for a, f in own
+                ],
+                hovertemplate=(
+                    "<b>%{customdata[0]}</b><br>%{x:.2f} active experts<br>"
+                    "KL %{customdata[1]:.3g} nats<br>same top-1 %{customdata[2]:.2%}<br>"
+                    "exact match %{customdata[3]:.2%}"
+                ),
+                mode="lines+markers",
+                name=family,
+                legendgroup=family,
+                showlegend=column == 1,
+                line={"color": colour(number), "width": 3 if family == _OURS else 1.2},
+                marker={"size": 10 if family == _OURS else 7},
+                row=1,
+                col=column,
+            )
+        panels.add_vline(
+            found[0][1]["active"][0],
+            line={"dash": "dash", "width": 1, "color": GREY},
+            annotation={"text": "stock", "font": {"size": 11}},
+            annotation_position="top left",
+            row=1,
+            col=column,
+        )
+    panels.update_xaxes(title="active experts per layer and step", rangemode="tozero")
+    panels.update_yaxes(LOGARITHMIC)
+    panels.update_yaxes(title="KL from stock, nats per token", col=1)
+    return Figure(
+        "Further left: fewer experts are read. Further down: closer to stock. "
+        "Dotted: what no other policy beats in both. Hover for the figures, click the legend to "
+        "hide a kind.",
+        panels,
+    )
+
+
+def _against_time(source: Source, others: Sequence[Source]) -> Iterable[Figure]:
+    """KL against measured time per token, of every policy that was both evaluated and timed."""
+    arms = source.content["arms"]
+    sizes = list(arms[0]["batches"])
+    floor = _floor(arms, sizes)
+    model = source.content.get("settings", {}).get("model")
+    for bench in (other for other in others if other.kind == "bench"):
+        if model is None or _short(bench.content["model"]) != _short(model):
+            continue
+        figure = plot(hovermode="closest")
+        for number, found in enumerate(bench.content["results"]):
+            pairs = list(_evaluated_and_timed(arms, found, str(found["batch"])))
+            if not pairs:
+                continue
+            pairs.sort(key=lambda pair: pair[1]["tpot_ms"])
+            figure.add_scatter(
+                x=[timed["tpot_ms"] for _, timed in pairs],
+                y=[max(kl, floor) for kl, _ in pairs],
+                customdata=[[timed["name"], kl] for kl, timed in pairs],
+                hovertemplate=(
+                    "<b>%{customdata[0]}</b><br>%{x:.2f} ms per token<br>"
+                    "KL %{customdata[1]:.3g} nats"
+                ),
+                text=[timed["name"] for _, timed in pairs],
+                textposition="top center",
+                mode="lines+markers+text",
+                name=f"batch {found['batch']}",
+                line={"color": colour(number), "width": 1.2},
+                marker={"size": 9},
+            )
+        if figure.data:
+            figure.update_xaxes(title="time per output token, ms")
+            figure.update_yaxes(LOGARITHMIC, title="KL from stock, nats per token")
+            yield Figure(
+                f"The same loss against measured time, of the policies that {bench.name} has too. "
+                "Stock, which loses nothing, is at the bottom.",
+                figure,
+            )
+
+
+def _evaluated_and_timed(
+    arms: Sequence[dict[str, Any]], timed: dict[str, Any], size: str
+) -> Iterable[tuple[float, dict[str, Any]]]:
+    for own, other in product(arms, timed["arms"]):
+        if size in own["batches"] and own.get("rule") == other["policy"]:
+            yield own["batches"][size]["kl"][0], other
+
+
+def _short(model: str) -> str:
+    """A folder's or a hub model's own name."""
+    return demo_model.PATH.name if model == demo_model.NAME else Path(model).name
+
+
+def _floor(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> float:
+    """Where a loss of 0 is drawn on a logarithmic axis."""
+    losses = [arm["batches"][size]["kl"][0] for arm in arms for size in sizes]
+    return max(min((x for x in losses if x > 0), default=1e-6) / 2, 1e-7)

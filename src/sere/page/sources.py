@@ -1,0 +1,107 @@
+"""Which files of a folder are results, told by what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sere.table import FILE_NAME, Table, TableError
+
+
+class UnknownFile(ValueError):
+    """A file that is no result, and why."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One result.
+
+    name: of its file. sha256: of the file's bytes. kind: a key of `KINDS`, or "table".
+    content: the JSON document, NaN and infinity as None; or the `Table`.
+    """
+
+    name: str
+    sha256: str
+    kind: str
+    content: Any
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Command, date, machine, versions and commit, as far as they were written down."""
+        if isinstance(self.content, Table):
+            return self.content.provenance
+        found = self.content.get("provenance")
+        return found if isinstance(found, dict) else {}
+
+
+def _arms_have(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    def check(content: Mapping[str, Any]) -> bool:
+        arms = content.get("arms")
+        return (
+            isinstance(arms, list)
+            and bool(arms)
+            and all(isinstance(arm, dict) and set(names) <= set(arm) for arm in arms)
+        )
+
+    return check
+
+
+def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda content: set(names) <= set(content)
+
+
+# kind: how it is told from the others. No document fits two.
+KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "bench": _has("results", "roofline", "load"),
+    "tuning": _has("by_batch", "held_out", "policy"),
+    "evaluation": _arms_have("name", "batches"),
+    "demo": _arms_have("name", "exact_match_by_family", "active_by_layer"),
+    "generation": _arms_have("name", "same_as_stock", "length_drift"),
+    "harness": _arms_have("name", "metrics", "decodes"),
+}
+
+
+def read(path: Path) -> Source:
+    """One file; `UnknownFile` says in a line why it is no result."""
+    if path.suffix == ".safetensors" or path.name == FILE_NAME or path.suffix == ".table":
+        return _table(path)
+    if path.suffix == ".json":
+        return _document(path)
+    raise UnknownFile("neither JSON nor a table")
+
+
+def _table(path: Path) -> Source:
+    try:
+        table = Table.load(path)
+    except TableError as error:
+        raise UnknownFile(str(error).removeprefix(f"{path}: ")) from error
+    return Source(path.name, _sha256(path), "table", table)
+
+
+def _document(path: Path) -> Source:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnknownFile(f"cannot be read as JSON ({error})") from error
+    kinds = [k for k, fits in KINDS.items() if isinstance(content, dict) and fits(content)]
+    if not kinds:
+        raise UnknownFile("JSON, but not a result that this page has a figure for")
+    return Source(path.name, _sha256(path), kinds[0], _finite(content))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON: browsers refuse them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,411 @@
+"""`sere report`: what is on the page, told by a real browser, is what the results say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sere import evaluate, tune
+from sere.calibrate import calibrate
+from sere.cli import main
+from sere.cost import Cost
+from sere.page.quality import front
+from sere.table import Table
+from tests.page_results import FIGURES, HARNESS, bench, generation, pareto
+from tools.browser import browser
+
+ROOT = Path(__file__).parent.parent
+RULES = ['{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05, "min_active": 1}']
+
+
+@pytest.fixture(scope="module")
+def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one result of every kind, made by the code that makes them, and strangers."""
+    folder = tmp_path_factory.mktemp("results")
+    model, table = str(model_dir), str(folder / "experts.table")
+    text: dict[str, Any] = {"data": str(corpus_file), "samples": 20, "prompt": 2, "length": 10}
+    calibrate(model, table, data=corpus_file, samples=20, length=64, progress=False)
+    evaluate.run(model, table, str(folder / "a.json"), policies=RULES, batches=[1, 4], **text)
+    cost = Cost(b=1.0, a=0.0, source="reading alone")
+    output = str(folder / "b.json")
+    tune.run(model, table, budget="kl=0.01", output=output, cost=cost, batches=[1, 4], **text)
+    found = json.loads((folder / "a.json").read_text())
+    (folder / "c.json").write_text(json.dumps({"arms": pareto(found), "seeds": [{}, {}]}))
+    (folder / "d.json").write_bytes((ROOT / "benchmarks/results/demo.json").read_bytes())
+    (folder / "e.json").write_text(json.dumps(generation()))
+    (folder / "f.json").write_text(json.dumps(HARNESS))
+    (folder / "g.json").write_text(json.dumps(bench(model, RULES)))
+    (folder / "half.json").write_text('{"arms": [')
+    (folder / "list.json").write_text("[1, 2]")
+    (folder / "old.json").write_text('{"by_batch": [], "held_out": [], "policy": null}')
+    (folder / "weights.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
+    for plot in folder.glob("*.png"):
+        plot.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    assert main(["report", str(results), "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(page: Path) -> dict[str, Any]:
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), flags=re.S
+    )
+    found: dict[str, Any] = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    return found
+
+
+def load(results: Path, name: str) -> Any:
+    return json.loads((results / name).read_text(), parse_constant=lambda _: None)
+
+
+def section(data: dict[str, Any], source: str) -> dict[str, Any]:
+    (found,) = [section for section in data["sections"] if section["source"] == source]
+    return found
+
+
+# --- what the page says, against the files ----------------------------------------------------
+
+
+def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, Any]
+) -> None:
+    assert main(["report", str(results), "-o", str(tmp_path / "r.html")]) == 0
+    out, error = capsys.readouterr()
+    kinds = {source["name"]: source["kind"] for source in data["sources"]}
+    assert kinds == {
+        "a.json": "evaluation",
+        "b.json": "tuning",
+        "c.json": "evaluation",
+        "d.json": "demo",
+        "e.json": "generation",
+        "f.json": "harness",
+        "g.json": "bench",
+        "experts.table": "table",
+    }
+    lines = error.splitlines()
+    for name, reason in (
+        ("half.json", "cannot be read as JSON"),
+        ("list.json", "not a result that this page has a figure for"),
+        ("old.json", "looks like a result of kind 'tuning', but is incomplete"),
+        ("weights.safetensors", "not a sere table"),
+    ):
+        assert reason in data["unknown"][name]
+        assert (
+            sum(line.startswith(f"not shown: {name}: ") and reason in line for line in lines) == 1
+        )
+    assert len(lines) == len(data["unknown"]) == 4
+    assert all(name in out for name in kinds)
+
+
+def test_each_result_has_its_provenance(results: Path, data: dict[str, Any]) -> None:
+    for source in data["sources"]:
+        assert source["sha256"] == sha256((results / source["name"]).read_bytes()).hexdigest()
+        if source["name"].endswith(".json"):
+            assert source["provenance"] == load(results, source["name"]).get("provenance", {})
+    assert {section["source"] for section in data["sections"]} == {
+        s["name"] for s in data["sources"]
+    }
+
+
+@pytest.mark.parametrize("name", ["a.json", "c.json"])
+def test_quality_is_the_evaluations(name: str, results: Path, data: dict[str, Any]) -> None:
+    arms, shown = load(results, name)["arms"], section(data, name)
+    rows = [
+        [int(size), arm["name"], *(arm["batches"][size][figure] for figure in FIGURES)]
+        for size in arms[0]["batches"]
+        for arm in arms
+    ]
+    (grid,) = shown["grids"]
+    family = [column["title"] for column in grid["columns"]].index("policy") - 1
+    assert [row[:1] + row[1 + family :] for row in grid["rows"]] == [
+        [row[0], row[1].strip("{}").replace("'", ""), *row[2:]] for row in rows
+    ]
+    drawn = [
+        (x, custom[1])
+        for trace in shown["figures"][0]["data"]
+        for x, custom in zip(trace["x"], trace.get("customdata", []), strict=False)
+    ]
+    assert sorted(drawn) == sorted((row[2][0], row[3][0]) for row in rows if row[1] != "stock")
+
+
+def test_speed_is_the_benchmarks_beside_its_roofline(results: Path, data: dict[str, Any]) -> None:
+    found, shown = load(results, "g.json")["results"], section(data, "g.json")
+    rows = iter(shown["grids"][0]["rows"])
+    for each in found:
+        for arm in each["arms"]:
+            row = next(rows)
+            assert row[:4] == [each["batch"], arm["name"], arm["tpot_ms"], arm["tokens_per_s"]]
+            if arm["policy"]:
+                ends = arm["speedup_interval_95"]
+                assert row[7:] == [arm["speedup"], *ends, arm["predicted_speedup"]]
+    drawn = {(trace["name"], tuple(trace["y"])) for trace in shown["figures"][0]["data"]}
+    for i, arm in list(enumerate(found[0]["arms"]))[1:]:
+        for name, figure in (
+            (arm["name"], "speedup"),
+            (arm["name"] + ", roofline", "predicted_ms"),
+        ):
+            assert (name, tuple(each["arms"][i][figure] for each in found)) in drawn
+
+
+def test_quality_against_time_where_the_same_model_was_timed(
+    results: Path, data: dict[str, Any]
+) -> None:
+    timed = {each["batch"]: each["arms"] for each in load(results, "g.json")["results"]}
+    _, against_time = section(data, "a.json")["figures"]
+    arms = load(results, "a.json")["arms"]
+    for trace in against_time["data"]:
+        size = int(trace["name"].removeprefix("batch "))
+        drawn = {(x, kl) for x, (_, kl) in zip(trace["x"], trace["customdata"], strict=True)}
+        losses = [arm["batches"][str(size)]["kl"][0] for arm in arms]
+        assert drawn == set(zip([arm["tpot_ms"] for arm in timed[size]], losses, strict=True))
+    assert len(against_time["data"]) == 2
+    assert len(section(data, "c.json")["figures"]) == 1  # of which model is not known
+
+
+def test_advice_is_the_tuners(results: Path, data: dict[str, Any]) -> None:
+    result, shown = load(results, "b.json"), section(data, "b.json")
+    for held, row in zip(result["held_out"], shown["grids"][0]["rows"], strict=True):
+        assert row[:6] == [
+            *(held["batch"], held["stock"]["active"], held["chosen"]["active"]),
+            *(held["chosen"]["loss"], held["chosen"]["upper"], held["kept"]),
+        ]
+        assert row[7] == ("re-route" if held["enable"] else "leave stock")
+    points = [p["active"] for own in result["by_batch"] for p in own["points"]]
+    points += [held["chosen"]["active"] for held in result["held_out"] if result["policy"]]
+    drawn = [x for trace in shown["figures"][0]["data"] for x in trace["x"]]
+    assert sorted(drawn) == sorted(points)
+
+
+def test_answers_are_those_of_demo_and_generation(results: Path, data: dict[str, Any]) -> None:
+    arms, shown = load(results, "d.json")["arms"], section(data, "d.json")
+    heat = shown["figures"][0]["data"][0]
+    for (i, family), (j, arm) in product(enumerate(heat["y"]), enumerate(arms)):
+        assert heat["z"][i][j] == arm["exact_match_by_family"][family]
+    assert [row[1] for row in shown["grids"][0]["rows"]] == [arm["exact_match"] for arm in arms]
+    for row, arm in zip(
+        section(data, "e.json")["grids"][0]["rows"], load(results, "e.json")["arms"], strict=True
+    ):
+        names = ("active", "exact_match", "same_as_stock", "kept", "length", "length_drift")
+        assert row == [arm["name"], *(arm[name] for name in names)]
+    (row,) = section(data, "f.json")["grids"][0]["rows"]
+    assert row == ["sums", "exact_match", [0.97, 0.01], [0.9612345, 0.01]]
+
+
+def test_heatmaps_are_the_tables(results: Path, data: dict[str, Any]) -> None:
+    table = Table.load(results / "experts.table")
+    (figure,) = section(data, "experts.table")["figures"]
+    for frame, layer in zip(figure["frames"], table.layers.values(), strict=True):
+        similarity, load = frame["traces"]
+        assert similarity["z"] == [[round(x, 3) for x in row] for row in layer.similarity.tolist()]
+        assert load["y"] == pytest.approx(layer.load.tolist(), abs=1e-5)
+
+
+def test_the_front_against_all_pairs() -> None:
+    points = [(x % 7, (x * x) % 11) for x in range(20)]
+    undominated = {
+        p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+    }
+    assert front(points) == sorted(undominated)
+
+
+def test_a_folder_without_results_is_an_error_that_names_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 1
+    assert main(["report", str(tmp_path / "absent"), "-o", str(tmp_path / "r.html")]) == 1
+    empty, absent = capsys.readouterr().err.splitlines()
+    assert "no results of `sere calibrate`" in empty and "notes.txt: neither JSON" in empty
+    assert "absent is no folder" in absent
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_without_plotly_it_says_what_to_install(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("sere.page", "plotly"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert main(["report", str(results)]) == 1
+    assert "pip install 'sere[report]'" in capsys.readouterr().err
+
+
+# --- what a browser makes of it ---------------------------------------------------------------
+
+
+class Reader:
+    """A browser with the page open; `complaints` are errors and whatever asked for the network."""
+
+    def __init__(self, chromium: Any, page: Path, **options: Any) -> None:
+        self.complaints: list[str] = []
+        self.tab = chromium.new_page(viewport={"width": 1200, "height": 900}, **options)
+        self.tab.on("console", lambda message: self.complaints.append(message.text))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("request", self._note)
+        self.tab.goto(page.as_uri())
+        self.tab.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            self.complaints.append(request.url)
+
+    def style(self, selector: str, name: str) -> str:
+        found: str = self.tab.eval_on_selector(
+            selector, f"element => getComputedStyle(element).{name}"
+        )
+        return found
+
+    def drawn(self, plot: str) -> list[dict[str, Any]]:
+        """The traces that plotly.js has drawn."""
+        found: list[dict[str, Any]] = self.tab.eval_on_selector(
+            plot, "element => element.data.map(({x, y, z, name}) => ({x, y, z, name}))"
+        )
+        return found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = browser()
+    if path is None:
+        pytest.skip("no Chromium on the PATH: install it, e.g. `apt-get install chromium`")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=path)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def read(chromium: Any, page: Path) -> Iterator[Callable[..., Reader]]:
+    opened: list[Reader] = []
+
+    def open_page(**options: Any) -> Reader:
+        opened.append(Reader(chromium, page, **options))
+        return opened[-1]
+
+    yield open_page
+    for reader in opened:
+        assert reader.complaints == []
+        reader.tab.close()
+
+
+def formatted(value: Any, column: dict[str, Any]) -> str:
+    """A cell, by the rules that the page's own JSON states."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return ("no", "yes")[value]
+    if isinstance(value, list):
+        texts = [formatted(part, column) for part in value]
+        return texts[0] if value[1] is None else " ± ".join(texts)
+    if isinstance(value, str) or not column["format"]:
+        return str(value)
+    return format(value * column["factor"], column["format"])
+
+
+def test_it_renders_without_errors_and_shows_the_numbers(
+    read: Callable[..., Reader], data: dict[str, Any]
+) -> None:
+    tab = (reader := read()).tab
+    for s, part in enumerate(data["sections"], start=1):
+        for f, figure in enumerate(part["figures"], start=1):
+            plot = f"#s{s}f{f}"
+            for trace, live in zip(figure["data"], reader.drawn(plot), strict=True):
+                assert {k: v for k, v in live.items() if v is not None} == {
+                    k: trace[k] for k in ("x", "y", "z", "name") if k in trace
+                }
+            assert tab.locator(f"{plot} .plotly .trace, {plot} .plotly .hm").count() > 0
+            box = tab.locator(f"{plot} .main-svg").first.bounding_box()
+            assert box["width"] > 600 and box["height"] > 200
+        for g, grid in enumerate(part["grids"]):
+            cells = tab.locator(f"#s{s} details").nth(g).locator("tbody td").all_text_contents()
+            wanted = [
+                formatted(value, column)
+                for row in grid["rows"]
+                for value, column in zip(row, grid["columns"], strict=True)
+            ]
+            assert cells == wanted
+        assert part["finding"] in tab.locator(f"#s{s} .finding").inner_text()
+    for source in data["sources"]:
+        assert source["sha256"] in tab.locator("#provenance").inner_text()
+    for name, reason in data["unknown"].items():
+        assert f"{name}: {reason}" in tab.locator(".unknown").inner_text()
+
+
+def test_the_slider_moves_the_heatmap(
+    read: Callable[..., Reader], results: Path, data: dict[str, Any]
+) -> None:
+    reader = read()
+    number = 1 + [part["source"] for part in data["sections"]].index("experts.table")
+    plot = f"#s{number}f1"
+    picture = f"{plot} .hm image"
+    slider = reader.tab.locator(f"#s{number} input[type=range]")
+    before = reader.tab.locator(picture).get_attribute("href")
+    slider.focus()
+    reader.tab.keyboard.press("ArrowRight")
+    layers = list(Table.load(results / "experts.table").layers.values())
+    assert reader.tab.locator(f"#s{number} output").inner_text() == "layer 1"
+    assert reader.drawn(plot)[0]["z"] == [
+        [round(x, 3) for x in row] for row in layers[1].similarity.tolist()
+    ]
+    after = reader.tab.locator(picture).get_attribute("href")
+    assert before and after and before != after
+    reader.tab.keyboard.press("ArrowLeft")
+    assert reader.tab.locator(picture).get_attribute("href") == before
+
+
+def lightness(colour: str) -> float:
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / (3 * 255)
+
+
+def test_dark_mode_changes_page_and_figures_at_once(read: Callable[..., Reader]) -> None:
+    reader = read(color_scheme="light")
+    text = "#s1f1 .xtick text"
+    assert lightness(reader.style("body", "backgroundColor")) > 0.95
+    assert lightness(reader.style(text, "fill")) < 0.3
+    reader.tab.emulate_media(color_scheme="dark")
+    reader.tab.wait_for_timeout(200)
+    assert lightness(reader.style("body", "backgroundColor")) < 0.2
+    assert lightness(reader.style(text, "fill")) > 0.7
+
+
+def test_print_is_dark_on_white_fits_the_paper_and_hides_nothing(
+    read: Callable[..., Reader], tmp_path: Path
+) -> None:
+    reader = read(color_scheme="dark")
+    reader.tab.evaluate(
+        """addEventListener('beforeprint', () => {
+            const plots = [...document.querySelectorAll('.plot')];
+            window.widths = plots.map((div) => div._fullLayout.width);
+            window.open_ = [...document.querySelectorAll('details')].every((d) => d.open);
+        })"""
+    )
+    reader.tab.pdf(path=tmp_path / "page.pdf", format="A4")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    assert reader.tab.evaluate("window.open_") is True
+    assert max(reader.tab.evaluate("window.widths")) <= 700
+    reader.tab.emulate_media(media="print", color_scheme="dark")
+    reader.tab.wait_for_timeout(200)
+    assert lightness(reader.style("body", "color")) < 0.3
+    assert lightness(reader.style("#s1f1 .xtick text", "fill")) < 0.3
+    assert not reader.tab.locator("input[type=range]").first.is_visible()
+
+
+def test_names_in_results_are_text_not_markup(read: Callable[..., Reader]) -> None:
+    reader = read()
+    assert reader.tab.locator("main b").count() == 0
+    assert reader.tab.get_by_text("</script><b>S=1</b>").count() > 0
