@@ -191,7 +191,7 @@ def test_the_demo_model_end_to_end(
 
 @pytest.mark.modes
 def test_a_server_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Shape's random weights, stock server and one that re-routes, vLLM's own load generator."""
+    """The demo model: a stock server, one that re-routes, vLLM's own load generator."""
     output = tmp_path / "server.json"
     lengths = ["--input-len", "8", "--output-len", "6", "--batch", "4"]
     table = str(tmp_path / "demo.safetensors")
