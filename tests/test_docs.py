@@ -17,7 +17,6 @@ from textwrap import indent
 
 import pytest
 
-from benchmarks.profile_decode import as_text as profile_as_text
 from sere.bench_result import table as bench_table
 from sere.bench_setup import contender_of
 from sere.cli import parser
@@ -158,11 +157,6 @@ def test_benchmark_tables_are_those_of_the_committed_results(result: Path) -> No
     assert found["provenance"]["machine"] in page
     assert f"{found['layers']} of {found['of_layers']} layers" in page
     assert result.name in page
-
-
-def test_the_profile_is_that_of_the_committed_result() -> None:
-    found = json.loads((ROOT / "benchmarks/results/profile_cpu.json").read_text())
-    assert profile_as_text(found) in (ROOT / "docs/benchmarks.md").read_text()
 
 
 def test_benchmark_commands_are_valid() -> None:

@@ -25,10 +25,8 @@ def summary(
     context = load.input_len + load.output_len // 2
     bound = Roofline(
         served.sizes,
-        served.K,
         served.itemsize,
         machine["bandwidth"],
-        machine["flops"],
         kv_bytes=machine["kv_bytes"] * context,
     )
     return {

@@ -37,36 +37,25 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A model on a machine.
+    """A model on a machine whose memory is the limit.
 
-    K: experts per token. itemsize: bytes of a parameter as it is served. bandwidth: bytes/s. flops:
-    per second, in the model's dtype. kv_bytes: that a row's attention reads, on average.
+    itemsize: bytes of a parameter as it is served. bandwidth: bytes/s. kv_bytes: that a row's
+    attention reads, on average.
     """
 
     sizes: Sizes
-    K: int
     itemsize: int
     bandwidth: float
-    flops: float
     kv_bytes: float
 
     def seconds(self, active: float, rows: int) -> float:
-        """Of one decode step; active: distinct experts, a mean over layers.
-
-        The experts' share and the rest each take the longer of reading and multiplying.
-        """
-        sizes = self.sizes
-        experts = self._longer(sizes.layers * active * sizes.expert, 0, rows * self.K / active)
-        return experts + self._longer(sizes.dense, rows * self.kv_bytes, rows)
-
-    def _longer(self, parameters: float, extra_bytes: float, rows: float) -> float:
-        """Of parameters that are read once, each multiplied with so many rows."""
-        reading = (parameters * self.itemsize + extra_bytes) / self.bandwidth
-        return max(reading, 2 * parameters * rows / self.flops)
+        """Of reading what one decode step needs; active: distinct experts, a mean over layers."""
+        parameters = self.sizes.layers * active * self.sizes.expert + self.sizes.dense
+        return (parameters * self.itemsize + rows * self.kv_bytes) / self.bandwidth
 
     def __str__(self) -> str:
         expert, dense = (x * self.itemsize / 1e6 for x in (self.sizes.expert, self.sizes.dense))
         return (
-            f"{expert:.3g} MB an expert, {dense:.4g} MB of all else, at the "
-            f"{self.bandwidth / 1e9:.3g} GB/s and {self.flops / 1e12:.3g} Tflop/s measured here"
+            f"reading {expert:.3g} MB an expert, {dense:.4g} MB of all else, at the "
+            f"{self.bandwidth / 1e9:.3g} GB/s measured here"
         )

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 
 _BYTES = 2**30
-_SIDE = 2048  # of the square matrices that are multiplied
 _REPEATS = 5
 
 
 def sere_probe(worker: Any) -> dict[str, float]:
-    """bandwidth: bytes/s of reading weights, the best of three ways. flops: per second, of a matrix
-    product in the model's dtype. kv_bytes: that one token's keys and values take, all layers."""
+    """bandwidth: bytes/s of reading weights, the best of three ways. kv_bytes: that one token's
+    keys and values take, all layers."""
     device, dtype = worker.device, worker.model_config.dtype
     return {
         "bandwidth": bandwidth(device, dtype),
-        "flops": flops(device, dtype),
         "kv_bytes": kv_bytes(worker.model_runner),
     }
 
@@ -37,12 +35,6 @@ def bandwidth(device: torch.device, dtype: torch.dtype) -> float:
         (size, lambda: matrix @ vector),
     ]
     return max(moved / _seconds(run, device) for moved, run in ways)
-
-
-def flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Per second, of the product of two square matrices."""
-    a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype, device=device) for _ in range(2))
-    return float(2 * _SIDE**3 / _seconds(lambda: a @ b, device))
 
 
 def kv_bytes(runner: Any) -> float:

@@ -1,8 +1,8 @@
 """Random weights that behave: an engine without a checkpoint, for measuring speed.
 
-vLLM's own load format "dummy" fills all tensors of one shape with the same tiny numbers. Every
-layer then routes alike, experts hardly count, and the tokens of all requests become one: fewer
-experts are active than any real batch has. Load format `sere_random` draws every weight anew, as
+vLLM's own load format "dummy" fills all tensors of one shape with the same tiny numbers: all layers
+have one router, the output matrix is the embedding, and experts are too small to be seen in the
+tokens that are written. Load format `sere_random` draws every weight anew, as
 models are initialised, and shapes routers so that experts are as unequally loaded as asked for.
 """
 
