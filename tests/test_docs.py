@@ -162,7 +162,7 @@ def test_benchmark_tables_are_those_of_the_committed_results(result: Path) -> No
 def test_benchmark_commands_are_valid() -> None:
     """Those that need a model or a GPU are parsed, not run."""
     page = (ROOT / "docs/benchmarks.md").read_text().replace('"${P[@]}"', "").replace("$B", "")
-    lines = [line.strip() for line in page.splitlines() if line.startswith("    sere ")]
+    lines = [line.strip() for line in page.splitlines() if line.startswith("sere ")]
     assert len(lines) >= 8
     for line in lines:
         given = parser().parse_args(shlex.split(line)[1:])

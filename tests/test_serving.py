@@ -187,7 +187,7 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "multi-process": ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
     "tensor parallel": ({"tensor_parallel_size": 2}, SEVERAL),
     "expert parallel": ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, SEVERAL),
-    "pipeline parallel": ({"pipeline_parallel_size": 2}, SEVERAL),
+    "pipeline parallel": ({"pipeline_parallel_size": 2, "async_scheduling": False}, SEVERAL),
     "torch.compile": ({"enforce_eager": False}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
 }

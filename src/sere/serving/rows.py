@@ -47,7 +47,7 @@ class RowClasses:
 
     def void(self) -> None:
         """A dummy run follows: no row is real."""
-        self._fill(np.empty(0, np.int8))
+        self._fill(0, _FAST)
 
     def fill(
         self,
@@ -65,29 +65,33 @@ class RowClasses:
             request are verified is then known on the device only. No row gets less than it asked
             for: unless all are alike, all are EXACT.
         """
-        if self.gate != "decode":
-            prefilling = np.zeros_like(prefilling)
-        classes = np.where(prefilling, _EXACT, wanted)
+        classes: npt.NDArray[np.int8] | np.int8 = wanted
+        if self.gate == "decode" and np.count_nonzero(prefilling):
+            classes = np.where(prefilling, _EXACT, wanted)
+        R = len(prefilling)
         if query_lengths is None:
-            self._fill(classes)
+            self._fill(R, classes)
         elif total is None or total == query_lengths.sum():
-            self._fill(np.repeat(classes, query_lengths))
+            rows = np.repeat(np.broadcast_to(classes, R), query_lengths)
+            self._fill(len(rows), rows)
         else:
-            alike = bool((classes == classes[0]).all())
-            self._fill(np.full(total, classes[0] if alike else _EXACT))
+            alike = bool((classes == np.ravel(classes)[0]).all())
+            self._fill(total, np.ravel(classes)[0] if alike else _EXACT)
 
-    def _fill(self, rows: npt.NDArray[np.int8]) -> None:
-        n, filled = len(rows), self._filled
-        self._filled, changed = n, max(n, filled)
-        self.exact = int(np.count_nonzero(rows == _EXACT))
+    def _fill(self, n: int, rows: npt.NDArray[np.int8] | np.int8) -> None:
+        """rows: [n] classes, or one for all. The plain step, decode alone, costs microseconds."""
+        changed, self._filled = max(n, self._filled), n
+        one = isinstance(rows, np.int8)
+        self.exact = n * int(rows == _EXACT) if one else int(np.count_nonzero(rows == _EXACT))
         self.fast = n - self.exact
         if self._host is not None:
             self._host[:n] = rows
-            self._host[n:changed] = int(RowClass.VOID)
+            if n < changed:
+                self._host[n:changed] = int(RowClass.VOID)
             return
         # A fresh piece of pinned memory each time: the last copy may still wait for its turn.
         staged = torch.zeros(changed, dtype=torch.int8, pin_memory=True)
-        staged[:n] = torch.from_numpy(rows)
+        staged.numpy()[:n] = rows
         self.buffer[:changed].copy_(staged, non_blocking=True)
 
     def of(self, T: int) -> Tensor:
