@@ -1,8 +1,4 @@
-"""The specification as plain loops, compiled for CPUs by numba (which every vLLM brings along).
-
-The reference needs some sixty small tensor operations for a decode batch, a tenth of a small
-model's step; one pass over the slots needs none. Same rules, same order, same results.
-"""
+"""The operator for CPUs: `numba_loops` on the memory of tensors."""
 
 from __future__ import annotations
 
@@ -11,15 +7,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from torch import Tensor
 
-from sere.kernels.plan import FRACTION, OFF, Plan
-from sere.kernels.reference import COUNTERS, LARGEST_WEIGHT, WEIGHT_FRACTION, RowClass
+from sere.kernels.numba_loops import FAST, reroute
+from sere.kernels.plan import Plan
+from sere.kernels.reference import COUNTERS
 
-VOID, FAST, EXACT = (int(c) for c in RowClass)
 _TYPES = {
     torch.int16: types.int16,
     torch.int32: types.int32,
@@ -29,9 +24,6 @@ _TYPES = {
 }
 _KEPT: list[Any] = []
 _BOUND_ROWS = 512  # larger batches have an output of their own
-_UNKNOWN = -2  # a place that was not looked up yet
-_NEVER = 2**20  # the rank of an expert that no real row names
-_RESCUED = -1  # the rank of an expert that rule 5 made primary
 
 
 def run(
@@ -137,7 +129,7 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
         for t in range(T):
             for k in range(K):
                 moved[t, k] = given[t, k]
-        _reroute(
+        reroute(
             moved,
             carray(weights, (T, K)),
             carray(neighbours, (E, E - 1)),
@@ -156,236 +148,3 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     called = ctypes.CFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 5, *[size] * 2)
     return called(compiled.address)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        compiled: Callable[..., Any] = njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
-        compiled = njit(nogil=True)(function)
-    return compiled
-
-
-@_compiled
-def _reroute(
-    ids: Any,  # [T, K], rewritten in place
-    weights: Any,  # [T, K], scaled in place
-    neighbours: Any,  # [E, E-1]
-    errors: Any,  # [E, E-1]
-    scales: Any,  # [E, E-1]
-    settings: Any,  # [5]
-    rows: Any,  # [T]
-    counters: Any,  # [8], or [0]: count nothing
-) -> None:
-    K, E = ids.shape[1], neighbours.shape[0]
-    S, tau = settings[0], settings[3]
-    first_rank = _first_ranks(ids, weights, rows, E)
-    s = _choose_s(first_rank, S, settings[1], settings[2], K)
-    before = after = 0
-    for rank in first_rank:
-        before += rank < _NEVER
-    after = before
-    moved = critical = lonely = 0
-    if tau >= 0 and S < K:
-        _keep(ids, weights, neighbours, errors, rows, first_rank, s, settings[2], tau)
-    lowest, primaries = E, 0
-    for e in range(E - 1, -1, -1):
-        if first_rank[e] < s:
-            lowest = e
-            primaries += 1
-    if lowest < E and S < K:
-        if settings[4] == 0:
-            scales = scales[:0]
-        moved, critical, lonely = _move(
-            ids, weights, neighbours, scales, rows, first_rank, s, lowest
-        )
-        after = primaries + lonely
-    if counters.size > 0 and S != OFF:
-        _count(counters, rows, before, after, moved, critical)
-
-
-@_compiled
-def _is_fast(kind: int) -> bool:
-    return kind == FAST or kind > EXACT
-
-
-@_compiled
-def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
-    """[E]: rules 1 to 3; K where a real row names the expert and nobody votes for it, _NEVER where
-    none does."""
-    T, K = ids.shape
-    first = np.full(E, _NEVER, np.int64)
-    for t in range(T):
-        kind = rows[t]
-        if kind == VOID:
-            continue
-        for k in range(K):
-            e = ids[t, k]
-            if e < 0 or e >= E:
-                continue
-            rank = K
-            if kind == EXACT:
-                rank = 0
-            elif weights[t, k] != 0:
-                rank = _rank(ids[t], weights[t], k, E)
-                if rank < kind - EXACT:
-                    rank = 0
-            first[e] = min(first[e], rank)
-    return first
-
-
-@_compiled
-def _rank(ids: Any, weights: Any, k: int, E: int) -> int:
-    """How many counting slots of the row come before slot k."""
-    rank = 0
-    for j in range(len(ids)):
-        if 0 <= ids[j] < E and weights[j] != 0:
-            tie = weights[j] == weights[k] and j < k
-            rank += weights[j] > weights[k] or tie
-    return rank
-
-
-@_compiled
-def _choose_s(first_rank: Any, S: int, min_active: int, max_active: int, K: int) -> Any:
-    """Rule 4."""
-    sizes = np.zeros(K + 1, np.int64)
-    for rank in first_rank:
-        sizes[min(rank, K)] += 1
-    size = too_few = within = 0
-    for rank in range(K):
-        size += sizes[rank]
-        too_few += size < min_active
-        within += size <= max_active
-    return min(max(S, min(too_few + 1, K)), max(within, 1))
-
-
-@_compiled
-def _keep(
-    ids: Any,
-    weights: Any,
-    neighbours: Any,
-    errors: Any,
-    rows: Any,
-    first_rank: Any,
-    s: int,
-    max_active: int,
-    tau: int,
-) -> None:
-    """Rule 5: marks the experts that become primary in `first_rank`."""
-    E = len(first_rank)
-    shares = _largest_shares(ids, weights, rows, E)
-    loss = np.full(E, -1, np.int64)
-    primaries = 0
-    for u in range(E):
-        if first_rank[u] < s:
-            primaries += 1
-        elif shares[u] > 0:
-            place = _place(neighbours[u], first_rank, s)
-            if place >= 0:
-                loss[u] = shares[u] * shares[u] * np.int64(errors[u, place]) // FRACTION
-    while primaries < max_active:
-        largest = np.argmax(loss)  # the first of equals
-        if loss[largest] <= tau:
-            return
-        first_rank[largest] = _RESCUED
-        loss[largest] = -1
-        primaries += 1
-
-
-@_compiled
-def _largest_shares(ids: Any, weights: Any, rows: Any, E: int) -> Any:
-    """[E], in units of 1 / FRACTION."""
-    T, K = ids.shape
-    largest = np.zeros(E, np.int64)
-    whole = np.zeros(K, np.int64)
-    for t in range(T):
-        if not _is_fast(rows[t]):
-            continue
-        total = 0
-        for k in range(K):
-            counts = 0 <= ids[t, k] < E and weights[t, k] != 0
-            whole[k] = 0
-            if counts:
-                whole[k] = np.int64(min(abs(weights[t, k]), LARGEST_WEIGHT) * WEIGHT_FRACTION)
-            total += whole[k]
-        for k in range(K):
-            if whole[k] > 0:
-                e = ids[t, k]
-                largest[e] = max(largest[e], whole[k] * FRACTION // total)
-    return largest
-
-
-@_compiled
-def _move(
-    ids: Any,
-    weights: Any,
-    neighbours: Any,
-    scales: Any,
-    rows: Any,
-    first_rank: Any,
-    s: int,
-    lowest: int,
-) -> tuple[int, int, int]:
-    """Rules 6 and 7, in place; (slots of real rows that moved, critical slots, experts of the
-    latter that are not primary)."""
-    E = len(first_rank)
-    places = np.full(E, _UNKNOWN, np.int64)
-    moved = critical = lonely = 0
-    for t in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            e = ids[t, k]
-            if rows[t] == EXACT or e < 0 or e >= E:
-                continue
-            idle = not _is_fast(rows[t]) or weights[t, k] == 0
-            if first_rank[e] < s:
-                critical += first_rank[e] == _RESCUED and not idle
-                continue
-            if idle:
-                ids[t, k] = lowest
-                moved += _is_fast(rows[t])
-                continue
-            if places[e] == _UNKNOWN:
-                places[e] = _place(neighbours[e], first_rank, s)
-                lonely += places[e] < 0
-            if places[e] < 0:
-                critical += 1
-            else:
-                ids[t, k] = neighbours[e, places[e]]
-                if len(scales) > 0:
-                    weights[t, k] *= scales[e, places[e]]
-                moved += 1
-    return moved, critical, lonely
-
-
-@_compiled
-def _place(listed: Any, first_rank: Any, s: int) -> int:
-    """Where the first primary stands in a neighbour list, or -1."""
-    for place in range(len(listed)):
-        v = listed[place]
-        if v < 0:
-            return -1
-        if first_rank[v] < s:
-            return place
-    return -1
-
-
-@_compiled
-def _count(counters: Any, rows: Any, before: int, after: int, moved: int, critical: int) -> None:
-    """Add one step, in the order of `COUNTERS`."""
-    exact = void = 0
-    for kind in rows:
-        exact += kind == EXACT
-        void += kind == VOID
-    fast = len(rows) - exact - void
-    if fast > 0:
-        counters[0] += 1
-        counters[1] += before
-        counters[2] += after
-    counters[3] += moved
-    counters[4] += critical
-    counters[5] += fast
-    counters[6] += exact
-    counters[7] += void
-
-
-assert len(COUNTERS) == 8, "_count lists them by hand"
