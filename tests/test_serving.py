@@ -195,7 +195,7 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 @pytest.mark.modes
 @pytest.mark.parametrize("mode", MODES)
-def test_engine_modes(mode: str, table_path: Path) -> None:
+def test_engine_modes(mode: str, table_path: Path, without_plugin: list[Any]) -> None:
     options, env = MODES[mode]
     if mode == "torch.compile" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++ on the CPU")
@@ -209,8 +209,12 @@ def test_engine_modes(mode: str, table_path: Path) -> None:
     on, stats, _, mixed, recording, told, _, off = run_engine(
         steps, sere=sere, options=options, env=env, paths=paths
     )
-    stock_env = {**env, "VLLM_PLUGINS": "expert_map"}
-    stock = run_engine([GENERATE], options=options, env=stock_env, paths=paths)[0]
+    if mode == "pipeline parallel":
+        # vLLM 0.32's CPU engine by itself dies of its first step here: KeyError in its scheduler.
+        stock = without_plugin[0]
+    else:
+        stock_env = {**env, "VLLM_PLUGINS": "expert_map"}
+        stock = run_engine([GENERATE], options=options, env=stock_env, paths=paths)[0]
     assert off == stock
     assert on != stock
     # An exact request's tokens, whatever its neighbours get.
