@@ -131,7 +131,7 @@ def table(make_table: Callable[..., Table]) -> Table:
 @pytest.fixture(scope="session")
 def server(table_path: Path) -> Iterator[Server]:
     """One OpenAI server that re-routes and checks itself, shared by the tests of all files."""
-    shadow = {"every": 2, "bound": 0.2}
-    sere = {"table": str(table_path), "S": 2, "shadow": shadow}
+    shadow = {"every": 2, "bound": 0.5}
+    sere = {"table": str(table_path), "S": 3, "min_active": 1, "shadow": shadow}
     with openai_server(sere) as running:
         yield running

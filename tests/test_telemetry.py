@@ -78,7 +78,7 @@ def test_a_mild_policy_does_not_fall_back(server: Server) -> None:
     assert value(text, "sere_fallback", engine=0) == 0
     for layer in LAYERS:
         assert value(text, "sere_shadow_checks_total", layer=layer) >= 2
-        assert 0 < value(text, "sere_shadow_error", layer=layer) < 0.2
+        assert 0 < value(text, "sere_shadow_error", layer=layer) < 0.5
         assert 0 < value(text, "sere_surrendered_weight", layer=layer) < 0.5
         assert value(text, "sere_shadow_exceeded_total", layer=layer) == 0
 

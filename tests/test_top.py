@@ -61,8 +61,8 @@ def test_a_real_server_is_shown(server: Server, capsys: pytest.CaptureFixture[st
         assert 0 < layer["rerouted"] < 1
         assert layer["fast"] >= 11 * len(PROMPTS)
         assert 0 < layer["surrendered"] < 0.5
-        assert 0 < layer["error"] < 0.2
-    assert json.loads(seen["policies"]["0"])["S"] == 2
+        assert 0 < layer["error"] < 0.5
+    assert json.loads(seen["policies"]["0"])["S"] == 3
 
     assert main(["top", server.url.removeprefix("http://"), "--once"]) == 0
     assert "since start" in capsys.readouterr().out
