@@ -48,7 +48,7 @@ def main() -> None:
         folder = Path(name)
         calibrate("demo", folder / "table.safetensors", samples=64, progress=False)
         sere = {"table": str(folder / "table.safetensors"), "S": 2}
-        sere["shadow"] = {"every": 10, "bound": 0.2}
+        sere["shadow"] = {"every": 10, "bound": 0.5}
         with (
             openai_server(sere, VLLM_SERVER_DEV_MODE="1") as server,
             prometheus(folder, server),

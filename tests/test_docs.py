@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,11 @@ from sere.bench_result import table as bench_table
 from sere.bench_setup import contender_of
 from sere.cli import parser
 from sere.demo import as_text
+from sere.harness import as_text as tasks_table
 from sere.policy import Policy
 from sere.serving.settings import Settings
 from sere.table import Table
+from sere.tune import as_text as tuning_table
 from tests.doc_blocks import blocks, complaints, script
 from tests.engines import environment
 
@@ -139,14 +142,21 @@ def test_figures_are_those_of_the_committed_result() -> None:
     assert made["machine"] in README
 
 
-def test_the_table_of_policies_is_the_committed_result() -> None:
+def test_the_tables_of_policies_are_the_committed_results() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    from composition import as_text as company_table
     from pareto import as_text as pareto_table
+    from tuned import as_text as tuned_table
 
-    arms = json.loads((ROOT / "benchmarks/results/pareto.json").read_text())["arms"]
+    def result(name: str) -> Any:
+        return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
     page = (ROOT / "docs/policies.md").read_text()
-    for batch in ("8", "32"):
-        assert "\n".join(line.rstrip() for line in pareto_table(arms, batch).splitlines()) in page
+    tables = [pareto_table(result("pareto")["arms"], batch) for batch in ("8", "32")]
+    tables += [company_table(result("composition")), tuned_table(result("tuned"))]
+    tables += [tuning_table(result("tuned")["tuning"]), tasks_table(result("lm_eval"))]
+    for table in tables:
+        assert "\n".join(line.rstrip() for line in table.splitlines()) in page
 
 
 @pytest.mark.parametrize("result", sorted((ROOT / "benchmarks/results").glob("bench_cpu*.json")))
@@ -168,15 +178,6 @@ def test_benchmark_commands_are_valid() -> None:
         given = parser().parse_args(shlex.split(line)[1:])
         for policy in getattr(given, "policies", None) or []:
             contender_of(policy, Path("absent"))
-
-
-def test_the_table_of_company_is_the_committed_result() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from composition import as_text as company_table
-
-    result = json.loads((ROOT / "benchmarks/results/composition.json").read_text())
-    lines = [line.rstrip() for line in company_table(result).splitlines()]
-    assert "\n".join(lines) in (ROOT / "docs/policies.md").read_text()
 
 
 def test_readme_is_short() -> None:

@@ -4,7 +4,8 @@ One dial does most of it: tau, the loss that no single replacement may exceed. F
 the largest tau within the budget is found by bisection (half of the passages); settings per layer
 are then solved for by trading savings against losses; the paper's rule competes. Batch
 sizes differ in what they bear: the policy says what to do from which size on, stock routing where
-nothing pays. It is checked on the other half, and goes into the table for serving to find.
+nothing pays. On the other half it is checked, and made more cautious where the search was lucky;
+then it goes into the table for serving to find.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def run(
         with Journal(f"{output}.held-out.unfinished", settings) as other:
             unseen = Judge(model, layers, passages[half:], other, False, "check")
             checker = replace(tuner, judge=unseen)
+            chosen = _confirmed(checker, chosen, sorted(batches))
             held_out = [checker.points([None, chosen], batch) for batch in sorted(batches)]
     result = {
         "provenance": report.provenance(),
@@ -145,6 +147,14 @@ def _chosen(tuner: Tuner, by_batch: list[dict[str, Any]]) -> Policy | None:
         if policy is not None:
             fit.append((sum(p.seconds / stock[p.batch] for p in points), policy))
     return min(fit, key=lambda found: found[0])[1] if fit else None
+
+
+def _confirmed(checker: Tuner, chosen: Policy | None, batches: Sequence[int]) -> Policy | None:
+    """The choice, more cautious wherever passages that the search did not see say so."""
+    if chosen is None:
+        return None
+    own = {batch: chosen.for_bucket(chosen.bucket(batch)) for batch in batches}
+    return checker.together(replace(chosen, batches={}), own)[0]
 
 
 def _in_common(base: Policy, own: Mapping[int, Policy | None]) -> Policy:

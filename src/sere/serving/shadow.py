@@ -40,7 +40,7 @@ class ShadowSettings:
     bound: relative error of a layer's output, > 0, above which stock routing is better."""
 
     every: int = 100
-    bound: float = 0.2
+    bound: float = 0.5
 
     @classmethod
     def parse(cls, given: Any) -> ShadowSettings:
