@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sere.decoding import Reading
 from sere.evaluate import load_passages, run
 from sere.loading import load_model
 from sere.quality import EvaluationError, mean
+from sere.table import TableError
 
 POLICIES = ['{"S": 2, "name": "off"}', '{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05}']
 POLICIES += ['{"rival": "top_k", "k": 1}']
@@ -156,3 +158,20 @@ def test_the_table_and_the_plot_are_written(tiny: Any, capsys: pytest.CaptureFix
     assert "batch 4" in printed and "S=1 tau=0.05" in printed and "+-" in printed
     assert (tiny.folder / "shown.png").stat().st_size > 10_000
     assert torch.tensor(json.loads((tiny.folder / "shown.json").read_text())["K"]) == 2
+
+
+def test_a_table_of_other_weights_is_refused(
+    tiny: Any, model_dir: Path, tmp_path: Path, corpus_file: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    weights = load_file(other / "model.safetensors")
+    changed = {n: w + 0.01 if "experts" in n else w for n, w in weights.items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--data", str(corpus_file), "-o", str(tmp_path / "e.json")]
+    with pytest.raises(TableError, match="belongs to another model"):
+        run(str(other), str(tiny.folder / "t"), str(tmp_path / "e.json"), policies=[], batches=[1])
+    assert main(["evaluate", str(other), str(tiny.folder / "t"), *flags]) == 1
+    assert not (tmp_path / "e.json").exists()

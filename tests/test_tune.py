@@ -92,7 +92,12 @@ def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None
     assert result["settings"]["budget"] == {"name": "top1", "limit": 0.5}
 
 
-@pytest.mark.parametrize("text", ["kl", "kl=0", "kl=-1", "ppl=1", "kl=x"])
+BAD = ["kl", "kl=0", "kl=-1", "ppl=1", "kl=x", "top1=5", "exact_match=1.5"]
+
+
+@pytest.mark.parametrize("text", BAD)
+    "text", ["kl", "kl=0", "kl=-1", "ppl=1", "kl=x", "top1=5", "exact_match=1.5"]
+)
 def test_budgets_that_cannot_be_read(text: str) -> None:
     with pytest.raises(BudgetError, match="expected NAME=LOSS"):
         Budget.parse(text)
@@ -110,7 +115,12 @@ def test_a_loss_counts_with_its_error() -> None:
     stock, arm = sums((9, 10), (9, 10)), sums((9, 10), (7, 8))
     assert Budget("exact_match", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.1))
     assert Budget("top1", 1).loss(arm, stock) == pytest.approx((0.1, 0.1 + 1.645 * 0.1))
-    assert Budget("exact_match", 1).loss(stock, stock) == (0, 0)  # paired: no loss, no doubt
+    # Nothing lost of 20 answers: up to 3 / 20 may be, with 95 %.
+    assert Budget("exact_match", 1).loss(stock, stock) == (0, pytest.approx(3 / 20))
+    with pytest.raises(BudgetError, match="at least 300 are needed"):
+        Budget("exact_match", 0.01).check_passages(128)
+    Budget("exact_match", 0.01).check_passages(300)
+    Budget("kl", 0.01).check_passages(1)
 
 
 def test_batch_sizes_share_one_policy_that_keeps_the_budget(tune: Any) -> None:

@@ -95,7 +95,8 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
         dest="policies",
         action="append",
         metavar="JSON",
-        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1}; may be repeated',
+        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1}; may be repeated '
+        "(default: S of 2 and 1, tau of 0.02 and 0.1)",
     )
 
 
@@ -251,6 +252,13 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
 }
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, but not that there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     top = argparse.ArgumentParser(
@@ -263,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary.capitalize() + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Formatter,
         )
         flags(verb)
     return top

@@ -214,7 +214,7 @@ def as_text(result: dict[str, Any]) -> str:
             row("slots re-routed", lambda arm: f"{arm['rerouted_fraction']:.1%}"),
             row("slots kept as critical", lambda arm: f"{arm['critical_fraction']:.1%}"),
             row("decode tokens/s (median)", lambda arm: f"{arm['decode_tokens_per_s']:.0f}"),
-            row("  ratio to stock", lambda arm: f"{arm['speed_ratio_to_stock']:.2f}x"),
+            row("  to stock (median of pairs)", lambda arm: f"{arm['speed_ratio_to_stock']:.2f}x"),
         ],
     )
 

@@ -19,6 +19,7 @@ from sere.table import Table
 TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.46
 _PER_LAYER = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the tau of all
 SURE = 1.645  # one-sided 95 %
+RULE_OF_THREE = 3.0  # ... of a share of which nothing was seen in n: 3 / n
 BUDGETS = {
     "kl": "nats per token from stock, on average",
     "top1": "share of tokens whose most likely next token changes",
@@ -45,7 +46,7 @@ class Budget:
             limit = float(value)
         except ValueError:
             limit = math.nan
-        if name not in BUDGETS or not limit > 0:
+        if name not in BUDGETS or not limit > 0 or (name != "kl" and limit > 1):
             kinds = "; ".join(f"{k}: {v}" for k, v in BUDGETS.items())
             raise BudgetError(f"budget {text!r}: expected NAME=LOSS, e.g. kl=0.01 ({kinds})")
         return cls(name, limit)
@@ -58,7 +59,18 @@ class Budget:
             loss, error = mean([(part.tokens - part.top1, part.tokens) for part in found])
         else:
             loss, error = answers_lost(found, stock)
+            least = RULE_OF_THREE / max(sum(part.passages for part in found), 1)
+            return loss, max(loss + SURE * (0.0 if math.isnan(error) else error), least)
         return loss, loss + SURE * (0.0 if math.isnan(error) else error)
+
+    def check_passages(self, passages: int) -> None:
+        """Raise `BudgetError` if so few could not keep it even with nothing lost."""
+        if self.name == "exact_match" and RULE_OF_THREE / passages > self.limit:
+            raise BudgetError(
+                f"{passages} passages cannot show that less than {self.limit:g} of the answers are "
+                f"lost, even if none is: at least {math.ceil(RULE_OF_THREE / self.limit)} are "
+                "needed for the search, and as many for the check; raise --samples or the budget"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sere.scrape import LayerView, Reading, View, read, view
 
+_ACTIVE = len("  12.3 ->   12.3")
 _BAR = 24  # characters
 
 
@@ -39,8 +40,9 @@ def picture(url: str, seen: View) -> RenderableType:
     """What one reading shows; all layers together come first, as a terminal may be short."""
     several = len(seen.policies) > 1
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("layer", "active experts", ""):
-        table.add_column(name, no_wrap=True)
+    table.add_column("layer", no_wrap=True, min_width=5)
+    table.add_column("active experts", no_wrap=True, min_width=_ACTIVE)
+    table.add_column("", no_wrap=True)  # what a narrow terminal gives up first
     for name in ("re-routed", "critical", "rows fast", "exact", "weight moved", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in (_all(seen.layers), *seen.layers):

@@ -17,7 +17,7 @@ from typing import Any
 
 from sere import demo_model, report
 from sere.cost import Cost, roofline
-from sere.evaluate import load, load_passages, passages_hash
+from sere.evaluate import check_made_for, load, load_passages, passages_hash
 from sere.files import check_writable, replaced
 from sere.journal import Journal
 from sere.policy import Policy
@@ -52,6 +52,7 @@ def run(
     check_writable(table_path)
     table = Table.load(table_path)
     folder = demo_model.resolve(model_name)
+    check_made_for(table, folder)
     model, layers = load(folder)
     passages = load_passages(
         model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
@@ -63,6 +64,7 @@ def run(
         )
     cost = cost or roofline(layers[0], table.fingerprint.K, **(device or {}))
     half = len(passages) // (2 * max(batches)) * max(batches)
+    wanted.check_passages(half)
     settings = {
         "model": folder,
         "budget": asdict(wanted),
