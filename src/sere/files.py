@@ -1,4 +1,4 @@
-"""Writing a user's file: all of it or none of it."""
+"""A user's files: is one there, and writing all of it or none of it."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def check_writable(path: str | Path) -> None:
         raise FileNotFoundError(f"{path.parent} does not exist: create it or choose another output")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is not writable: choose another output")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is one; False, too, for names that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:  # too long
+        return False
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -117,7 +118,7 @@ class Policy:
             raise PolicyError(f'layers={self.layers!r}: expected {{layer index: {{"S": 4}}}}')
         layers: dict[int, dict[str, Any]] = {}
         for key, override in self.layers.items():
-            if not str(key).isdecimal():
+            if not _is_index(key):
                 raise PolicyError(f"layers: {key!r} is not a decoder layer index such as 0 or 17")
             if not isinstance(override, Mapping):
                 raise PolicyError(f'layers[{key}]={override!r}: expected settings, e.g. {{"S": 4}}')
@@ -131,7 +132,7 @@ class Policy:
             raise PolicyError(f'batches={self.batches!r}: expected {{rows: {{"S": 1}}}}')
         batches: dict[int, dict[str, Any] | None] = {}
         for key, override in self.batches.items():
-            if not str(key).isdecimal() or not int(key):
+            if not _is_index(key) or not int(key):
                 raise PolicyError(f"batches: {key!r} is not a number of rows such as 1 or 32")
             if override is not None and not isinstance(override, Mapping):
                 raise PolicyError(
@@ -146,7 +147,7 @@ class Policy:
         check_keys(f"batches[{key}]", override, (*BATCH_KEYS, "layers"))
         own, layers = dict(override), override.get("layers", {})
         if not isinstance(layers, Mapping) or not all(
-            str(i).isdecimal() and isinstance(o, Mapping) for i, o in layers.items()
+            _is_index(i) and isinstance(o, Mapping) for i, o in layers.items()
         ):
             raise PolicyError(f'batches[{key}]: layers={layers!r}: expected {{index: {{"S": 4}}}}')
         own["layers"] = {int(i): dict(o) for i, o in layers.items()}
@@ -253,8 +254,8 @@ class Policy:
     def from_json(cls, text: str) -> Policy:
         try:
             settings = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise PolicyError(f"policy {text[:200]!r}: not JSON ({error})") from None
         return cls.from_dict(settings)
 
 
@@ -272,6 +273,11 @@ def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
+
+
+def _is_index(key: Any) -> bool:
+    """Whether a key, a string in JSON, is a whole number that could count anything."""
+    return str(key).isdecimal() and len(str(key)) < 10
 
 
 def _check_count(name: str, value: Any, *, optional: bool) -> None:
@@ -310,6 +316,6 @@ def _check_quantile(value: Any) -> None:
 def _checked_rho(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PolicyError(f"rho={value!r}: expected a number >= 0, usually between 0 and 1")
-    if math.isnan(value) or value < 0:
+    if not (0 <= value <= sys.float_info.max or value == math.inf):
         raise PolicyError(f"rho={value}: expected a number >= 0, usually between 0 and 1")
     return float(value)

@@ -8,7 +8,7 @@ with the reason: a table of another model would re-route silently and wrongly.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere.checkpoint import Fingerprint
-from sere.files import replaced
+from sere.files import is_file, replaced
 from sere.kernels import Plan
 from sere.kernels.plan import Substitution
-from sere.policy import Policy
+from sere.policy import Policy, PolicyError
 
 FORMAT = 2
 # Beside a model. Not *.safetensors: vLLM would take it for a shard of the model's weights.
 FILE_NAME = "sere.table"
+# What reading a file that is no table, or no longer one, can end in.
+_UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError)
 _TENSORS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
 
 
@@ -159,7 +161,7 @@ class Table:
     def load(cls, path: str | Path) -> Table:
         """Read and check a table; `TableError` names the file, the fault and the remedy."""
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             raise TableError(
                 f"{path}: no such table; make one with `sere calibrate MODEL -o {path}`"
             )
@@ -171,13 +173,13 @@ class Table:
             return cls(
                 fingerprint,
                 dict(_layers(fingerprint, document, tensors)),
-                document["method"],
-                document["provenance"],
+                _typed(document, "method", str),
+                _typed(document, "provenance", dict),
                 _policy(document),
             )
         except TableError as error:
             raise TableError(f"{path}: {error}") from None
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        except _UNREADABLE as error:
             raise TableError(
                 f"{path}: not a complete sere table ({error}); truncated or foreign file? "
                 "Run `sere calibrate` again"
@@ -191,6 +193,8 @@ def _document(metadata: dict[str, str]) -> dict[str, Any]:
             "make one with `sere calibrate`"
         )
     document: dict[str, Any] = json.loads(metadata["sere"])
+    if not isinstance(document, dict):
+        raise TableError("its metadata is not a JSON object; run `sere calibrate` again")
     if document["format"] != FORMAT:
         raise TableError(
             f"table format {document['format']}, this version reads {FORMAT}: "
@@ -209,22 +213,56 @@ def stored_policy(path: str | Path) -> Policy | None:
     try:
         with safe_open(path, framework="pt") as file:
             return _policy(_document(file.metadata() or {}))
-    except (TableError, SafetensorError, OSError):
+    except PolicyError:
+        raise
+    except _UNREADABLE:  # TableError is a ValueError
         return None
 
 
 def _fingerprint(fields: dict[str, Any]) -> Fingerprint:
-    return Fingerprint(**{**fields, "layers": tuple(fields["layers"])})
+    found = Fingerprint(**{**fields, "layers": tuple(fields["layers"])})
+    E, K = (_whole(name, getattr(found, name), 1) for name in ("E", "K"))
+    if K > E:
+        raise TableError(f"K={K} exceeds E={E}")
+    for index in found.layers:
+        _whole("a layer's index", index, 0)
+    _typed(fields, "architecture", str)
+    for name in ("router_hash", "experts_hash"):
+        _typed(fields, name, (str, type(None)))
+    return found
+
+
+def _typed(fields: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(value := fields.get(name), kind):
+        raise TableError(f"{name}={value!r} in its metadata; calibrate again")
+    return value
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise TableError(f"{name} is {value!r} in its metadata, expected a whole number >= {least}")
+    return value
 
 
 def _layers(
     fingerprint: Fingerprint, document: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[int, LayerStatistics]]:
-    tokens, stability = document["tokens"], document.get("stability", {})
+    tokens, stability = _typed(document, "tokens", dict), document.get("stability")
     for index in fingerprint.layers:
         own: dict[str, Any] = {name: tensors[f"layers.{index}.{name}"] for name in _TENSORS}
-        own |= {"tokens": tokens[str(index)], "stability": stability.get(str(index))}
+        for name, tensor in own.items():
+            if tensor.dtype != torch.float32:
+                raise TableError(f"layer {index}: {name} is {tensor.dtype}, expected float32")
+        seen = _whole(f"tokens of layer {index}", tokens[str(index)], 0)
+        own |= {"tokens": seen, "stability": _stability(stability, index)}
         yield index, LayerStatistics(**own)
+
+
+def _stability(known: Any, index: int) -> float | None:
+    share = known.get(str(index)) if isinstance(known, Mapping) else None
+    if isinstance(share, bool) or not (share is None or isinstance(share, int | float)):
+        raise TableError(f"stability of layer {index} is {share!r} in its metadata")
+    return share
 
 
 def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:

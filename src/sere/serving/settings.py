@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sere.files import is_file
 from sere.policy import Policy, PolicyError, check_keys
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
@@ -65,6 +66,8 @@ class Settings:
             raise PolicyError(
                 f'"sere": {given!r}: expected settings, e.g. {{"table": "t.safetensors"}}'
             )
+        if not isinstance(model_default, Mapping):
+            raise PolicyError(f'"sere": {model_default!r} in config.json: expected settings')
         merged = {**model_default, **given}
         check_keys('"sere"', merged, _OWN_KEYS + _POLICY_KEYS)
         level = merged.get("fingerprint", "weights")
@@ -107,11 +110,13 @@ def _tier(given: Mapping[str, Any], name: str, otherwise: str) -> Tier:
         raise PolicyError(f"{name}={error}") from None
 
 
-def _find_table(named: str | None, folder: Path | None, from_model: bool) -> Path:
+def _find_table(named: Any, folder: Path | None, from_model: bool) -> Path:
     """The named table (relative to the model if its config names it), or one beside the model."""
+    if named is not None and not isinstance(named, str):
+        raise PolicyError(f"table={named!r}: expected the path of a file")
     beside = folder / (named or FILE_NAME) if folder else None
     path = beside if from_model and beside else Path(named or FILE_NAME)
-    if not path.is_file():
+    if not is_file(path):
         raise TableError(
             f"{path}: no such table; run `sere calibrate MODEL -o {FILE_NAME}` and name it, "
             f'{{"sere": {{"table": "{FILE_NAME}"}}}}, or put it beside the model'

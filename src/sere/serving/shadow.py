@@ -53,7 +53,7 @@ class ShadowSettings:
         every, bound = given.get("every", cls.every), given.get("bound", cls.bound)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise PolicyError(f"shadow: every={every!r}: expected a whole number of steps >= 1")
-        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound < 1e9:
             raise PolicyError(f"shadow: bound={bound!r}: expected a relative error > 0, e.g. 0.2")
         return cls(every, float(bound))
 
