@@ -352,31 +352,40 @@ def fuzzed(
     return tally
 
 
-def targets(
-    folder: Path,
-) -> dict[str, tuple[int, st.SearchStrategy[Any], Callable[[Any], None]]]:
-    """By name the weight, the inputs and what is fed with them; files are written in `folder`."""
+WEIGHTS = {
+    "policy": 3,
+    "policy as JSON": 1,
+    "settings of the engine": 2,
+    "tier of a request": 2,
+    "shadow check": 2,
+    "table: bytes": 4,
+    "table: metadata": 4,
+    "table: tensors": 2,
+}
+
+
+def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]]:
+    """By name the inputs and what is fed with them; files are written in `folder`."""
     tables = Tables(folder)
     (folder / "valid.table").write_bytes(tables.whole)
     return {
-        "table: bytes": (4, BYTES, tables.bytes),
-        "table: metadata": (4, st.one_of(DAMAGES, DAMAGES, HOSTILE_TEXT), tables.metadata),
-        "table: tensors": (2, FOREIGN, tables.foreign),
-        "policy": (4, POLICIES, policy),
-        "policy as JSON": (2, st.one_of(POLICIES, POLICIES, HOSTILE_TEXT), policy_json),
-        "settings of the engine": (2, ENGINE, engine_in(folder)),
-        "tier of a request": (1, TIERS, tier),
-        "shadow check": (1, SHADOWS, ShadowSettings.parse),
+        "table: bytes": (BYTES, tables.bytes),
+        "table: metadata": (st.one_of(DAMAGES, DAMAGES, HOSTILE_TEXT), tables.metadata),
+        "table: tensors": (FOREIGN, tables.foreign),
+        "policy": (POLICIES, policy),
+        "policy as JSON": (st.one_of(POLICIES, POLICIES, HOSTILE_TEXT), policy_json),
+        "settings of the engine": (ENGINE, engine_in(folder)),
+        "tier of a request": (TIERS, tier),
+        "shadow check": (SHADOWS, ShadowSettings.parse),
     }
 
 
 def all_targets(folder: Path, count: int, start: int = 0) -> dict[str, Tally]:
     """About `count` inputs, shared out by weight."""
-    known = targets(folder)
-    whole = sum(weight for weight, *_ in known.values())
+    whole = sum(WEIGHTS.values())
     return {
-        name: fuzzed(inputs, feed, count * weight // whole, start)
-        for name, (weight, inputs, feed) in known.items()
+        name: fuzzed(inputs, feed, count * WEIGHTS[name] // whole, start)
+        for name, (inputs, feed) in targets(folder).items()
     }
 
 

@@ -2,14 +2,19 @@
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
 `steps`, each a list: ["generate", prompts, max_tokens, tiers], ["refused", tier], ["rpc", method,
-args...], or a check that needs the model in this process: ["capture"], ["captured"], ["addresses"].
+args...], a mishap: ["remove", path], ["asleep"], ["killed", process], or a check that needs the
+model in this process: ["capture"], ["captured"], ["addresses"].
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 RESULT = "RESULT "
 
@@ -67,6 +72,45 @@ class Steps:
 
     def captured(self) -> dict[str, list[Any]]:
         return self.taken
+
+    def forget(self) -> bool:
+        """Empty the prefix cache."""
+        emptied: bool = self.llm.reset_prefix_cache()
+        return emptied
+
+    def remove(self, path: str) -> None:
+        Path(path).unlink()
+
+    def asleep(self) -> int:
+        """What sleep mode of level 2 does to a model's buffers, and what waking up does (vLLM's
+        GPU worker: kept on the host, unmapped, copied back); how many there are of sere's."""
+
+        def sleep_and_wake(model: Any) -> int:
+            kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            for _, buffer in model.named_buffers():
+                buffer.zero_()
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+            return sum(".sere." in name for name in kept)
+
+        (count,) = self.llm.apply_model(sleep_and_wake)
+        return int(count)
+
+    def killed(self, process: str) -> str:
+        """Kill the process of that name in the middle of a run: what the caller is told."""
+        (victim,) = (
+            child
+            for child in psutil.Process().children(recursive=True)
+            if process in "".join(child.cmdline())
+        )
+        timer = threading.Timer(1.0, victim.kill)
+        timer.start()
+        try:
+            for _ in range(1000):
+                self.generate(["add 12+34:"] * 32, 100)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
 
     def addresses(self) -> list[int]:
         return [t.data_ptr() for _, layer in _moe_layers(self.llm) for t in layer.sere.buffers()]

@@ -94,7 +94,7 @@ class Policy:
             raise PolicyError(f"{' and '.join(given)}: give one threshold, not several")
         if self.fill == "error" and (self.rho or self.rho_quantile is not None):
             raise PolicyError(
-                f'{given[0]} is a threshold of similarity, fill="error" does not look at it: '
+                'rho and rho_quantile are thresholds of similarity, fill="error" looks at none: '
                 "use tau instead"
             )
 

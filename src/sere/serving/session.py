@@ -16,7 +16,7 @@ from sere.policy import Policy, PolicyError
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.rows import RowClasses
-from sere.serving.settings import KEY, Settings
+from sere.serving.settings import KEY, Settings, cap_of
 from sere.serving.shadow import Shadow
 from sere.serving.tiers import RequestTiers, Tier
 from sere.table import Table
@@ -177,12 +177,12 @@ def asked_by(params: Any) -> Any:
 
 def check_request(config: Any, params: Any) -> None:
     """Raise `PolicyError` if a request asks for what is no tier, or for more than the cap."""
-    asked = asked_by(params)
-    if asked is None or given(config) is None:
+    asked, own = asked_by(params), given(config)
+    if asked is None or own is None:
         return
     cap = getattr(config.compilation_config, _CAP, None)
     if cap is None:
-        cap = settings_of(config).cap
+        cap = cap_of({**_model_default(config), **own})
         object.__setattr__(config.compilation_config, _CAP, cap)
     tier = Tier.parse(asked)
     if tier > cap:
@@ -191,10 +191,16 @@ def check_request(config: Any, params: Any) -> None:
 
 def settings_of(config: Any) -> Settings:
     """The user's settings over the model's own defaults (`"sere"` in its config.json)."""
-    default = getattr(config.model_config.hf_config, KEY, None) or {}
     return Settings.parse(
-        given(config) or {}, model_folder=model_folder(config), model_default=default
+        given(config) or {},
+        model_folder=model_folder(config),
+        model_default=_model_default(config),
     )
+
+
+def _model_default(config: Any) -> Mapping[str, Any]:
+    default: Mapping[str, Any] = getattr(config.model_config.hf_config, KEY, None) or {}
+    return default
 
 
 def check_config(config: Any) -> None:

@@ -73,7 +73,7 @@ class Settings:
         level = merged.get("fingerprint", "weights")
         if level not in ("weights", "router", "shape"):
             raise PolicyError(f'fingerprint={level!r}: expected "weights", "router" or "shape"')
-        default, cap = (_tier(merged, *key) for key in (("default", "fast"), ("cap", "exact")))
+        default, cap = _tier(merged, "default", "fast"), cap_of(merged)
         if default > cap:
             raise PolicyError(f'default="{default}" is better than cap="{cap}": raise the cap')
         _check_union(merged.get("union", "rank"))
@@ -101,6 +101,11 @@ def _check_union(value: Any) -> None:
             "for all would need an all-reduce in every layer between votes and routes, and ranks "
             "that are idle or replay graphs of other sizes are not in step for it"
         )
+
+
+def cap_of(merged: Mapping[str, Any]) -> Tier:
+    """The cap alone: the table need not be there any more."""
+    return _tier(merged, "cap", "exact")
 
 
 def _tier(given: Mapping[str, Any], name: str, otherwise: str) -> Tier:
