@@ -60,10 +60,11 @@ class Log:
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     hung_up: int = 0
+    in_stream: int = 0
     streamed: int = 0
     compared: int = 0
-    memory: list[tuple[float, int, float]] = field(default_factory=list)
-    """(seconds, requests sent, MB) in turn"""
+    memory: list[tuple[float, int, dict[str, float]]] = field(default_factory=list)
+    """(seconds, requests sent, MB by process) in turn"""
 
     @property
     def sent(self) -> int:
@@ -95,7 +96,11 @@ class Client:
     async def answer(
         self, question: Question, tier: Any, *, stream: bool, patience: int | None = None
     ) -> tuple[int, str]:
-        """(status, text); hangs up after `patience` pieces."""
+        """(status, text); hangs up after `patience` pieces.
+
+        vLLM checks a streaming request when its stream has begun: the status is then the code of
+        the error in the stream.
+        """
         body: dict[str, Any] = {
             "model": "demo",
             "prompt": question.prompt,
@@ -112,7 +117,11 @@ class Client:
             text, pieces = "", 0
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    text += json.loads(line[6:])["choices"][0]["text"]
+                    piece = json.loads(line[6:])
+                    if error := piece.get("error"):
+                        self._log.in_stream += 1
+                        return int(error["code"]), str(error["message"])
+                    text += piece["choices"][0]["text"]
                     pieces += 1
                 if patience is not None and pieces >= patience:
                     response.close()
@@ -140,9 +149,13 @@ class Client:
                 self._log.wrong.append(f"{question}: {text!r}, alone {right!r}")
 
 
-def server_memory_mb() -> float:
-    """Resident memory of all processes that this one started."""
-    return sum(p.memory_info().rss for p in psutil.Process().children(recursive=True)) / 2**20
+def server_memory_mb() -> dict[str, float]:
+    """Resident memory of each process that this one started."""
+    found: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        name = "engine" if "EngineCore" in "".join(process.cmdline()) else "front end, others"
+        found[name] += process.memory_info().rss / 2**20
+    return {name: round(mb, 1) for name, mb in found.items()}
 
 
 def counters(server: Server) -> dict[str, float]:
@@ -187,7 +200,7 @@ async def soaked(server: Server, requests: int, seconds: float, seed: int) -> di
         async def watch() -> None:
             while True:
                 passed = time.monotonic() - began
-                log.memory.append((round(passed, 1), log.sent, round(server_memory_mb(), 1)))
+                log.memory.append((round(passed, 1), log.sent, server_memory_mb()))
                 await asyncio.sleep(2)
 
         watching = asyncio.create_task(watch())
@@ -205,6 +218,7 @@ async def soaked(server: Server, requests: int, seconds: float, seed: int) -> di
         "requests_sent": log.sent,
         "streamed": log.streamed,
         "hung_up": log.hung_up,
+        "refused_in_stream": log.in_stream,
         "statuses": {str(status): n for status, n in sorted(log.statuses.items())},
         "exact_answers_compared": log.compared,
         "wrong": log.wrong,
@@ -238,13 +252,17 @@ def accounts(before: dict[str, float], after: dict[str, float], log: Log) -> dic
 
 
 def growth(log: Log) -> dict[str, Any]:
-    """A line through what is there after the first quarter of the requests."""
-    kept = [(n, mb) for _, n, mb in log.memory if n >= log.sent / 4]
+    """A line through what is there after the first quarter of the requests.
+
+    vLLM uses the blocks of its KV cache in turn, and each becomes resident when it is first used:
+    a quarter should be more requests than there are blocks (4096).
+    """
+    kept = [(n, sum(mb.values())) for _, n, mb in log.memory if n >= log.sent / 4]
     slope = float(np.polyfit(*zip(*kept, strict=True), 1)[0])
     total = slope * (kept[-1][0] - kept[0][0])
     return {
-        "mb_first": kept[0][1],
-        "mb_last": kept[-1][1],
+        "mb_first": round(kept[0][1], 1),
+        "mb_last": round(kept[-1][1], 1),
         "mb_per_1000_requests": round(1000 * slope, 2),
         "growth_mb": round(total, 1),
         "noise_mb": NOISE_MB,
@@ -268,7 +286,7 @@ def main() -> None:
     """Soak, and keep the figures; exit status 1 if there is something to complain about."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="soak.json")
-    parser.add_argument("-n", "--requests", type=int, default=6000)
+    parser.add_argument("-n", "--requests", type=int, default=30_000)
     parser.add_argument("--seconds", type=float, default=330)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
