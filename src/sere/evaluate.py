@@ -58,7 +58,7 @@ def run(
         model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
     )
     settings = {
-        "model": folder,
+        "model": model_name,
         "table": table_path,
         "policies": list(policies),
         "batches": list(batches),

@@ -66,7 +66,7 @@ def run(
     half = len(passages) // (2 * max(batches)) * max(batches)
     wanted.check_passages(half)
     settings = {
-        "model": folder,
+        "model": model_name,
         "budget": asdict(wanted),
         "batches": list(batches),
         "passages": passages_hash(passages),
