@@ -84,7 +84,7 @@ def test_a_damaged_document_is_refused(
     tensors, document = parts(path)
     spoil(document)
     rewrite(path, tensors, document)
-    with pytest.raises(TableError, match=r"t\.safetensors: not a complete sere table"):
+    with pytest.raises(TableError, match=r"t\.safetensors: (not a complete sere table|tokens=)"):
         Table.load(path)
 
 
