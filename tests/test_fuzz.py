@@ -27,9 +27,9 @@ HUGE = 10**400
 
 @pytest.mark.parametrize("name", fuzz.WEIGHTS)
 def test_whatever_is_wrong_is_refused_with_a_clean_error(name: str, tmp_path: Path) -> None:
-    """Raises what is no clean error, with the smallest input; some inputs are sound."""
+    """Raises what is no clean error, with the smallest input."""
     tally = fuzz.fuzzed(*fuzz.targets(tmp_path)[name], 250)
-    assert tally.accepted > 0 < tally.refused.total()
+    assert tally.refused.total() > 100
 
 
 @pytest.mark.parametrize(
