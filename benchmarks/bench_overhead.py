@@ -19,12 +19,12 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
-from random import Random
 
 from random_model import write_random_model
 from tqdm import tqdm
 
 from sere import demo_model, report
+from sere.bench_result import interval
 from sere.calibrate import calibrate
 from sere.policy import Policy
 from sere.serving.engine import Engine
@@ -94,13 +94,6 @@ def main() -> None:
     for name, cost in overhead.items():
         low, high = cost["interval_95"]
         print(f"{name}: {cost['median']:+.2%} (95 %: {low:+.2%}, {high:+.2%})")
-
-
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    random = Random(0)
-    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(draws))
-    return medians[draws // 40], medians[-draws // 40]
 
 
 if __name__ == "__main__":

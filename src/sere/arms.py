@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from sere.decoding import scores_of
 from sere.kernels import Plan, reroute
 from sere.moe import MoELayer
-from sere.policy import Policy, PolicyError
+from sere.policy import Policy, settings_from_json
 from sere.rivals import Rival, Routed
 from sere.table import Table
 
@@ -59,13 +58,7 @@ class Arm:
 def parse_arm(text: str, table: Table) -> Arm:
     """An arm from JSON: a policy such as {"tau": 0.02}, or {"rival": "oea", "k0": 1}; either may
     have a "name", and a "table" of its own. Raises `PolicyError` for anything else."""
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
-    if not isinstance(settings, Mapping):
-        raise PolicyError(f'policy {text!r}: expected settings such as {{"tau": 0.02}}')
-    return arm_of(settings, table)
+    return arm_of(settings_from_json(text), table)
 
 
 def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:

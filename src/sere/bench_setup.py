@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from sere import demo_model, report
-from sere.policy import Policy, PolicyError
+from sere.policy import Policy, PolicyError, settings_from_json
 from sere.roofline import Sizes
 from sere.serving.random_weights import LOAD_FORMAT, reached
 from sere.shapes import SHAPES, Shape, shape_named
@@ -150,13 +149,7 @@ def contender_of(text: str, table: Path) -> Contender:
         if policy is None:
             raise PolicyError(f"{table} carries no policy: run `sere tune`, or give JSON")
         return Contender(TUNED, policy)
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"policy {text!r}: not JSON ({error})") from error
-    if not isinstance(settings, Mapping):
-        raise PolicyError(f'policy {text!r}: expected settings such as {{"S": 1}}')
-    rest = dict(settings)
+    rest = dict(settings_from_json(text))
     merge, name = rest.pop("merge", False), rest.pop("name", None)
     if not isinstance(merge, bool):
         raise PolicyError(f"policy {text!r}: merge={merge!r}: expected true or false")

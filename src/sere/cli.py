@@ -141,14 +141,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
         help='e.g. {"S": 1}, {"S": 1, "merge": true}, or the word tuned; may be repeated '
         "(default: S=2 and S=1)",
     )
-    parser.add_argument(
-        "--batch",
-        dest="batches",
-        type=_positive,
-        action="append",
-        metavar="B",
-        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
-    )
+    _batch_flag(parser)
     parser.add_argument("--input-len", type=_positive, default=128, help="tokens of a prompt")
     parser.add_argument("--output-len", type=_positive, default=32, help="tokens to generate")
     parser.add_argument("--rounds", type=_positive, default=5, help="measured, after a warm-up")
@@ -178,14 +171,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
 def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
     parser.add_argument("table", help="its table, made by `sere calibrate`")
-    parser.add_argument(
-        "--batch",
-        dest="batches",
-        type=_positive,
-        action="append",
-        metavar="B",
-        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
-    )
+    _batch_flag(parser)
     parser.add_argument(
         "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
     )
@@ -194,6 +180,17 @@ def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--prompt", type=_positive, default=64, help="tokens a text begins with")
     parser.add_argument("--length", type=_positive, default=64, help="tokens of a text to decode")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _batch_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch",
+        dest="batches",
+        type=_positive,
+        action="append",
+        metavar="B",
+        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
+    )
 
 
 def _top_flags(parser: argparse.ArgumentParser) -> None:

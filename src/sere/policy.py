@@ -252,11 +252,19 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        try:
-            settings = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PolicyError(f"policy {text[:200]!r}: not JSON ({error})") from None
-        return cls.from_dict(settings)
+        return cls.from_dict(settings_from_json(text))
+
+
+def settings_from_json(text: str) -> Mapping[str, Any]:
+    """What a policy's JSON text holds, its keys and values unchecked; `PolicyError` if it is no
+    JSON object."""
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"policy {text[:200]!r}: not JSON ({error})") from None
+    if not isinstance(settings, Mapping):
+        raise PolicyError(f'policy {text[:200]!r}: expected settings such as {{"S": 2}}')
+    return settings
 
 
 def _as_json(override: Mapping[str, Any] | None) -> dict[str, Any] | None:
