@@ -21,7 +21,7 @@ from torch import Tensor
 from sere.checkpoint import Fingerprint
 from sere.files import is_file, replaced
 from sere.kernels import Plan
-from sere.kernels.plan import Substitution
+from sere.kernels.plan import Substitution, settings_of
 from sere.policy import Policy, PolicyError
 
 FORMAT = 2
@@ -115,15 +115,24 @@ class Table:
 
     def plan(self, index: int, policy: Policy) -> Plan:
         """The operator's plan for one layer under `policy` (layer overrides applied)."""
-        layer = self.layers[index]
-        settings = policy.for_layer(index)
+        layer, settings = self.layers[index], self._policy_of(index, policy)
         if _is_identity(layer.similarity):
-            nothing = Policy(S=settings.S, rho=2.0, max_active=settings.max_active)
-            return Plan.build(layer.similarity, nothing, K=self.fingerprint.K)
+            return Plan.build(layer.similarity, settings, K=self.fingerprint.K)
         substitution = layer.substitution(scaled=settings.scales) if layer.tokens else None
         return Plan.build(
             layer.similarity, settings, K=self.fingerprint.K, substitution=substitution
         )
+
+    def settings(self, index: int, policy: Policy) -> Tensor:
+        """`Plan.settings` of `plan`, without the lists, which take a sort of [E, E]."""
+        return settings_of(self._policy_of(index, policy), self.fingerprint.K)
+
+    def _policy_of(self, index: int, policy: Policy) -> Policy:
+        """The layer's own; where nothing is known of its experts, one that moves nothing."""
+        settings = policy.for_layer(index)
+        if _is_identity(self.layers[index].similarity):
+            return Policy(S=settings.S, rho=2.0, max_active=settings.max_active)
+        return settings
 
     def check_against(self, model: Fingerprint) -> None:
         """Raise `TableError` unless this table was calibrated on `model`."""

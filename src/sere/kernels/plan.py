@@ -23,6 +23,18 @@ FRACTION = 2**15
 LARGEST_ERROR = 2 * FRACTION - 1  # keeps a loss within 31 bits; it is an error of nearly 200 %
 
 
+SETTINGS_OFF = torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.int32, device="cpu")
+"""`Plan.settings` of stock routing."""
+
+
+def settings_of(policy: Policy, K: int) -> Tensor:
+    """`Plan.settings` under a layer's policy, on the CPU; K: experts per token of the model."""
+    tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * FRACTION**2)
+    ceiling = policy.max_active or NO_CEILING
+    settings = [policy.S, policy.min_active or K, ceiling, tau, int(policy.scales)]
+    return torch.tensor(settings, dtype=torch.int32, device="cpu")
+
+
 @dataclass(frozen=True)
 class Plan:
     """One layer's re-routing decisions, laid out for the operator.
@@ -77,14 +89,11 @@ class Plan:
             neighbours = order.masked_fill(values < _threshold(values, policy), -1)
         errors = (substitution.error.gather(1, order) * FRACTION).round().clamp(0, LARGEST_ERROR)
         scales = substitution.scale.gather(1, order)
-        tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * FRACTION**2)
-        ceiling = policy.max_active or NO_CEILING
-        settings = [policy.S, policy.min_active or K, ceiling, tau, int(policy.scales)]
         return cls(
             neighbours.to(torch.int32).contiguous(),
             errors.to(torch.int32).contiguous(),
             scales.float().contiguous(),
-            torch.tensor(settings, dtype=torch.int32, device=similarity.device),
+            settings_of(policy, K).to(similarity.device),
         )
 
     @classmethod
@@ -95,7 +104,7 @@ class Plan:
             torch.full(shape, -1, dtype=torch.int32, device=device),
             torch.zeros(shape, dtype=torch.int32, device=device),
             torch.ones(shape, dtype=torch.float32, device=device),
-            torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.int32, device=device),
+            SETTINGS_OFF.to(device or "cpu", copy=True),
         )
 
     def to(self, device: torch.device | str) -> Plan:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sere.kernels import COUNTERS, Plan
-from sere.kernels.plan import OFF
+from sere.kernels import COUNTERS
+from sere.kernels.plan import OFF, SETTINGS_OFF
 from sere.policy import Policy
 from sere.table import Table
 
@@ -46,8 +46,7 @@ class Live:
     def __init__(self, table: Table, device: torch.device | str) -> None:
         self._table = table
         self._places = {index: i for i, index in enumerate(table.layers)}
-        off = Plan.off(table.fingerprint.E, "cpu").settings
-        self.settings = off.repeat(len(self._places), 1).to(device)
+        self.settings = SETTINGS_OFF.repeat(len(self._places), 1).to(device)
         self.counters = torch.zeros(
             len(self._places), len(COUNTERS), dtype=torch.int64, device=device
         )
@@ -67,11 +66,10 @@ class Live:
         self._use(0)
 
     def _setting(self, policy: Policy | None) -> _Setting:
-        E, K = self._table.fingerprint.E, self._table.fingerprint.K
-        plans = [
-            self._table.plan(i, policy) if policy else Plan.off(E, "cpu") for i in self._places
-        ]
-        values = torch.stack([plan.settings for plan in plans])
+        K = self._table.fingerprint.K
+        values = torch.stack(
+            [self._table.settings(i, policy) if policy else SETTINGS_OFF for i in self._places]
+        )
         spares_one = bool((values[:, MIN_ACTIVE] >= K).all())
         return _Setting(
             values if self._on_host else values.pin_memory(),
