@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.kernels import Plan
+from sere.checkpoint import Fingerprint
 from sere.policy import Policy
 from sere.serving import shadow as module
 from sere.serving.layer import ReroutedLayer
@@ -21,7 +21,7 @@ from sere.serving.live import Live
 from sere.serving.rows import RowClasses
 from sere.serving.session import ServingError, _check_shadow
 from sere.serving.shadow import PATIENCE, Shadow, ShadowSettings
-from sere.table import Table
+from sere.table import LayerStatistics, Table
 from sere.tasks import examples
 from tests.engines import run_engine
 from tests.test_serving import configure
@@ -145,19 +145,19 @@ class Layers:
         self.x = torch.randn(T, H, generator=random)
         self.ids = torch.tensor([[0, 1 + i % 7] for i in range(T)])
         self.weights = torch.rand(T, K, generator=random) + torch.tensor([1.0, 0.0])
-        similarity = torch.zeros(E, E)
-        similarity[:, 0] = 1
-        policy = Policy(S=1, min_active=1)
-        plan = Plan.build(similarity, policy, K=K)
-        table: Any = SimpleNamespace(
-            layers=range(2),
-            fingerprint=SimpleNamespace(E=E, K=K),
-            plan=lambda index, policy: plan,
+        known = torch.eye(E)
+        known[:, 0] = 1
+        table = Table(
+            Fingerprint("HandWritten", E, K, (0, 1)),
+            {index: LayerStatistics.without_text(known) for index in range(2)},
+            "hand-written",
         )
+        policy = Policy(S=1, min_active=1)
         live = Live(table, "cpu")
         live.follow(policy)
         self.layers, self.experts = [], []
         for index in range(2):
+            plan = table.plan(index, policy)
             self.layers.append(
                 ReroutedLayer(str(index), plan, self.rows, live, index, merges=False)
             )
