@@ -45,6 +45,20 @@ def test_each_step_gets_the_settings_of_its_size(table: Table) -> None:
     assert live.settings.data_ptr() == address
 
 
+def test_nobody_looks_at_rows_while_routing_is_stock(table: Table) -> None:
+    live = Live(table, "cpu")
+    assert live.dormant and live.idle
+    live.watch(True)
+    assert not live.dormant
+    live.watch(False)
+    live.follow(POLICY)
+    assert not live.dormant
+    live.choose(5, 0)
+    assert live.idle  # this batch size is stock, others are not
+    live.follow(None)
+    assert live.dormant and live.idle
+
+
 def test_layers_see_the_change_and_write_through(table: Table) -> None:
     live, rows = Live(table, "cpu"), RowClasses(16, "cpu", "decode")
     live.follow(POLICY)

@@ -37,12 +37,13 @@ if not INTERPRETED:
         ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor
     ) -> Tensor:
         """As an engine's layer calls it, twice: the output is used again."""
-        run = bound(plan, counters)
-        if rows is None:
-            rows = torch.full((len(ids),), FAST, dtype=torch.int8)
-        run(ids, weights.clone(), rows).fill_(-7)
+        buffer, T = torch.full((len(ids) + 3,), FAST, dtype=torch.int8), len(ids)
+        if rows is not None:
+            buffer[:T] = rows
+        run = bound(plan, counters, buffer)
+        run(ids, weights.clone(), T).fill_(-7)
         counters.zero_()
-        return run(ids, weights, rows)
+        return run(ids, weights, T)
 
     RUNNERS["numba, bound"] = run_bound
 if not INTERPRETED and cuda_on_host.COMPILER:

@@ -53,35 +53,30 @@ def run(
     return out
 
 
-def bound(plan: Plan, counters: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`run` for one layer of an engine: buffers that stay where they are, ids and weights that are
-    of one dtype and K in every call.
+def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """`run` for one layer of an engine, on its first T rows: buffers that stay where they are, ids
+    and weights that are of one dtype and K in every call.
 
     In an engine, its caches full of weights, looking things up costs more than the loops do. So
     addresses are taken once, and batches of a size share one output, good until the next of them.
     """
-    fixed, ready = _fixed(plan, counters), dict[int, tuple[Tensor, Any, Tensor, tuple[Any, ...]]]()
+    fixed = _fixed(plan, counters)
+    ready = dict[int, tuple[Callable[..., None], Tensor, tuple[Any, ...]]]()
 
-    def run_bound(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor) -> Tensor:
-        T = topk_ids.shape[0]
-        known = ready.get(T)
-        if known is None or known[0] is not rows or not _fits(topk_ids, topk_weights):
-            readable = _fits(topk_ids, topk_weights) and topk_weights.dtype in _TYPES
-            if T > _BOUND_ROWS or not readable or not rows.is_contiguous():
-                return run(topk_ids, topk_weights, plan, rows, counters)
+    def run_bound(topk_ids: Tensor, topk_weights: Tensor, T: int) -> Tensor:
+        readable = topk_ids.is_contiguous() and topk_weights.is_contiguous()
+        known = ready.get(T) if readable else None
+        if known is None:
+            if not readable or T > _BOUND_ROWS or topk_weights.dtype not in _TYPES:
+                return run(topk_ids, topk_weights, plan, rows[:T], counters)
             out, K = torch.empty_like(topk_ids), topk_ids.shape[1]
             entry = _entry(topk_ids.dtype, topk_weights.dtype)
-            known = ready[T] = (rows, entry, out, (out.data_ptr(), rows.data_ptr(), T, K, *fixed))
-        _, entry, out, others = known
+            known = ready[T] = (entry, out, (out.data_ptr(), rows.data_ptr(), T, K, *fixed))
+        entry, out, others = known
         entry(topk_ids.data_ptr(), topk_weights.data_ptr(), *others)
         return out
 
     return run_bound
-
-
-def _fits(topk_ids: Tensor, topk_weights: Tensor) -> bool:
-    """Whether the loops can read them where they are."""
-    return topk_ids.is_contiguous() and topk_weights.is_contiguous()
 
 
 def _fixed(plan: Plan, counters: Tensor | None) -> tuple[int | None, ...]:
@@ -146,5 +141,6 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
         compiled = cfunc(signature)(entry)
     _KEPT.append(compiled)  # its machine code lives as long as it does
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-    called = ctypes.CFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 5, *[size] * 2)
+    # PYFUNCTYPE: for some microseconds' work, keep the interpreter's lock.
+    called = ctypes.PYFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 5, *[size] * 2)
     return called(compiled.address)

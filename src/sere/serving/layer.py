@@ -38,6 +38,7 @@ class ReroutedLayer(nn.Module):
         self.rows = rows
         self.live = live
         self.called = False
+        self.traced = True  # whether torch.compile may look into the layer's router
         self.recording: list[tuple[Tensor, ...]] | None = None
         live.settings[place].copy_(plan.settings)
         shared = {"settings": live.settings[place], "counters": live.counters[place]}
@@ -51,16 +52,16 @@ class ReroutedLayer(nn.Module):
         return Plan(self.neighbours, self.errors, self.scales, self.settings)
 
     @cached_property
-    def _run(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _run(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The operator on this layer's buffers, without checks: shapes are vLLM's own."""
-        plan, counters = self.plan, self.counters
+        plan, counters, rows = self.plan, self.counters, self.rows
         name = implementation_for(self.settings.device)
         if name == "numba":
             from sere.kernels.numba_kernel import bound
 
-            return bound(plan, counters)
+            return bound(plan, counters, rows.buffer)
         run = load(name)
-        return lambda ids, weights, rows: run(ids, weights, plan, rows, counters)
+        return lambda ids, weights, T: run(ids, weights, plan, rows.of(T), counters)
 
     def follow(self, plan: Plan | None) -> None:
         """Re-route by another plan from now on; None is stock routing."""
@@ -72,11 +73,13 @@ class ReroutedLayer(nn.Module):
             self.called = True
         if self.live.idle:
             return topk_ids
-        rows = self.rows.of(topk_ids.shape[0])
+        T = topk_ids.shape[0]
+        if not self.rows.filled <= T <= self.rows.size:
+            self.rows.refuse(T)
         if self.recording is None:
-            return self._run(topk_ids, topk_weights, rows)
-        before = [t.detach().cpu().clone() for t in (topk_ids, topk_weights, rows)]
-        ids = self._run(topk_ids, topk_weights, rows)
+            return self._run(topk_ids, topk_weights, T)
+        before = [t.detach().cpu().clone() for t in (topk_ids, topk_weights, self.rows.of(T))]
+        ids = self._run(topk_ids, topk_weights, T)
         self.recording.append((*before, ids.cpu().clone(), topk_weights.cpu().clone()))
         return ids
 

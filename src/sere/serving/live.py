@@ -40,7 +40,7 @@ class Live:
         changes. counters: [L, len(COUNTERS)] int64.
     idle: whether the coming pass needs no operator. Decided on the host, hence only on CPUs, where
         no graph can freeze it.
-    watched: the operator is to run whenever a row is real, because someone records it.
+    dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
     """
 
     def __init__(self, table: Table, device: torch.device | str) -> None:
@@ -51,7 +51,7 @@ class Live:
             len(self._places), len(COUNTERS), dtype=torch.int64, device=device
         )
         self._on_host = self.settings.device.type == "cpu"
-        self.idle = self.watched = False
+        self.idle = self.dormant = self._watched = False
         self.follow(None)
 
     def place(self, index: int) -> int:
@@ -64,6 +64,16 @@ class Live:
         self._policy = policy
         self._bank = {b: self._setting(policy.for_bucket(b) if policy else None) for b in buckets}
         self._use(0)
+        self._settle()
+
+    def watch(self, on: bool) -> None:
+        """Whether the operator is to run whenever a row is real, because someone records it."""
+        self._watched = on
+        self._settle()
+
+    def _settle(self) -> None:
+        stock = all(setting.off for setting in self._bank.values())
+        self.dormant = self.idle = self._on_host and stock and not self._watched
 
     def _setting(self, policy: Policy | None) -> _Setting:
         K = self._table.fingerprint.K
@@ -88,7 +98,7 @@ class Live:
             if bucket != self._bucket:
                 self._use(bucket)
         if self._on_host:
-            self.idle = not self.watched and self._spared(fast, exact)
+            self.idle = not self._watched and self._spared(fast, exact)
 
     def _spared(self, fast: int, exact: int) -> bool:
         """Whether the operator would change nothing; counts what it would have counted."""

@@ -9,6 +9,8 @@ default; what follows the real rows is VOID. A request with more rows than decod
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -33,6 +35,7 @@ class RowClasses:
         first real batch, hence in profiling, warm-up and graph capture.
     gate: "decode" or "all" (prefill rows are what the request's decode rows are), the policy's
         `rows`.
+    size, filled: rows there is room for, and rows of the pass.
     fast, exact: how many rows of the pass may be re-routed, and how many may not.
     """
 
@@ -42,7 +45,8 @@ class RowClasses:
         self.fast = self.exact = 0
         # Written on the host: on a CPU the buffer itself.
         self._host = self.buffer.numpy() if self.buffer.device.type == "cpu" else None
-        self._filled = 0  # rows of the last batch: what follows them is VOID already
+        self.size = max_tokens
+        self.filled = 0  # rows of the last batch: what follows them is VOID already
         self._views: dict[int, Tensor] = {}
 
     def void(self) -> None:
@@ -80,7 +84,7 @@ class RowClasses:
 
     def _fill(self, n: int, rows: npt.NDArray[np.int8] | np.int8) -> None:
         """rows: [n] classes, or one for all. The plain step, decode alone, costs microseconds."""
-        changed, self._filled = max(n, self._filled), n
+        changed, self.filled = max(n, self.filled), n
         one = isinstance(rows, np.int8)
         self.exact = n * int(rows == _EXACT) if one else int(np.count_nonzero(rows == _EXACT))
         self.fast = n - self.exact
@@ -96,12 +100,16 @@ class RowClasses:
 
     def of(self, T: int) -> Tensor:
         """[T] classes of the rows that a layer sees: those of the batch, and padding."""
-        if not self._filled <= T <= len(self.buffer):
-            raise RuntimeError(
-                f"a layer sees {T} rows of a batch of {self._filled} (at most {len(self.buffer)}): "
-                "this mode of vLLM splits or gathers batches in a way that sere does not know; "
-                "please report it"
-            )
+        if not self.filled <= T <= self.size:
+            self.refuse(T)
         if T not in self._views:
             self._views[T] = self.buffer[:T]
         return self._views[T]
+
+    def refuse(self, T: int) -> NoReturn:
+        """For a layer that sees fewer rows than the batch has, or more than there can be."""
+        raise RuntimeError(
+            f"a layer sees {T} rows of a batch of {self.filled} (at most {self.size}): "
+            "this mode of vLLM splits or gathers batches in a way that sere does not know; "
+            "please report it"
+        )

@@ -105,7 +105,7 @@ class Session:
 
     def record(self, on: bool) -> None:
         """Start (or stop) keeping every batch's routing on the host."""
-        self.live.watched = on
+        self.live.watch(on)
         for layer in self.layers.values():
             layer.recording = [] if on else None
 

@@ -168,13 +168,16 @@ def _rerouting(router: Any) -> type:
     if "Simulator" in router.__name__:
         raise ServingError(f"sere cannot re-route {router.__name__}: it invents its routes")
 
+    choose = router._compute_routing
+
     def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        weights, ids = router._compute_routing(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            ids = torch.ops.sere.reroute(ids, weights, self._sere.name)
+        weights, ids = choose(self, *args, **kwargs)
+        layer = self._sere
+        if layer.traced and torch.compiler.is_compiling():
+            ids = torch.ops.sere.reroute(ids, weights, layer.name)
         else:
-            ids = self._sere.forward(ids, weights)
-        if self._sere.merges and not self._sere.live.idle:
+            ids = layer.forward(ids, weights)
+        if layer.merges and not layer.live.idle:
             ids, weights = narrow(ids, weights)
         return weights, ids
 
@@ -199,6 +202,7 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
             E=runner.moe_config.num_logical_experts,
             K=runner.router.top_k,
         )
+        runner.sere.traced = not config.model_config.enforce_eager
         runner.router._sere = runner.sere
         if session.shadow is not None:
             session.shadow.watch(runner.layer_id, runner.sere, runner.routed_experts)

@@ -28,7 +28,7 @@ def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
     ) -> Any:
         session = session_of(runner.vllm_config)
-        if session is not None:
+        if session is not None and not session.live.dormant:
             batch = runner.input_batch
             R = batch.num_reqs
             prefilling = batch.num_computed_tokens_cpu[:R] < batch.num_prompt_tokens[:R]
@@ -64,7 +64,8 @@ def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
     def take(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         session = session_of(runner.vllm_config)
         if session is not None:
-            session.tiers.remove(scheduler_output.finished_req_ids)
+            if scheduler_output.finished_req_ids:
+                session.tiers.remove(scheduler_output.finished_req_ids)
             for new in scheduler_output.scheduled_new_reqs:
                 session.tiers.add(new.req_id, asked_by(new.sampling_params))
         return original(runner, scheduler_output, *args, **kwargs)
