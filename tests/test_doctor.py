@@ -15,7 +15,7 @@ from sere import demo_model, doctor
 from sere.cli import main
 from sere.doctor import examine
 from sere.policy import Policy
-from sere.serving import rehearsal, symbols
+from sere.serving import contract, rehearsal, symbols
 from sere.table import Table
 
 OURS = EntryPoint("sere", "sere.serving.vllm_plugin:register", "vllm.general_plugins")
@@ -118,7 +118,7 @@ def test_an_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("rehearsed")
 def test_a_vllm_without_the_metrics_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symbols, "METRICS_ROUTER", ("vllm.gone", "attach_router"))
+    monkeypatch.setitem(contract.SYMBOLS, "attach_router", ("vllm.gone", "attach_router"))
     assert "lacks vllm.gone" in failed()["metrics"]
 
 

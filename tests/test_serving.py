@@ -16,7 +16,8 @@ from sere.calibrate import calibrate
 from sere.kernels import RowClass, reroute
 from sere.loading import load_tokenizer
 from sere.policy import Policy
-from sere.serving import symbols
+from sere.serving import contract, symbols
+from sere.serving.contract import REROUTING
 from sere.serving.engine import check_plugin_allowed
 from sere.serving.session import ServingError, check_config, stage_of
 from sere.serving.vllm_plugin import register
@@ -387,13 +388,40 @@ def test_modes_whose_rows_are_unknown_are_refused(
 
 
 def test_a_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(symbols.MEMBERS, "MoERunner", ("layer_id", "gone"))
+    monkeypatch.setitem(contract.NEEDS[REROUTING].called, "MoERunner", ("layer_id", "gone"))
     assert "MoERunner.gone" in str(symbols.obstacle())
+
+
+@pytest.mark.parametrize(
+    ("feature", "name", "settings", "reason"),
+    [
+        ("shadow", "RoutedExperts", {"shadow": {"every": 9}}, "cannot run the shadow check here"),
+        ("sleep mode", "CPUWorker", {}, "cannot follow an engine that sleeps"),
+    ],
+)
+def test_a_symbol_that_one_feature_needs_stops_that_feature_only(
+    feature: str,
+    name: str,
+    settings: dict[str, Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    table_path: Path,
+) -> None:
+    monkeypatch.setitem(contract.NEEDS[feature].called, name, ("gone",))
+    assert symbols.obstacle() is None
+    config = configure(table=str(table_path))
+    check_config(config)
+    config.additional_config["sere"].update(settings)
+    config.model_config.enable_sleep_mode = feature == "sleep mode"
+    with pytest.raises(ServingError, match=f"{reason}.*{name}.gone"):
+        check_config(config)
 
 
 def test_another_rerouting_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     rival = FunctionType((lambda: None).__code__, {"__name__": "lynx.plugin"})
-    monkeypatch.setattr(symbols.router_module(), "create_fused_moe_router", rival)
+    monkeypatch.setattr(
+        symbols.module_of("create_fused_moe_router"), "create_fused_moe_router", rival
+    )
     assert "lynx.plugin has replaced vLLM's router factory" in str(symbols.obstacle())
 
 
@@ -407,9 +435,9 @@ def test_tables_load_while_another_device_is_the_default(table_path: Path) -> No
 
 def test_registering_twice_wraps_once() -> None:
     register()
-    factory = symbols.router_module().create_fused_moe_router
+    factory = symbols.module_of("create_fused_moe_router").create_fused_moe_router
     register()
-    assert symbols.router_module().create_fused_moe_router is factory
+    assert symbols.module_of("create_fused_moe_router").create_fused_moe_router is factory
 
 
 def test_a_dense_model_is_refused(table_path: Path, tmp_path: Path) -> None:

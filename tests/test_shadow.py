@@ -189,7 +189,7 @@ class Layers:
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Layers]]:
-    monkeypatch.setattr(module, "get", lambda *where: Group)
+    monkeypatch.setattr(module, "symbol", lambda name: Group)
     return Layers
 
 

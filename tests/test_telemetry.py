@@ -14,7 +14,8 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from sere.kernels import COUNTERS
-from sere.serving import frontend, telemetry
+from sere.serving import frontend, symbols, telemetry, vllm_plugin
+from sere.serving.contract import NEEDS
 from sere.serving.session import ServingError
 from sere.serving.worker import sere_stats, sere_telemetry
 from sere.tasks import examples
@@ -213,15 +214,15 @@ def test_an_engine_that_fails_is_logged_and_old_figures_given(
     assert "no fresh metrics" in caplog.text
 
 
-def test_a_client_that_cannot_ask_all_engines_asks_the_first() -> None:
-    async def collective_rpc(method: str) -> list[dict[str, Any]]:
-        assert method == "sere_telemetry"
-        return [told({0: 5})]
-
-    core = SimpleNamespace(engine_ranks_managed=[2, 3])
-    client = SimpleNamespace(engine_core=core, collective_rpc=collective_rpc)
-    text = asyncio.run(frontend.Source(client).text()).decode()
-    assert value(text, "sere_policy_on", engine=2) == 1
+def test_without_the_call_that_asks_all_engines_there_are_no_metrics(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, at start; re-routing goes on."""
+    monkeypatch.setitem(NEEDS["metrics"].called, "AsyncMPClient", ("gone",))
+    attach = symbols.symbol("attach_router")
+    vllm_plugin._export_metrics.__wrapped__()
+    assert symbols.symbol("attach_router") is attach
+    assert "no metrics on /metrics" in caplog.text and "AsyncMPClient.gone" in caplog.text
 
 
 # --- sleep mode: buffers are unmapped, reading them would crash the worker ----------------------

@@ -3,8 +3,8 @@
     python tools/vllm_contract.py FOLDER [FOLDER ...] -o benchmarks/results/vllm_contract.json
 
 FOLDER holds a `vllm` package (site-packages, or an unpacked wheel) and names its version: the last
-part of its path, or what its metadata says. `sere.serving.symbols` says what is looked for; the
-result keeps, for each version, what is missing.
+part of its path, or what its metadata says. `sere.serving.contract` says what is looked for; the
+result keeps, for each version, what is missing of what each feature needs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import os
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from sere import report
-from sere.serving.symbols import MEMBERS, PARAMETERS, READ, SYMBOLS
+from sere.serving.contract import NEEDS, SYMBOLS, Needs
 
-Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Assign | ast.AnnAssign
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = ast.ClassDef | Function | ast.Assign | ast.AnnAssign
 
 
 class Sources:
@@ -52,23 +54,29 @@ class Sources:
         return None
 
     def has_member(self, module: str, name: str, member: str) -> bool:
-        """Whether a class, or one it derives from, defines a method or attribute."""
+        """Whether a class, or one it derives from, defines a method or attribute; of a function:
+        whether it stores that attribute in what it is given."""
         found = self.find(module, name)
-        if found is None or not isinstance(found[1], ast.ClassDef):
+        if found is None or isinstance(found[1], ast.Assign | ast.AnnAssign):
             return False
-        where, cls = found
-        if member in {own for node in cls.body for own in _names(node)} | set(_assigned(cls)):
+        where, definition = found
+        if member in _assigned(definition):
             return True
-        bases = [base for base in map(ast.unparse, cls.bases) if base != name]
+        if not isinstance(definition, ast.ClassDef):
+            return False
+        if member in {own for node in definition.body for own in _names(node)}:
+            return True
+        bases = [base for base in map(ast.unparse, definition.bases) if base != name]
         return any(self.has_member(where, base, member) for base in bases)
 
     def parameters(self, module: str, path: str) -> list[str]:
-        """Positional parameters of a method as its class defines it."""
+        """Parameters of a method as its class defines it."""
         name, method = path.split(".")
         found = self.find(module, name)
         for node in found[1].body if found and isinstance(found[1], ast.ClassDef) else ():
-            if isinstance(node, ast.FunctionDef) and node.name == method:
-                return [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+            if isinstance(node, Function) and node.name == method:
+                every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                return [a.arg for a in every]
         return []
 
 
@@ -79,39 +87,51 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 
 
 def _names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, ast.ClassDef | Function):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _assigned(cls: ast.ClassDef) -> Iterator[str]:
-    """Names of `self.name = ...` (or `self.name: T = ...`) anywhere in a class."""
-    for node in ast.walk(cls):
-        stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if stored and ast.unparse(node.value) == "self":  # type: ignore[attr-defined]
-            yield node.attr  # type: ignore[attr-defined]
+def _assigned(definition: ast.ClassDef | Function) -> set[str]:
+    """Names of `self.name = ...` in a class, or of `parameter.name = ...` in a function."""
+    owners = {"self"}
+    if not isinstance(definition, ast.ClassDef):
+        owners = {parameter.arg for parameter in definition.args.args}
+    return {
+        node.attr
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if ast.unparse(node.value) in owners
+    }
 
 
-def contract() -> list[str]:
-    """Every symbol that is looked for, in the order of `missing`."""
-    names = [".".join(where) for where in SYMBOLS.values()]
-    names += [f"{'.'.join(SYMBOLS[name])}.{m}" for name, ms in MEMBERS.items() for m in ms]
-    names += [f"{'.'.join(where)}.{m}" for where, members in READ.items() for m in members]
-    return names + [f"{m}.{path}({', '.join(ps)})" for (m, path), ps in PARAMETERS.items()]
+def contract() -> dict[str, list[str]]:
+    """By feature every symbol that is looked for."""
+    nothing = Sources(Path(os.devnull))
+    return {feature: [name for name, _ in _looked_up(nothing, n)] for feature, n in NEEDS.items()}
 
 
-def missing(folder: Path) -> list[str]:
-    """What of `contract()` the vLLM package in a folder does not have."""
+def missing(folder: Path) -> dict[str, list[str]]:
+    """By feature what of `contract()` the vLLM package in a folder does not have, if anything."""
     sources = Sources(folder)
-    has = [sources.find(*where) is not None for where in SYMBOLS.values()]
-    has += [sources.has_member(*SYMBOLS[name], m) for name, ms in MEMBERS.items() for m in ms]
-    has += [sources.has_member(*where, m) for where, members in READ.items() for m in members]
-    has += [
-        sources.parameters(*where)[: len(wanted)] == list(wanted)
-        for where, wanted in PARAMETERS.items()
-    ]
-    return [name for name, there in zip(contract(), has, strict=True) if not there]
+    found = {
+        feature: [name for name, there in _looked_up(sources, needs) if not there]
+        for feature, needs in NEEDS.items()
+    }
+    return {feature: names for feature, names in found.items() if names}
+
+
+def _looked_up(sources: Sources, needs: Needs) -> Iterator[tuple[str, bool]]:
+    """What a feature needs, and whether it is there."""
+    called = {SYMBOLS[name]: members for name, members in needs.called.items()}
+    for where in dict.fromkeys((*called, *needs.read)):
+        yield ".".join(where), sources.find(*where) is not None
+        for member in (*called.get(where, ()), *needs.read.get(where, ())):
+            yield ".".join((*where, member)), sources.has_member(*where, member)
+    for (module, path), wanted in needs.parameters.items():
+        has = sources.parameters(module, path)[: len(wanted)] == list(wanted)
+        yield f"{module}.{path}({', '.join(wanted)})", has
 
 
 def version(folder: Path) -> str:
@@ -132,7 +152,9 @@ def main() -> None:
     result: dict[str, Any] = {"provenance": report.provenance(), "looked_for": contract()}
     report.save_json(arguments.output, {**result, "missing": dict(sorted(found.items()))})
     for name, lacks in sorted(found.items()):
-        print(f"vLLM {name}: {len(lacks)} of {len(contract())} symbols missing", *lacks, sep="\n  ")
+        print(f"vLLM {name}: {sum(map(len, lacks.values()))} symbols missing")
+        for feature, names in lacks.items():
+            print(f"  {feature}:", *names, sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -160,10 +160,10 @@ def _operator() -> str:
 
 
 def _metrics() -> str:
-    from sere.serving.symbols import METRICS_ROUTER, exists
+    from sere.serving.symbols import lacking
 
-    if not exists(*METRICS_ROUTER):
-        raise RuntimeError(f"no metrics on /metrics: this vLLM lacks {METRICS_ROUTER[0]}")
+    if reason := lacking("metrics"):
+        raise RuntimeError(f"none on /metrics: {reason}")
     return "will be on the server's /metrics"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from sere.kernels import COUNTERS
 from sere.policy import Policy
 from sere.serving.settings import KEY
+from sere.serving.symbols import lacking
 
 PLUGIN = "sere"
 
@@ -49,6 +50,9 @@ class Engine:
         check_plugin_allowed()
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import LLM
+
+        if reason := lacking("bench"):
+            raise RuntimeError(f"no engine to measure with: {reason}")
 
         self.llm = LLM(
             str(model),

@@ -114,12 +114,9 @@ class Source:
 async def _ask(client: Any) -> Engines:
     """By engine index the snapshots of its workers."""
     core = client.engine_core
-    ranks = core.engine_ranks_managed
-    ask_all = getattr(core, "call_utility_all_async", None)
-    if ask_all is None:  # vLLM before 0.32: the first engine's only
-        return {ranks[0]: await client.collective_rpc("sere_telemetry")}
-    answers = await ask_all("collective_rpc", "sere_telemetry", None, (), None)
-    return dict(zip(ranks, answers, strict=True))
+    ask = ("collective_rpc", "sere_telemetry", None, (), None)
+    answers = await core.call_utility_all_async(*ask)
+    return dict(zip(core.engine_ranks_managed, answers, strict=True))
 
 
 class _Fixed(CollectorRegistry):

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from sere.serving.settings import KEY
-from sere.serving.symbols import get, router_module, symbol
+from sere.serving.symbols import lacking, module_of, symbol
 
 RESULT = "REHEARSAL "
 
@@ -44,7 +44,7 @@ def rehearse(model: str | None, table: str | None) -> dict[str, Any]:
 def _missing() -> list[str]:
     """Where vLLM has not been wrapped."""
     places = {
-        "router factory": router_module().create_fused_moe_router,
+        "router factory": module_of("create_fused_moe_router").create_fused_moe_router,
         "MoERunner": symbol("MoERunner").__init__,
         "VllmConfig": symbol("VllmConfig").__post_init__,
     }
@@ -53,12 +53,14 @@ def _missing() -> list[str]:
 
 
 def _main(model: str | None = None, table: str | None = None) -> None:
-    get("vllm.plugins", "load_general_plugins")()
+    if reason := lacking("doctor"):
+        sys.exit(reason)
+    symbol("load_general_plugins")()
     found: dict[str, Any] = {"missing": _missing(), "experts": None, "refused": None}
     if model is not None:
         # Eager: what is refused with graphs has a flag of its own to say so.
         options: dict[str, Any] = {"model": model, "enforce_eager": True}
-        arguments = get("vllm.engine.arg_utils", "EngineArgs")
+        arguments = symbol("EngineArgs")
         try:
             config = arguments(**options).create_engine_config()
             found["experts"] = config.model_config.get_num_experts()

@@ -18,6 +18,7 @@ from sere.serving.live import Live
 from sere.serving.rows import RowClasses
 from sere.serving.settings import KEY, Settings, cap_of
 from sere.serving.shadow import Shadow
+from sere.serving.symbols import lacking
 from sere.serving.tiers import RequestTiers, Tier
 from sere.table import Table
 
@@ -211,6 +212,8 @@ def check_config(config: Any) -> None:
             "the batch, and re-routing makes them depend on it; unset one of the two"
         )
     _check_rows_are_known(config)
+    if config.model_config.enable_sleep_mode and (reason := lacking("sleep mode")):
+        raise ServingError(f"sere cannot follow an engine that sleeps: {reason}; start without it")
     settings = settings_of(config)
     check_merge(config, settings.merge)
     if settings.shadow is not None:
@@ -263,7 +266,7 @@ def _check_shadow(config: Any) -> None:
         reason = (
             "with expert load balancing (EPLB) the router's choice is not what experts are given"
         )
-    if reason:
+    if reason := reason or lacking("shadow"):
         raise ServingError(f'sere cannot run the shadow check here: {reason}; or remove "shadow"')
 
 

@@ -26,7 +26,7 @@ from sere.kernels import RowClass
 from sere.policy import PolicyError, check_keys
 from sere.serving.layer import ReroutedLayer
 from sere.serving.rows import RowClasses
-from sere.serving.symbols import TP_GROUP, get
+from sere.serving.symbols import symbol
 
 PATIENCE = 3
 """Checks of one layer in a row that must exceed the bound before routing falls back to stock."""
@@ -181,7 +181,7 @@ class Shadow:
 
     def _judge(self, index: int, exact: Tensor, new: Tensor, surrendered: Tensor) -> None:
         fast = self._fast(len(new))
-        group = get(*TP_GROUP)()  # a rank's output is its part of a sum
+        group = symbol("get_tp_group")()  # a rank's output is its part of a sum
         new, exact = (group.all_reduce(out[fast].float()) for out in (new, exact))
         difference = (new - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
         # All ranks must decide alike, to the last bit: the first one's figures count.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,13 +34,10 @@ from sere.serving.session import (
     open_session,
 )
 from sere.serving.symbols import (
-    METRICS_ROUTER,
-    MODEL_RUNNER_V2,
-    WORKERS,
-    exists,
-    get,
+    here,
+    lacking,
+    module_of,
     obstacle,
-    router_module,
     symbol,
     untested_version,
     wrap,
@@ -62,8 +58,9 @@ def register() -> None:
     if reason:
         return  # an engine that asks for re-routing will be refused with the reason
     _define_operator()
-    random_weights.register()
-    wrap(router_module(), "create_fused_moe_router", _rerouting_factory)
+    if not lacking("bench"):
+        random_weights.register()
+    wrap(module_of("create_fused_moe_router"), "create_fused_moe_router", _rerouting_factory)
     wrap(symbol("MoERunner"), "__init__", _binding)
     experts = symbol("FusedMoEExperts")
     experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
@@ -77,15 +74,17 @@ def _wrap_worker_side() -> None:
     wrap(runner, "_prepare_inputs", worker.classifying_v1)
     wrap(runner, "_update_states", worker.tracking)
     wrap(runner, "_dummy_run", worker.voiding)
-    if torch.cuda.is_available() and exists(*MODEL_RUNNER_V2):
-        wrap(get(*MODEL_RUNNER_V2), "prepare_inputs", worker.classifying_v2)
-        wrap(get(*MODEL_RUNNER_V2), "add_requests", worker.tracking)
-        wrap(get(*MODEL_RUNNER_V2), "_dummy_run", worker.voiding)
-    for where in WORKERS:
-        if exists(*where):
-            wrap(get(*where), "compile_or_warm_up_model", worker.self_checking)
-            wrap(get(*where), "sleep", telemetry.falling_asleep)
-            wrap(get(*where), "wake_up", telemetry.waking_up)
+    if here("ModelRunnerV2"):
+        runner = symbol("ModelRunnerV2")
+        wrap(runner, "prepare_inputs", worker.classifying_v2)
+        wrap(runner, "add_requests", worker.tracking)
+        wrap(runner, "_dummy_run", worker.voiding)
+    sleeps = not lacking("sleep mode")
+    for own in map(symbol, filter(here, ("CPUWorker", "GPUWorker"))):
+        wrap(own, "compile_or_warm_up_model", worker.self_checking)
+        if sleeps:
+            wrap(own, "sleep", telemetry.falling_asleep)
+            wrap(own, "wake_up", telemetry.waking_up)
     for call in (*worker.REMOTE_CALLS, sere_probe):
         setattr(symbol("WorkerBase"), call.__name__, call)
 
@@ -137,12 +136,12 @@ def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _export_metrics() -> None:
     """Put sere's metrics on `/metrics`; called where a config is made, so not in workers."""
-    if exists(*METRICS_ROUTER):
-        from sere.serving.frontend import exporting
+    if reason := lacking("metrics"):
+        _LOG.warning("sere: no metrics on /metrics: %s", reason)
+        return
+    from sere.serving.frontend import exporting
 
-        wrap(import_module(METRICS_ROUTER[0]), METRICS_ROUTER[1], exporting)
-    else:
-        _LOG.warning("sere: no metrics on /metrics: this vLLM lacks %s", METRICS_ROUTER[0])
+    wrap(module_of("attach_router"), "attach_router", exporting)
 
 
 def _current_config() -> Any:

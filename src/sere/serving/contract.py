@@ -1,0 +1,248 @@
+"""Everything private of vLLM that sere relies on, by name and by what needs it.
+
+What re-routing needs must be there, or start-up refuses to re-route; what only another feature
+needs stops that feature. `tests/test_contract.py` finds uses that are not named here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SUPPORTED = ((0, 32), (0, 34))  # versions of vLLM: from, up to but not including
+
+Where = tuple[str, str]
+"""(module, path of attributes)."""
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+_LOADERS = "vllm.model_executor.model_loader"
+_PARALLEL = "vllm.distributed.parallel_state"
+_CORE_CLIENT = "vllm.v1.engine.core_client"
+_KV_CACHE = "vllm.v1.kv_cache_interface"
+_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+
+# What is called, wrapped or derived from: name here -> where.
+SYMBOLS: dict[str, Where] = {
+    "VllmConfig": ("vllm.config", "VllmConfig"),
+    "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
+    "get_forward_context": ("vllm.forward_context", "get_forward_context"),
+    "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
+    "BaseRouter": (f"{_MOE}.router.base_router", "BaseRouter"),
+    "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),
+    "FusedMoEExperts": (f"{_MOE}.modular_kernel", "FusedMoEExperts"),
+    "RoutedExperts": (f"{_MOE}.routed_experts", "RoutedExperts"),
+    "ModelRunnerV1": (_V1, "GPUModelRunner"),
+    "ModelRunnerV2": (_V2, "GPUModelRunner"),
+    "CPUWorker": ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+    "GPUWorker": ("vllm.v1.worker.gpu_worker", "Worker"),
+    "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
+    "Executor": ("vllm.v1.executor.abstract", "Executor"),
+    "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
+    "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
+    "get_tp_group": (_PARALLEL, "get_tp_group"),
+    "attach_router": ("vllm.entrypoints.serve.instrumentator.metrics", "attach_router"),
+    "AsyncMPClient": (_CORE_CLIENT, "AsyncMPClient"),
+    "AsyncLLM": ("vllm.v1.engine.async_llm", "AsyncLLM"),
+    "BaseModelLoader": (f"{_LOADERS}.base_loader", "BaseModelLoader"),
+    "model_loaders": (_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER"),
+    "load_general_plugins": ("vllm.plugins", "load_general_plugins"),
+    "EngineArgs": ("vllm.engine.arg_utils", "EngineArgs"),
+    "ModelConfig": ("vllm.config", "ModelConfig"),
+}
+# Of these, whichever can be imported on a machine are needed there.
+BY_DEVICE = ("ModelRunnerV2", "CPUWorker", "GPUWorker")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one feature relies on.
+
+    called: names of `SYMBOLS`, and the attributes of each that are called or wrapped. Looked for
+        at start.
+    read: attributes of vLLM's objects, by class. Most exist on instances only: these are looked for
+        in each version's sources, by `tools/vllm_contract.py`, and so are the following.
+    parameters: where -> its first parameters.
+    """
+
+    called: dict[str, tuple[str, ...]]
+    read: dict[Where, tuple[str, ...]] = field(default_factory=dict)
+    parameters: dict[Where, tuple[str, ...]] = field(default_factory=dict)
+
+
+_REROUTING = Needs(
+    called={
+        "VllmConfig": ("__post_init__", "uniform_decode_query_len"),
+        "get_current_vllm_config": (),
+        "get_forward_context": (),
+        "create_fused_moe_router": (),
+        "BaseRouter": ("_compute_routing",),
+        "MoERunner": ("__init__", "is_monolithic", "layer_id", "do_naive_dispatch_combine"),
+        "FusedMoEExperts": ("is_supported_config", "is_monolithic"),
+        "ModelRunnerV1": ("_prepare_inputs", "_update_states", "_dummy_run"),
+        "ModelRunnerV2": ("prepare_inputs", "add_requests", "_dummy_run"),
+        "CPUWorker": ("compile_or_warm_up_model",),
+        "GPUWorker": ("compile_or_warm_up_model",),
+        "WorkerBase": ("compile_or_warm_up_model",),
+        "Executor": ("compile_or_warm_up_model", "collective_rpc"),
+        "InputProcessor": ("_validate_params",),
+        "VLLMValidationError": (),
+    },
+    read={
+        SYMBOLS["MoERunner"]: ("layer_name", "moe_config", "router"),
+        SYMBOLS["BaseRouter"]: ("top_k",),
+        (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),
+        ("vllm.forward_context", "ForwardContext"): ("no_compile_layers",),
+        SYMBOLS["ModelRunnerV1"]: ("vllm_config", "input_batch"),
+        ("vllm.v1.worker.gpu_input_batch", "InputBatch"): (
+            "num_reqs",
+            "req_ids",
+            "num_computed_tokens_cpu",
+            "num_prompt_tokens",
+        ),
+        SYMBOLS["ModelRunnerV2"]: ("vllm_config",),
+        ("vllm.v1.worker.gpu.input_batch", "InputBatch"): (
+            "req_ids",
+            "num_scheduled_tokens",
+            "num_tokens",
+            "is_prefilling_np",
+        ),
+        ("vllm.v1.core.sched.output", "SchedulerOutput"): (
+            "scheduled_new_reqs",
+            "finished_req_ids",
+            "total_num_scheduled_tokens",
+        ),
+        ("vllm.v1.core.sched.output", "NewRequestData"): ("req_id", "sampling_params"),
+        ("vllm.sampling_params", "SamplingParams"): ("extra_args",),
+        SYMBOLS["InputProcessor"]: ("vllm_config",),
+        SYMBOLS["Executor"]: ("vllm_config",),
+        SYMBOLS["WorkerBase"]: ("vllm_config",),
+        SYMBOLS["CPUWorker"]: ("model_runner",),
+        SYMBOLS["GPUWorker"]: ("model_runner",),
+        SYMBOLS["VllmConfig"]: (
+            "additional_config",
+            "cache_config",
+            "compilation_config",
+            "device_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+        ),
+        ("vllm.config", "CompilationConfig"): ("static_forward_context", "cudagraph_capture_sizes"),
+        SYMBOLS["ModelConfig"]: (
+            "model",
+            "revision",
+            "is_submodel_config",
+            "hf_config",
+            "enforce_eager",
+            "get_layers_start_end_indices",
+        ),
+        ("vllm.config", "CacheConfig"): ("kv_sharing_fast_prefill",),
+        ("vllm.config", "DeviceConfig"): ("device", "device_type"),
+        ("vllm.config", "ParallelConfig"): (
+            "use_sequence_parallel_moe",
+            "use_ubatching",
+            "prefill_context_parallel_size",
+            "pipeline_parallel_size",
+        ),
+        ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens",),
+    },
+    parameters={
+        (_V1, "GPUModelRunner._prepare_inputs"): (
+            "self",
+            "scheduler_output",
+            "num_scheduled_tokens",
+        ),
+        (_V1, "GPUModelRunner._update_states"): ("self", "scheduler_output"),
+        (_V1, "GPUModelRunner._dummy_run"): ("self", "num_tokens"),
+        (_V2, "GPUModelRunner.add_requests"): ("self", "scheduler_output"),
+        (f"{_MOE}.router.base_router", "BaseRouter._compute_routing"): ("self", "hidden_states"),
+        (f"{_MOE}.modular_kernel", "FusedMoEExperts.is_supported_config"): ("cls", "moe_config"),
+        ("vllm.v1.engine.input_processor", "InputProcessor._validate_params"): ("self", "params"),
+        ("vllm.exceptions", "VLLMValidationError.__init__"): ("self", "message", "parameter"),
+    },
+)
+_SHADOW = Needs(
+    called={"get_tp_group": (), "RoutedExperts": ("forward_modular",)},
+    read={
+        SYMBOLS["MoERunner"]: ("routed_experts",),
+        (_PARALLEL, "GroupCoordinator"): ("all_reduce", "broadcast", "rank_in_group"),
+        ("vllm.config", "ParallelConfig"): ("data_parallel_size", "enable_eplb"),
+    },
+    parameters={
+        (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular"): (
+            "self",
+            "x",
+            "topk_weights",
+            "topk_ids",
+        )
+    },
+)
+_METRICS = Needs(
+    called={
+        "attach_router": (),
+        "AsyncLLM": (),
+        "AsyncMPClient": ("call_utility_all_async",),
+    },
+    read={
+        SYMBOLS["AsyncLLM"]: ("engine_core",),
+        SYMBOLS["AsyncMPClient"]: ("engine_ranks_managed",),
+        # What this function stores in the application's state.
+        ("vllm.entrypoints.openai.api_server", "init_app_state"): ("engine_client", "vllm_config"),
+    },
+    parameters={(_CORE_CLIENT, "AsyncMPClient.call_utility_all_async"): ("self", "method")},
+)
+_SLEEP = Needs(
+    called={"CPUWorker": ("sleep", "wake_up"), "GPUWorker": ("sleep", "wake_up")},
+    read={SYMBOLS["ModelConfig"]: ("enable_sleep_mode",)},
+    parameters={
+        ("vllm.v1.worker.cpu_worker", "CPUWorker.wake_up"): ("self", "tags"),
+        ("vllm.v1.worker.gpu_worker", "Worker.wake_up"): ("self", "tags"),
+    },
+)
+_BENCH = Needs(
+    called={
+        "BaseModelLoader": ("download_model", "load_weights"),
+        "model_loaders": (),
+    },
+    read={
+        SYMBOLS["BaseModelLoader"]: ("load_config",),
+        ("vllm.config", "LoadConfig"): ("model_loader_extra_config",),
+        SYMBOLS["WorkerBase"]: ("device", "model_config"),
+        SYMBOLS["ModelConfig"]: ("dtype",),
+        SYMBOLS["ModelRunnerV1"]: ("kv_cache_config",),
+        SYMBOLS["ModelRunnerV2"]: ("kv_cache_config",),
+        (_KV_CACHE, "KVCacheConfig"): ("kv_cache_groups",),
+        (_KV_CACHE, "KVCacheGroupSpec"): ("layer_names", "kv_cache_spec"),
+        (_KV_CACHE, "KVCacheSpec"): ("block_size", "page_size_bytes"),
+        ("vllm.outputs", "RequestOutput"): ("metrics",),
+        ("vllm.v1.metrics.stats", "RequestStateStats"): ("first_token_ts", "last_token_ts"),
+        # The load generator, in a process of its own that says what it lacks.
+        ("vllm.benchmarks.serve", "add_cli_args"): (),
+        ("vllm.benchmarks.serve", "main"): (),
+        ("vllm.utils.argparse_utils", "FlexibleArgumentParser"): ("parse_args",),
+    },
+    parameters={
+        (f"{_LOADERS}.base_loader", "BaseModelLoader.download_model"): ("self", "model_config"),
+        (f"{_LOADERS}.base_loader", "BaseModelLoader.load_weights"): (
+            "self",
+            "model",
+            "model_config",
+        ),
+    },
+)
+_DOCTOR = Needs(
+    called={
+        "load_general_plugins": (),
+        "EngineArgs": ("create_engine_config",),
+        "ModelConfig": ("get_num_experts",),
+    },
+)
+
+REROUTING = "re-routing"
+NEEDS: dict[str, Needs] = {
+    REROUTING: _REROUTING,
+    "shadow": _SHADOW,
+    "metrics": _METRICS,
+    "sleep mode": _SLEEP,
+    "bench": _BENCH,
+    "doctor": _DOCTOR,
+}
