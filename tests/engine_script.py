@@ -2,13 +2,14 @@
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
 `steps`, each a list: ["generate", prompts, max_tokens, tiers], ["refused", tier], ["rpc", method,
-args...], a mishap: ["remove", path], ["asleep"], ["killed", process], or a check that needs the
-model in this process: ["capture"], ["captured"], ["addresses"].
+args...], a mishap: ["remove", path], ["replace", path, by], ["asleep"], ["killed", process], or a
+check that needs the model in this process: ["capture"], ["captured"], ["addresses"].
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -80,6 +81,11 @@ class Steps:
 
     def remove(self, path: str) -> None:
         Path(path).unlink()
+
+    def replace(self, path: str, by: str) -> None:
+        """Put another file in the place of one, as `sere calibrate` and `cp` + `mv` do."""
+        temporary = shutil.copy(by, f"{path}.new")
+        Path(temporary).replace(path)
 
     def asleep(self) -> int:
         """What sleep mode of level 2 does to a model's buffers, and what waking up does (vLLM's

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from sere.calibrate import calibrate
+from sere.policy import Policy
+from sere.table import Table
 from sere.tasks import examples
 from tests.engines import run_engine
 
@@ -37,8 +41,11 @@ def tokens(run: list[Any]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def mishaps(table_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One engine with a prefix cache that loses its table, its buffers and its weights."""
-    own = tmp_path_factory.mktemp("own") / "t.table"
+    folder = tmp_path_factory.mktemp("own")
+    own, other, garbage = folder / "t.table", folder / "other", folder / "garbage"
     shutil.copy(table_path, own)
+    calibrate("demo", other, method="random", progress=False)
+    garbage.write_bytes(b"no table" * 99)
     mixed = ["generate", LONG, TOKENS, TIERS]
     steps: dict[str, list[Any]] = {
         "off": OFF,
@@ -52,6 +59,14 @@ def mishaps(table_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "cached": mixed,
         "cached stats": STATS,
         "addresses": ["addresses"],
+        "replaced": ["replace", str(own), str(other)],
+        "switched off": OFF,
+        "switched on": ON,
+        "other table": mixed,
+        "spoilt": ["replace", str(own), str(garbage)],
+        "switched off again": OFF,
+        "switched on again": ON,
+        "garbage": mixed,
         "removed": ["remove", str(own)],
         "admitted": ["refused", "exact"],
         "without the file": mixed,
@@ -59,6 +74,13 @@ def mishaps(table_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "awake": mixed,
         "reload": ["rpc", "reload_weights"],
         "reloaded": mixed,
+        "back": ["replace", str(own), str(table_path)],
+        "reload again": ["rpc", "reload_weights"],
+        "reloaded with its table": mixed,
+        "put in again": ["replace", str(own), str(other)],
+        "switched off, reloaded": OFF,
+        "switched on, reloaded": ON,
+        "reloaded with another": mixed,
         "addresses after": ["addresses"],
         "off again": OFF,
         "stock, reloaded": ["generate", LONG, TOKENS],
@@ -78,10 +100,16 @@ def test_rows_from_the_prefix_cache_are_not_seen(mishaps: dict[str, Any]) -> Non
         assert layer["slots_rerouted"] > 0 < cached[index]["slots_rerouted"]
 
 
-@pytest.mark.parametrize("run", ["first", "cached", "without the file", "awake", "reloaded"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        *("first", "cached", "other table", "garbage", "without the file", "awake"),
+        *("reloaded", "reloaded with its table", "reloaded with another"),
+    ],
+)
 def test_exact_requests_are_stock_whatever_happened(run: str, mishaps: dict[str, Any]) -> None:
     """Stock with the same weights: vLLM's CPU engine answers otherwise after `reload_weights`."""
-    stock = mishaps["stock, reloaded" if run == "reloaded" else "stock"]
+    stock = mishaps["stock, reloaded" if run.startswith("reloaded") else "stock"]
     assert tokens(mishaps[run])[0::2] == tokens(stock)[0::2]
     assert mishaps[run][1::2] != stock[1::2]
 
@@ -92,6 +120,21 @@ def test_a_table_that_is_deleted_under_a_running_engine_is_not_missed(
     """The plan is on the device, and a request's tier is checked without the file."""
     assert mishaps["admitted"] == "accepted"
     assert mishaps["without the file"] == mishaps["cached"]
+
+
+def test_a_table_that_is_replaced_under_a_running_engine_is_not_read(
+    mishaps: dict[str, Any], table_path: Path, tmp_path: Path
+) -> None:
+    """Another table of the same model, or no table at all: the engine goes on with the one that it
+    checked at its start, also where its policy is switched or its weights are read anew. The next
+    start reads the file."""
+    assert mishaps["other table"] == mishaps["garbage"] == mishaps["cached"]
+    assert mishaps["reloaded with another"] == mishaps["reloaded with its table"]
+    assert mishaps["reloaded with another"] == mishaps["reloaded"]
+    # The other table would have been noticed: it gives other replacements.
+    random = calibrate("demo", tmp_path / "t", method="random", progress=False)
+    mine = Table.load(table_path)
+    assert not torch.equal(*(t.plan(0, Policy(**S1)).neighbours for t in (mine, random)))
 
 
 def test_sleep_and_new_weights_keep_the_plan(mishaps: dict[str, Any]) -> None:
