@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sere import report
 from sere.calibrate import calibrate
 from sere.cli import main
-from sere.cost import Cost, fitted, roofline
+from sere.cost import Cost, Step, fitted, from_bench, roofline
 from sere.journal import Journal, JournalError
 from sere.loading import load_model
 from sere.moe import moe_layers
 from sere.policy import Policy
 from sere.quality import Sums
-from sere.search import Budget, BudgetError, Point, _exchange, composed
+from sere.search import TAUS, Budget, BudgetError, Point, Tuner, _exchange, composed
 from sere.serving.settings import Settings
 from sere.table import Table
 from sere.tune import run
@@ -161,13 +163,124 @@ def test_costs_from_a_data_sheet_and_from_measurements(model_dir: Path) -> None:
     assert cost.b == pytest.approx(2 * parameters / 1e9)
     assert cost.a == pytest.approx(2 * 2 * parameters / 1e12)
     truth = Cost(b=3e-6, a=2e-7, rest=1e-3)
-    points = [(a, r, truth.seconds(a, r, 4)) for a, r in ((4, 1), (8, 8), (12, 8), (20, 32))]
-    found = fitted(points, 4)
+    kinds = ((4, 1), (8, 8), (12, 8), (20, 32))
+    steps = [Step(a, r, truth.seconds(a, r, 4, routed=False)) for a, r in kinds]
+    found = fitted(steps, 4)
     assert (found.b, found.a, found.rest) == pytest.approx((truth.b, truth.a, truth.rest))
-    flat = fitted([(a, r, 1e-3) for a, r, _ in points], 4)
+    flat = fitted([replace(step, seconds=1e-3) for step in steps], 4)
     assert min(flat.b, flat.a, flat.rest) >= 0
-    with pytest.raises(ValueError, match="needs four"):
-        fitted(points[:3], 4)
+    with pytest.raises(ValueError, match="3 constants needs 4"):
+        fitted(steps[:3], 4)
+    routed = [Step(a / 2, r, truth.seconds(a / 2, r, 4), routed=True) for a, r in kinds]
+    assert fitted([*steps, *routed], 4).route == pytest.approx(truth.route)
+
+
+def benched(model_dir: Path, cost: Cost, **changed: Any) -> dict[str, Any]:
+    """As `sere bench` writes it, of an engine that takes exactly `cost`."""
+    layers = moe_layers(load_model(str(model_dir)))
+    E, arms = layers[0].E, [("stock", None, 1.0), ("S=1", {"S": 1}, 0.6), ("S=2", {"S": 2}, 0.8)]
+
+    def arm(name: str, policy: Any, share: float, batch: int) -> dict[str, Any]:
+        active = share * min(E, 2 * batch)
+        ms = 1e3 * cost.seconds(active, batch, len(layers), routed=policy is not None)
+        return {
+            "name": name,
+            "policy": policy,
+            "merge": False,
+            "active_after": active,
+            "tpot_ms": ms,
+        }
+
+    results = [{"batch": b, "arms": [arm(*a, b) for a in arms]} for b in (1, 2, 4)]
+    sizes = {"expert": 3.0 * 32 * 16, "layers": len(layers)}
+    known = {"model": "tiny", "dtype": "float32", "E": E, "K": 2}
+    return {**known, "roofline": {"sizes": sizes}, "results": results, **changed}
+
+
+def test_time_is_what_a_bench_measured(
+    tune: Any, model_dir: Path, corpus_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine in which routing costs more than it saves, beside one in which it does not."""
+    table, output, bench = (str(tune.folder / name) for name in ("t", "b.json", "bench.json"))
+    flags = ["--data", str(corpus_file), "--samples", "20", "--prompt", "2", "--length", "10"]
+    flags += ["--batch", "4", "--budget", "kl=1", "-o", output, "--bench", bench]
+    found = {}
+    for route in (0.0, 1.0):
+        truth = Cost(b=0.1, a=0.01, route=route, rest=0.5)
+        report.save_json(bench, benched(model_dir, truth))
+        assert main(["tune", str(model_dir), table, *flags]) == 0
+        found[route] = result = json.loads(Path(output).read_text())
+        cost = Cost(**result["cost"])
+        assert (cost.b, cost.a, cost.route, cost.rest) == pytest.approx(
+            (truth.b, truth.a, truth.route, truth.rest), abs=1e-6
+        )
+        assert "9 measured steps" in cost.source and bench in cost.source
+    assert "the whole step, fitted to 9 measured steps" in capsys.readouterr().out
+    assert found[0.0]["policy"] and not found[1.0]["policy"]
+    assert main(["tune", str(model_dir), table, *flags, "--bandwidth", "100"]) == 1
+    assert "--bench leaves nothing for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"E": 16}, "another model, tiny: .* 16 experts.*this one has .* 8 experts"),
+        ({"roofline": {"sizes": {"expert": 1536.0, "layers": 1}}}, "1 layers of 8 experts"),
+        ({"roofline": {"sizes": {"expert": 99.0, "layers": 2}}}, "99 parameters each"),
+        ({"results": None}, "expected what `sere bench"),
+    ],
+)
+def test_a_bench_of_something_else_is_refused(
+    model_dir: Path, tmp_path: Path, changed: dict[str, Any], reason: str
+) -> None:
+    layers = moe_layers(load_model(str(model_dir)))
+    path = tmp_path / "bench.json"
+    report.save_json(path, benched(model_dir, READING, **changed))
+    with pytest.raises(ValueError, match=reason):
+        from_bench(path, layers, 2)
+
+
+def test_one_batch_size_does_not_tell_rows_from_the_rest(model_dir: Path, tmp_path: Path) -> None:
+    found = benched(model_dir, READING)
+    found["results"] = [dict(found["results"][0], arms=2 * found["results"][0]["arms"])]
+    report.save_json(tmp_path / "bench.json", found)
+    with pytest.raises(ValueError, match="measure at least two"):
+        from_bench(tmp_path / "bench.json", moe_layers(load_model(str(model_dir))), 2)
+
+
+def test_a_batch_size_where_the_choice_is_no_faster_is_left_stock(tune: Any) -> None:
+    """Caution on the unseen half may leave too little to pay for the operator."""
+    base, bold, shy = (Policy(S=1, tau=tau, min_active=1) for tau in (TAUS[0], TAUS[5], TAUS[4]))
+    seconds = {shy.tau: 1.01, bold.tau: 0.7, None: 1.0}
+
+    class Canned(Tuner):
+        def points(self, policies: Any, batch: int) -> list[Point]:
+            here = [p and p.for_bucket(p.bucket(batch)) for p in policies]
+            taus = [policy.tau if policy else None for policy in here]
+            loss = {bold.tau: 2.0 if batch == 1 else 0.0}  # more than the budget, at batch 1
+            return [
+                Point(p, batch, 1.0, 0.0, loss.get(tau, 0.0), seconds[tau])
+                for p, tau in zip(policies, taus, strict=True)
+            ]
+
+    table = Table.load(tune.folder / "t")
+    tuner = Canned(table, None, Budget("kl", 1.0), READING)  # type: ignore[arg-type]
+    policy, _ = tuner.together(base, {1: bold, 8: bold})
+    assert policy and policy.batches == {1: None, 8: {"tau": bold.tau}}
+    assert tuner.together(base, {1: bold}) == (None, [])
+
+
+def test_what_is_left_off_is_stored_as_stock(tune: Any) -> None:
+    chosen_somewhere = 0
+    for route in (0.05, 0.2, 0.4, 0.8):
+        result = tune("kl=0.003", per_layer=False, cost=Cost(b=1.0, a=0.0, route=route))
+        if result["policy"]:
+            chosen_somewhere += 1
+            policy = Policy.from_dict(result["policy"])
+            for held in result["held_out"]:
+                re_routes = policy.for_bucket(policy.bucket(held["batch"])) is not None
+                assert re_routes == held["enable"]
+    assert chosen_somewhere
 
 
 def test_a_journal_survives_a_torn_line_and_knows_its_work(tmp_path: Path) -> None:

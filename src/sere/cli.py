@@ -115,7 +115,16 @@ def _tune_flags(parser: argparse.ArgumentParser) -> None:
         help="also look for settings of their own for each layer",
     )
     parser.add_argument(
-        "--bandwidth", type=float, default=3350, metavar="GB/s", help="of the memory to serve from"
+        "--bench",
+        metavar="FILE",
+        help="what `sere bench` measured of this model where you serve: time is what it says "
+        "(default: what the next three say)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/s",
+        help="of the memory to serve from (default: an H100's 3350)",
     )
     parser.add_argument(
         "--expert-mb",
@@ -124,7 +133,9 @@ def _tune_flags(parser: argparse.ArgumentParser) -> None:
         help="size of one expert as it is served (default: this model's in bf16)",
     )
     parser.add_argument(
-        "--tflops", type=float, default=400, help="that the expert kernels reach where you serve"
+        "--tflops",
+        type=float,
+        help="that the expert kernels reach where you serve (default: 400)",
     )
 
 

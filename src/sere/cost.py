@@ -3,13 +3,15 @@
     seconds of a step = sum over MoE layers (b * active experts + a * rows) + rest
 
 The model of OEA (arXiv 2511.02237), which fits measurements on H100 and B200 with R^2 > 0.99. The
-constants come from a device's data sheet (`roofline`) or from the real engine (`fitted`).
+constants come from a device's data sheet (`roofline`) or from the real engine (`from_bench`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +33,11 @@ class Cost:
         """Of one decode step; active: mean over its layers."""
         layer = self.b * active + self.a * rows + (self.route if routed else 0.0)
         return layers * layer + self.rest
+
+    @property
+    def of(self) -> str:
+        """What the seconds are the time of."""
+        return "the whole step" if self.rest else "the experts"
 
 
 def roofline(
@@ -54,21 +61,75 @@ def roofline(
     return Cost(size / bandwidth, size * K / flops, route, 0.0, source)
 
 
-def fitted(points: Sequence[tuple[float, float, float]], layers: int) -> Cost:
-    """From measured steps (mean active experts, rows, seconds), by least squares; no constant is
-    negative. Raises `ValueError` where there are fewer than four."""
-    if len(points) < 4:
-        raise ValueError(f"{len(points)} measured points: a fit of three constants needs four")
-    active, rows, seconds = np.array(points).T
-    design = np.stack([layers * active, layers * rows, np.ones_like(rows)], axis=1)
-    scale = design.max(0)
-    kept = [0, 1, 2]
+@dataclass(frozen=True)
+class Step:
+    """One kind of decode step, measured. active: mean over layers; routed: whether it re-routed."""
+
+    active: float
+    rows: float
+    seconds: float
+    routed: bool = False
+
+
+def fitted(steps: Sequence[Step], layers: int) -> Cost:
+    """From measured steps, by least squares of relative errors; no constant is negative. Raises
+    `ValueError` where there are not more steps than constants."""
+    rows, seconds = np.array([s.rows for s in steps]), np.array([s.seconds for s in steps])
+    active, routed = np.array([s.active for s in steps]), np.array([s.routed for s in steps])
+    columns = np.stack([layers * active, layers * rows, layers * routed, np.ones(len(steps))])
+    kept = [number for number, column in enumerate(columns) if column.any()]
+    if len(steps) <= len(kept):
+        raise ValueError(
+            f"{len(steps)} measured steps: a fit of {len(kept)} constants needs {len(kept) + 1}; "
+            "measure more policies or batch sizes"
+        )
+    scale = columns.max(1, initial=0)
     while True:
-        found = np.linalg.lstsq((design / scale)[:, kept], seconds, rcond=None)[0]
+        design = (columns[kept] / scale[kept, None] / seconds).T
+        found = np.linalg.lstsq(design, np.ones(len(steps)), rcond=None)[0]
         if (found >= 0).all() or len(kept) == 1:
             break
         kept.remove(kept[int(found.argmin())])
-    constants = np.zeros(3)
-    constants[kept] = np.maximum(found, 0)
-    b, a, rest = (float(c) for c in constants / scale)
-    return Cost(b, a, 0.0, rest, f"fitted to {len(points)} measured points")
+    constants = np.zeros(4)
+    constants[kept] = np.maximum(found, 0) / scale[kept]
+    worst = np.abs(constants @ columns / seconds - 1).max()
+    b, a, route, rest = (float(c) for c in constants)
+    return Cost(b, a, route, rest, f"fitted to {len(steps)} measured steps, within {worst:.0%}")
+
+
+def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
+    """What `sere bench` measured for the model that has these layers.
+
+    Raises `ValueError` for a file that is no such result, for another or a cut model, and for fewer
+    than two batch sizes.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        sizes, results = found["roofline"]["sizes"], found["results"]
+        of = (found["E"], found["K"], sizes["layers"], round(sizes["expert"]))
+        steps = [
+            Step(arm["active_after"], each["batch"], arm["tpot_ms"] / 1e3, bool(arm["policy"]))
+            for each in results
+            for arm in each["arms"]
+            if not arm["merge"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected what `sere bench MODEL TABLE --batch ...` writes ({error!r})"
+        ) from error
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    here = (layers[0].E, K, len(layers), round(experts / sum(layer.E for layer in layers)))
+    if of != here:
+        raise ValueError(
+            f"{path} is of another model, {found['model']}: {_described(of)}; this one has "
+            f"{_described(here)}: run `sere bench` on it"
+        )
+    if len({step.rows for step in steps}) < 2:
+        raise ValueError(f"{path} has one batch size: measure at least two")
+    cost = fitted(steps, len(layers))
+    return replace(cost, source=f"{cost.source} of {found['model']} in {found['dtype']}, {path}")
+
+
+def _described(model: tuple[int, int, int, int]) -> str:
+    E, K, layers, parameters = model
+    return f"{layers} layers of {E} experts, {K} per token, {parameters:,} parameters each"

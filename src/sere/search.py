@@ -138,17 +138,23 @@ class Tuner:
 
         base: what they have in common. own: by batch size, ascending; None is stock routing. Steps
         of a batch shrink as its answers end, and small steps follow other settings: what no longer
-        keeps the budget together gets more cautious, down to stock routing.
+        keeps the budget together gets more cautious, down to stock routing, and so does what then
+        is no faster than stock.
         """
         own = dict(own)
+        stock = {batch: self.points([None], batch)[0].seconds for batch in own}
         while any(own.values()):
             policy = composed(base, own)
             points = [self.points([policy], batch)[0] for batch in own]
             over = [p.batch for p in points if not p.within(self.budget)]
-            if not over:
+            if over:
+                blamed = max(b for b in own if own[b] and (b <= max(over) or b == min(own)))
+                own[blamed] = self._more_cautious(own[blamed])
+                continue
+            slow = [p.batch for p in points if own[p.batch] and p.seconds >= stock[p.batch]]
+            if not slow:
                 return policy, points
-            blamed = max(b for b in own if own[b] and (b <= max(over) or b == min(own)))
-            own[blamed] = self._more_cautious(own[blamed])
+            own |= dict.fromkeys(slow)
         return None, []
 
     def _more_cautious(self, policy: Policy | None) -> Policy | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model, report
-from sere.cost import Cost, roofline
+from sere.cost import Cost, from_bench, roofline
 from sere.evaluate import check_made_for, load, load_passages, passages_hash
 from sere.files import check_writable, replaced
 from sere.journal import Journal
@@ -40,13 +40,17 @@ def run(
     seed: int = 0,
     per_layer: bool = True,
     device: Mapping[str, float] | None = None,
+    bench: str | None = None,
     cost: Cost | None = None,
 ) -> dict[str, Any]:
     """Search, check, store: `output` (JSON), a plot beside it, and the policy in the table.
 
-    device: what `sere.cost.roofline` is to know of the machine to serve on; cost: instead of it.
-    Raises `BudgetError` where there are too few passages to be sure of anything.
+    device: what `sere.cost.roofline` is to know of the machine to serve on. bench: a result of
+    `sere bench` to take the cost from instead; cost: instead of both. Raises `BudgetError` where
+    there are too few passages to be sure of anything.
     """
+    if bench and device:
+        raise ValueError(f"{bench} was measured: --bench leaves nothing for {_FLAGS} to say")
     wanted = Budget.parse(budget)
     check_writable(output)
     check_writable(table_path)
@@ -54,6 +58,10 @@ def run(
     folder = demo_model.resolve(model_name)
     check_made_for(table, folder)
     model, layers = load(folder)
+    K = table.fingerprint.K
+    if cost is None:
+        measured = from_bench(bench, layers, K) if bench else None
+        cost = measured or roofline(layers[0], K, **(device or {}))
     passages = load_passages(
         model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
     )
@@ -62,7 +70,6 @@ def run(
             f"{len(passages)} passages for batches of {max(batches)}: at least "
             f"{4 * max(batches)} are needed for an error estimate; raise --samples or lower --batch"
         )
-    cost = cost or roofline(layers[0], table.fingerprint.K, **(device or {}))
     half = len(passages) // (2 * max(batches)) * max(batches)
     wanted.check_passages(half)
     settings = {
@@ -95,7 +102,7 @@ def run(
                 "stock": _as_dict(stock),
                 "chosen": _as_dict(point),
                 "kept": point.within(wanted),
-                "enable": point.seconds < stock.seconds,
+                "enable": _re_routes(chosen, batch) and point.seconds < stock.seconds,
             }
             for batch, (stock, point) in zip(sorted(batches), held_out, strict=True)
         ],
@@ -109,6 +116,7 @@ def run(
     return result
 
 
+_FLAGS = "--bandwidth, --expert-mb and --tflops"
 RULES = ("error", "paper")
 ERROR, PAPER = Policy(S=1, min_active=1, tau=0.0), Policy(S=1)
 
@@ -168,6 +176,10 @@ def _in_common(base: Policy, own: Mapping[int, Policy | None]) -> Policy:
     return replace(base, tau=min(taus, default=0.0))
 
 
+def _re_routes(chosen: Policy | None, batch: int) -> bool:
+    return chosen is not None and chosen.for_bucket(chosen.bucket(batch)) is not None
+
+
 def _as_dict(point: Point) -> dict[str, Any]:
     return {**asdict(point), "policy": point.policy.to_dict() if point.policy else None}
 
@@ -200,7 +212,8 @@ def as_text(result: dict[str, Any]) -> str:
     head = ["batch", "active experts", name, "kept", "predicted", "advice", "policy"]
     head += ["alone, by error", "alone, the paper's"]
     lines.append(report.text_table(head, rows))
-    lines.append(f"predicted: decode speed of the experts, {result['cost']['source']}")
+    cost = Cost(**result["cost"])
+    lines.append(f"predicted: decode speed of {cost.of}, {cost.source}")
     return "\n".join(lines)
 
 

@@ -103,17 +103,20 @@ def tune(
     batches: list[int] | None,
     model: str,
     table: str,
-    bandwidth: float,
-    tflops: float,
+    bandwidth: float | None,
+    tflops: float | None,
     expert_mb: float | None,
     **flags: Any,
 ) -> None:
-    """`sere tune MODEL TABLE --budget kl=0.01`."""
+    """`sere tune MODEL TABLE --budget kl=0.01 [--bench FILE]`."""
     from sere.tune import run
 
-    device = {"bandwidth": bandwidth * 1e9, "flops": tflops * 1e12}
-    if expert_mb:
-        device["expert_bytes"] = expert_mb * 1e6
+    given = (
+        ("bandwidth", bandwidth, 1e9),
+        ("flops", tflops, 1e12),
+        ("expert_bytes", expert_mb, 1e6),
+    )
+    device = {name: value * unit for name, value, unit in given if value is not None}
     run(model, table, batches=batches or [1, 8, 32], device=device, **flags)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sere.cost import Cost
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
 from sere.page.sources import Source
 from sere.policy import Policy
@@ -29,6 +30,7 @@ def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """One section; losses are those of passages that the search did not see."""
     result = source.content
     name, limit = result["settings"]["budget"]["name"], result["settings"]["budget"]["limit"]
+    cost = Cost(**result["cost"])
     yield Section(
         "Tuned for a budget",
         source.name,
@@ -37,7 +39,7 @@ def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
         [
             Grid(
                 f"On held-out passages; budget: {name} at most {limit:g}. The speed-up is that of "
-                f"the experts alone, {result['cost']['source']}.",
+                f"{cost.of}, {cost.source}.",
                 _COLUMNS,
                 [_row(own, held) for own, held in _pairs(result)],
             )
