@@ -6,8 +6,8 @@
 The demo model (or a random one of 8 layers, 64 experts, 8 chosen, H=512) in vLLM's CPU engine:
 three engines in one process, one with the plug-in and two stock, which tells what equal engines
 differ by. Four arms take turns, every batch as wide and as long as the others. Off is the policy
-None: the operator is skipped. S=K does all the work (votes, counters, too) and moves nothing; tokens
-must be equal, or no figure is given.
+None: the operator is skipped. S=K does all the work (votes and counters too) and moves nothing;
+tokens must be equal, or no figure is given.
 A larger model's step takes longer, the operator hardly: the demo model is the worst case.
 """
 
