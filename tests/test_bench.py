@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sere import bench_server
 from sere.bench import measure
 from sere.bench_result import as_text, interval, quartiles
 from sere.bench_setup import BenchError, Contender, Load, contender_of, experts_load
@@ -89,6 +91,62 @@ def test_rounds_take_turns_after_a_warm_up_and_resume(tmp_path: Path) -> None:
     again = ToyEngine()
     run_toy(again, Journal(path, {}))
     assert again.calls == warm + second
+
+
+class ToyServer:
+    """A server whose answers are right but for `wrong`, and that keeps what it was asked to do."""
+
+    def __init__(self, rerouting: bool, driven: list[str], *, wrong: bool) -> None:
+        self.driven, self.wrong = driven, wrong and rerouting
+        self.name = "" if rerouting else "stock"
+
+    def set_policy(self, policy: Policy) -> None:
+        self.name = f"S={policy.S}"
+
+    def complete(self, prompt: list[int], max_tokens: int) -> list[int]:
+        return [7 + self.wrong] * max_tokens
+
+    def drive(self, *, rate: float, requests: int, seed: int, **lengths: int) -> dict[str, float]:
+        if seed == 0:  # and not the warm-up
+            self.driven.append(f"{self.name} at {rate}")
+        return {"tpot_ms": 1.0}
+
+
+def serve_toy(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, wrong: bool = False
+) -> tuple[list[str], Journal]:
+    driven: list[str] = []
+
+    @contextmanager
+    def serving(folder: str, options: Any, rerouting: Any) -> Iterator[ToyServer]:
+        yield ToyServer(rerouting is not None, driven, wrong=wrong)
+
+    monkeypatch.setattr(bench_server, "serving", serving)
+    journal = Journal(path, {})
+    traffic = bench_server.Traffic((1.0, 2.0), 3, 4, 5)
+    policies = [("S=1", Policy(S=1))]
+    bench_server.measure_server("", "", policies, traffic, [[1]], {}, journal, K=2)
+    return driven, journal
+
+
+def test_servers_are_driven_in_turn_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    driven, _ = serve_toy(path, monkeypatch)
+    assert driven == ["stock at 1.0", "stock at 2.0", "S=1 at 1.0", "S=1 at 2.0"]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # killed before the last was written
+    driven, _ = serve_toy(path, monkeypatch)
+    assert driven == ["S=1 at 2.0"]
+    assert serve_toy(path, monkeypatch)[0] == []
+
+
+def test_a_server_that_answers_otherwise_gives_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(bench_server.GateError, match="no speed is reported"):
+        serve_toy(tmp_path / "journal", monkeypatch, wrong=True)
 
 
 def test_prompts_differ_by_round_and_not_by_run() -> None:

@@ -60,6 +60,15 @@ def test_near_identity_and_near_constant(table: Table) -> None:
     assert "near-constant" in warnings(with_similarity(table, spread(0.96, 1)), 0.0)
 
 
+def test_replacements_that_other_text_would_choose_differently(table: Table) -> None:
+    def with_stability(share: float) -> Table:
+        layer = dataclasses.replace(table.layers[0], stability=share)
+        return dataclasses.replace(table, layers={**table.layers, 0: layer})
+
+    assert "other text would choose 60% of the replacements" in warnings(with_stability(0.4), 0.0)
+    assert warnings(with_stability(0.95), 0.0) == ""
+
+
 def test_an_outlier_that_sets_the_scale_of_frobenius_alone(make_table: Make) -> None:
     """Expert 3 lies far from all: the others close up towards 1."""
     similarity = spread(0.75, 0.9)

@@ -292,7 +292,10 @@ def test_a_journal_survives_a_torn_line_and_knows_its_work(tmp_path: Path) -> No
         file.write('["two", [2')
     with pytest.raises(JournalError, match="other settings"):
         Journal(path, {"a": 2})
-    with Journal(path, {"a": 1}) as journal:
+    with pytest.raises(KeyboardInterrupt), Journal(path, {"a": 1}) as journal:
         assert journal.get("one") == [1.5] and journal.get("two") is None
         journal.add("two", 2)
+        raise KeyboardInterrupt
+    with Journal(path, {"a": 1}) as journal:  # what came after the torn line can be read
+        assert journal.get("one") == [1.5] and journal.get("two") == 2
     assert not path.exists()
