@@ -78,6 +78,53 @@ def bench(model: str, rules: list[str]) -> dict[str, Any]:
     }
 
 
+def served(label: str | None, rate: float | str, **figures: Any) -> dict[str, Any]:
+    """As `vllm bench serve --save-result` of vLLM 0.32 writes one run (a part of its figures)."""
+    known = {
+        "date": "20261124-041950",
+        "endpoint_type": "openai",
+        "backend": "openai",
+        "label": label,
+        "model_id": "tiny",
+        "tokenizer_id": "tiny",
+        "num_prompts": 60,
+        "request_rate": rate,
+        "burstiness": 1.0,
+        "max_concurrency": None,
+        "duration": 6.1,
+        "completed": 60,
+        "failed": 0,
+        "total_input_tokens": 2880,
+        "total_output_tokens": 1920,
+        "request_throughput": 9.85,
+        "output_throughput": 315.21,
+        "mean_ttft_ms": 11.2,
+        "median_ttft_ms": 9.51,
+        "p99_ttft_ms": 25.02,
+        "mean_tpot_ms": 2.7,
+        "median_tpot_ms": 2.66,
+        "p99_tpot_ms": 5.46,
+    }
+    return {**known, **figures}
+
+
+def served_by_sere() -> dict[str, Any]:
+    """As `sere bench --rate` writes it: stock first."""
+    figures = {"ttft_ms": 9.0, "ttft_p99_ms": 20.0, "tokens_per_s": 300.0}
+    rates = [
+        {
+            "rate": rate,
+            "arms": [
+                {"name": "stock", "tpot_ms": 4.0 * scale, **figures},
+                {"name": "S=1", "tpot_ms": 2.5 * scale, **figures},
+            ],
+        }
+        for rate, scale in ((4.0, 1), (float("inf"), 3))
+    ]
+    load = {"input_len": 128, "output_len": 32, "rounds": 5, "batches": [8]}
+    return {"model": "tiny", "load": load, "requests": 100, "server": rates}
+
+
 def _timed(policy: Policy | None, number: int, batch: int) -> dict[str, Any]:
     speedup = 1 + 0.3 * number * batch / 4
     return {

@@ -19,10 +19,17 @@ from sere.cli import main
 from sere.cost import Cost
 from sere.page.quality import front
 from sere.table import Table
-from tests.page_results import FIGURES, HARNESS, bench, generation, pareto
+from tests.page_results import FIGURES, HARNESS, bench, generation, pareto, served, served_by_sere
 from tools.browser import browser
 
 ROOT = Path(__file__).parent.parent
+RUNS = {
+    "h1.json": served("stock", 10.0),
+    "h2.json": served("S=1", 10.0, median_tpot_ms=1.9),
+    "h3.json": served(None, "inf", policy="S=1", max_concurrency=8, failed=2),
+    "h4.json": served(None, "inf"),
+}
+COMMITTED = ("calibration_trust.json", "composition.json", "tuned.json")
 RULES = ['{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05, "min_active": 1}']
 
 
@@ -43,12 +50,18 @@ def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPat
     (folder / "e.json").write_text(json.dumps(generation()))
     (folder / "f.json").write_text(json.dumps(HARNESS))
     (folder / "g.json").write_text(json.dumps(bench(model, RULES)))
+    for name, run in RUNS.items():
+        (folder / name).write_text(json.dumps(run))
+    (folder / "l.json").write_text(json.dumps(served_by_sere()))
+    for name in COMMITTED:
+        (folder / name).write_bytes((ROOT / "benchmarks/results" / name).read_bytes())
+    (folder / "t.json.unfinished").write_text('{"a": 1}')
+    (folder / "earlier.html").write_text("<html></html>")
     (folder / "half.json").write_text('{"arms": [')
     (folder / "list.json").write_text("[1, 2]")
     (folder / "old.json").write_text('{"by_batch": [], "held_out": [], "policy": null}')
     (folder / "weights.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
-    for plot in folder.glob("*.png"):
-        plot.unlink()
+    assert list(folder.glob("*.png"))  # beside what they show: known, not named
     return folder
 
 
@@ -94,7 +107,12 @@ def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
         "e.json": "generation",
         "f.json": "harness",
         "g.json": "bench",
+        "l.json": "server",
         "experts.table": "table",
+        **dict.fromkeys(RUNS, "served"),
+        "calibration_trust.json": "trust",
+        "composition.json": "composition",
+        "tuned.json": "tuned",
     }
     lines = error.splitlines()
     for name, reason in (
@@ -102,23 +120,29 @@ def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
         ("list.json", "not a result that this page has a figure for"),
         ("old.json", "looks like a result of kind 'tuning', but is incomplete"),
         ("weights.safetensors", "not a sere table"),
+        ("t.json.unfinished", "the command that made it goes on"),
     ):
         assert reason in data["unknown"][name]
         assert (
             sum(line.startswith(f"not shown: {name}: ") and reason in line for line in lines) == 1
         )
-    assert len(lines) == len(data["unknown"]) == 4
+    assert len(lines) == len(data["unknown"]) == 5
     assert all(name in out for name in kinds)
 
 
 def test_each_result_has_its_provenance(results: Path, data: dict[str, Any]) -> None:
     for source in data["sources"]:
         assert source["sha256"] == sha256((results / source["name"]).read_bytes()).hexdigest()
-        if source["name"].endswith(".json"):
+        if source["kind"] == "served":
+            assert source["provenance"]["date"] == "2026-11-24T04:19:50"
+        elif source["name"].endswith(".json"):
             assert source["provenance"] == load(results, source["name"]).get("provenance", {})
-    assert {section["source"] for section in data["sections"]} == {
-        s["name"] for s in data["sources"]
-    }
+    shown = [name for section in data["sections"] for name in section["sources"]]
+    assert sorted(shown) == sorted(source["name"] for source in data["sources"])
+    titles = [section["title"] for section in data["sections"]]
+    assert len(set(titles)) == len(titles)
+    for part in data["sections"]:
+        assert all(figure["title"] and figure["caption"] for figure in part["figures"])
 
 
 @pytest.mark.parametrize("name", ["a.json", "c.json"])
@@ -167,12 +191,13 @@ def test_quality_against_time_where_the_same_model_was_timed(
     timed = {each["batch"]: each["arms"] for each in load(results, "g.json")["results"]}
     _, against_time = section(data, "a.json")["figures"]
     arms = load(results, "a.json")["arms"]
-    for trace in against_time["data"]:
+    drawn = [trace for trace in against_time["data"] if "customdata" in trace]
+    assert len(drawn) == 2
+    for trace in drawn:
         size = int(trace["name"].removeprefix("batch "))
         drawn = {(x, kl) for x, (_, kl) in zip(trace["x"], trace["customdata"], strict=True)}
         losses = [arm["batches"][str(size)]["kl"][0] for arm in arms]
         assert drawn == set(zip([arm["tpot_ms"] for arm in timed[size]], losses, strict=True))
-    assert len(against_time["data"]) == 2
     assert len(section(data, "c.json")["figures"]) == 1  # of which model is not known
 
 
@@ -188,6 +213,68 @@ def test_advice_is_the_tuners(results: Path, data: dict[str, Any]) -> None:
     points += [held["chosen"]["active"] for held in result["held_out"] if result["policy"]]
     drawn = [x for trace in shown["figures"][0]["data"] for x in trace["x"]]
     assert sorted(drawn) == sorted(points)
+
+
+def test_runs_of_vllm_bench_serve_are_shown_together(data: dict[str, Any]) -> None:
+    shown = section(data, "h1.json")
+    assert shown["sources"] == list(RUNS)
+    named = {"h1.json": "stock", "h2.json": "S=1", "h3.json": "S=1", "h4.json": "h4"}
+    rates = {"h1.json": "10", "h2.json": "10", "h3.json": "all at once", "h4.json": "all at once"}
+    ratios = {"h2.json": 2.66 / 1.9}
+    (grid,) = shown["grids"]
+    assert [row[-1] for row in grid["rows"]] == list(RUNS)  # by load, stock first
+    for row in grid["rows"]:
+        run, file = RUNS[row[-1]], row[-1]
+        assert row == [
+            *(rates[file], run["max_concurrency"], named[file]),
+            *(run["median_tpot_ms"], run["p99_tpot_ms"]),
+            *(run["median_ttft_ms"], run["p99_ttft_ms"], run["output_throughput"]),
+            *(run["completed"], run["failed"], ratios.get(file), file),
+        ]
+    assert "S=1 takes 1.9 ms per token at 10/s where stock takes 2.7 (1.40x)" in shown["finding"]
+    drawn = {
+        (trace["name"], x, y)
+        for trace in shown["figures"][0]["data"]
+        for x, y in zip(trace["x"], trace["y"], strict=True)
+    }
+    assert {("stock", "10/s", 2.66), ("stock", "10/s", 9.51), ("stock", "10/s", 315.21)} <= drawn
+    assert ("S=1", "all at once, 8 at most", 2.66) in drawn
+
+
+def test_a_server_under_sere_bench_is_shown_by_rate(data: dict[str, Any]) -> None:
+    shown = section(data, "l.json")
+    rows = [(row[0], row[2], row[3], row[10]) for row in shown["grids"][0]["rows"]]
+    assert rows == [
+        *(("4", "stock", 4.0, None), ("4", "S=1", 2.5, 1.6)),
+        *(("all at once", "stock", 12.0, None), ("all at once", "S=1", 7.5, 1.6)),
+    ]
+
+
+def test_company_trust_and_the_checked_choice_are_the_files(
+    results: Path, data: dict[str, Any]
+) -> None:
+    arms = load(results, "composition.json")["arms"]
+    (grid,) = section(data, "composition.json")["grids"]
+    wanted = [
+        [int(size), arm["name"]]
+        + [arm["sizes"][size][n] for n in ("differs_by_company", "differs_from_alone", "right")]
+        for size in arms[0]["sizes"]
+        for arm in arms
+    ]
+    assert grid["rows"] == wanted
+    shown, trust = section(data, "calibration_trust.json"), load(results, "calibration_trust.json")
+    heat = shown["figures"][0]["data"][0]
+    for (i, pair), (j, method) in product(enumerate(heat["y"]), enumerate(heat["x"])):
+        assert heat["z"][i][j] == trust["agreement"][method][pair]["same_replacement"]
+    for row in shown["grids"][0]["rows"]:
+        figures = [trust["stability"][method][row[0]] for method in heat["x"]]
+        assert row[1:] == [f[name] for f in figures for name in ("foretold", "seen")]
+    found = load(results, "tuned.json")
+    *tuning, check = section(data, "tuned.json")["grids"]
+    assert [row[0] for row in tuning[0]["rows"]] == [1, 8, 32]
+    for row, each in zip(check["rows"], found["engine"], strict=True):
+        right, lost = each["tuned"]["exact_match"], each["tuned"]["answers_lost"]
+        assert row[0] == each["batch"] and row[3:5] == [right, lost]
 
 
 def test_answers_are_those_of_demo_and_generation(results: Path, data: dict[str, Any]) -> None:
@@ -252,7 +339,8 @@ class Reader:
 
     def __init__(self, chromium: Any, page: Path, **options: Any) -> None:
         self.complaints: list[str] = []
-        self.tab = chromium.new_page(viewport={"width": 1200, "height": 900}, **options)
+        options = {"viewport": {"width": 1200, "height": 900}, **options}
+        self.tab = chromium.new_page(**options)
         self.tab.on("console", lambda message: self.complaints.append(message.text))
         self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.tab.on("request", self._note)
@@ -403,6 +491,16 @@ def test_print_is_dark_on_white_fits_the_paper_and_hides_nothing(
     assert lightness(reader.style("body", "color")) < 0.3
     assert lightness(reader.style("#s1f1 .xtick text", "fill")) < 0.3
     assert not reader.tab.locator("input[type=range]").first.is_visible()
+
+
+def test_on_a_telephone_the_page_fits_and_wide_plots_are_scrolled_within_it(
+    read: Callable[..., Reader], data: dict[str, Any]
+) -> None:
+    tab = read(viewport={"width": 420, "height": 900}).tab
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 420
+    number = 1 + [part["source"] for part in data["sections"]].index("g.json")
+    width = tab.locator(f"#s{number}f1 .main-svg").first.bounding_box()["width"]
+    assert width > 600  # two plots side by side
 
 
 def test_names_in_results_are_text_not_markup(read: Callable[..., Reader]) -> None:

@@ -212,7 +212,11 @@ def _top_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="results: JSON files and tables of any verb")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="results of any verb and of `vllm bench serve`: JSON files and tables",
+    )
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sere.cost import Cost
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
 from sere.page.sources import Source
 from sere.policy import Policy
-from sere.search import BUDGETS
 
 _COLUMNS = (
     Column("batch"),
@@ -21,19 +21,62 @@ _COLUMNS = (
     Column("within budget"),
     Column("expected speed-up", ".2f"),
     Column("advice"),
-    Column("alone: expected error"),
-    Column("alone: paper's rule"),
+    Column("policy"),
+)
+_ALONE = (
+    Column("batch"),
+    Column("by expected error"),
+    Column("active experts", ".2f"),
+    Column("by the paper's rule"),
+    Column("active experts", ".2f"),
+)
+
+_LOSSES = {
+    "kl": "KL from stock, nats per token",
+    "top1": "share of top tokens changed",
+    "exact_match": "share of answers lost",
+}
+_CHECK = (
+    Column("batch"),
+    Column("active experts", ".2f"),
+    Column("right, stock, %", ".2f", 100),
+    Column("right, tuned, %", ".2f", 100),
+    Column("answers lost, %", ".2f", 100),
+    Column("same as stock, %", ".2f", 100),
+    Column("within budget"),
 )
 
 
-def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
+def tuning(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """One section; losses are those of passages that the search did not see."""
-    result = source.content
+    yield _section(source.name, source.content)
+
+
+def tuned(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
+    """benchmarks/tuned.py: the same, and what the engine then wrote."""
+    rows = [
+        [each["batch"], each["tuned"]["active"], each["stock"]["exact_match"]]
+        + [each["tuned"][name] for name in ("exact_match", "answers_lost", "same_as_stock")]
+        + [each["kept"]]
+        for each in source.content["engine"]
+    ]
+    prompts = source.content["engine"][0]["prompts"]
+    check = Grid(
+        f"What vLLM then wrote under the chosen policy, {prompts} other prompts; after ±: "
+        "standard error",
+        _CHECK,
+        rows,
+    )
+    section = _section(source.name, source.content["tuning"])
+    yield replace(section, title=f"{section.title}, and checked", grids=[*section.grids, check])
+
+
+def _section(source: str, result: dict[str, Any]) -> Section:
     name, limit = result["settings"]["budget"]["name"], result["settings"]["budget"]["limit"]
-    cost = Cost(**result["cost"])
-    yield Section(
+    cost, pairs = Cost(**result["cost"]), _pairs(result)
+    return Section(
         "Tuned for a budget",
-        source.name,
+        source,
         _finding(result, name, limit),
         [_front(result, name, limit)],
         [
@@ -41,8 +84,14 @@ def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
                 f"On held-out passages; budget: {name} at most {limit:g}. The speed-up is that of "
                 f"{cost.of}, {cost.source}.",
                 _COLUMNS,
-                [_row(own, held) for own, held in _pairs(result)],
-            )
+                [_row(result["policy"], held) for _, held in pairs],
+            ),
+            Grid(
+                "What each rule could do at one batch size by itself, on the search's passages; -: "
+                "nothing that keeps the budget and saves time",
+                _ALONE,
+                [[own["batch"], *_alone(own, "error"), *_alone(own, "paper")] for own, _ in pairs],
+            ),
         ],
     )
 
@@ -52,7 +101,7 @@ def _pairs(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]
     return sorted(pairs, key=lambda pair: pair[0]["batch"])
 
 
-def _row(own: dict[str, Any], held: dict[str, Any]) -> list[Any]:
+def _row(policy: dict[str, Any] | None, held: dict[str, Any]) -> list[Any]:
     stock, chosen = held["stock"], held["chosen"]
     return [
         held["batch"],
@@ -63,8 +112,20 @@ def _row(own: dict[str, Any], held: dict[str, Any]) -> list[Any]:
         held["kept"],
         stock["seconds"] / chosen["seconds"],
         "re-route" if held["enable"] else "leave stock",
-        *(_brief(own[rule]["policy"]) if own[rule] else None for rule in ("error", "paper")),
+        _at(policy, held["batch"]),
     ]
+
+
+def _alone(own: dict[str, Any], rule: str) -> tuple[str, float] | tuple[None, None]:
+    found = own[rule]
+    return (_brief(found["policy"]), found["active"]) if found else (None, None)
+
+
+def _at(policy: dict[str, Any] | None, batch: int) -> str:
+    """What the chosen policy does at a batch size."""
+    chosen = Policy.from_dict(policy) if policy else None
+    here = chosen.for_bucket(chosen.bucket(batch)) if chosen else None
+    return here.brief() if here else "stock"
 
 
 def _brief(policy: dict[str, Any] | None) -> str:
@@ -113,8 +174,9 @@ def _front(result: dict[str, Any], name: str, limit: float) -> Figure:
     figure.update_xaxes(
         title=f"active experts per layer and step (of {result['E']})", rangemode="tozero"
     )
-    figure.update_yaxes(LOGARITHMIC, title=BUDGETS[name])
+    figure.update_yaxes(LOGARITHMIC, title=_LOSSES[name])
     return Figure(
+        "Loss against active experts, of all that the tuner tried",
         "Every policy that the search measured, and the chosen one (star) on passages that it did "
         "not see. Only what lies below the dashed line keeps the budget.",
         figure,

@@ -72,7 +72,11 @@ def _families(arms: list[dict[str, Any]]) -> Figure:
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     figure.update_xaxes(side="top", showgrid=False)
-    return Figure("Share of right answers, by kind of task (down) and policy (across).", figure)
+    return Figure(
+        "Accuracy by kind of task",
+        "Share of right answers: a row for every kind of task, a column for every policy.",
+        figure,
+    )
 
 
 def _layers(arms: list[dict[str, Any]], E: int) -> Figure:
@@ -87,7 +91,11 @@ def _layers(arms: list[dict[str, Any]], E: int) -> Figure:
         )
     figure.update_xaxes(title="MoE layer", type="category")
     figure.update_yaxes(title=f"active experts per step (of {E})")
-    return Figure("Experts that a decode step reads, by layer.", figure)
+    return Figure(
+        "Active experts by layer",
+        "Experts that a decode step reads, on average: what is shorter than stock's bar is saved.",
+        figure,
+    )
 
 
 def generation(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
@@ -123,7 +131,13 @@ def generation(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
         f"Least like stock is {worst['name']}: {worst['same_as_stock'][0]:.1%} of its answers are "
         f"the same, {worst['exact_match'][0]:.1%} are right (stock: "
         f"{arms[0]['exact_match'][0]:.1%}).",
-        [Figure("Share of answers; bars: standard error.", figure)],
+        [
+            Figure(
+                "Answers that are right, and the same as stock's",
+                "Share of answers; bars: standard error. What differs from stock may be right.",
+                figure,
+            )
+        ],
         [
             Grid(
                 f"{result['prompts']} prompts, batch {result['batch']}; after ±: standard error",
@@ -147,12 +161,11 @@ def harness(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     yield Section(
         "lm-evaluation-harness",
         source.name,
-        f"{len(arms[0]['metrics'])} tasks under {len(arms)} policies, {result['backend']}, batch "
-        f"{result['batch']}." + (note if prompts_alone else ""),
+        _scores(arms) + (note if prompts_alone else ""),
         [],
         [
             Grid(
-                "After ±: standard error",
+                f"{result['backend']}, batch {result['batch']}; after ±: standard error",
                 [
                     Column("task"),
                     Column("metric"),
@@ -161,6 +174,19 @@ def harness(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
                 rows,
             )
         ],
+    )
+
+
+def _scores(arms: list[dict[str, Any]]) -> str:
+    """Of the first metric: stock's, and the one furthest from it."""
+    task, metrics = next(iter(arms[0]["metrics"].items()))
+    metric, stock = next(iter(metrics.items()))
+    name = f"{task}, {metric.split(',')[0]}"
+    if len(arms) == 1:
+        return f"{name}: {stock:.4f}."
+    far = max(arms[1:], key=lambda arm: abs(arm["metrics"][task][metric] - stock))
+    return (
+        f"{name}: {stock:.4f} under stock, {far['metrics'][task][metric]:.4f} under {far['name']}."
     )
 
 

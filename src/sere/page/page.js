@@ -37,12 +37,12 @@ function draw(div, figure) {
   const layout = { ...figure.layout, template: template() };
   Plotly.newPlot(div, figure.data, layout, { responsive: true, displaylogo: false });
   plots.push(div);
-  const slider = div.parentElement.querySelector("input[type=range]");
+  const slider = div.closest("figure").querySelector("input[type=range]");
   slider?.addEventListener("input", () => show(div, figure.frames[slider.value]));
 }
 
 function show(div, frame) {
-  div.parentElement.querySelector("output").textContent = frame.label;
+  div.closest("figure").querySelector("output").textContent = frame.label;
   frame.traces.forEach((changed, trace) => {
     const wrapped = Object.entries(changed).map(([name, values]) => [name, [values]]);
     Plotly.restyle(div, Object.fromEntries(wrapped), [trace]);

@@ -68,11 +68,18 @@ class Frame:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with its caption, which says how to read it; frames: of its slider, if it has one."""
+    """A plot; caption: how to read it; frames: of its slider, if it has one."""
 
+    title: str
     caption: str
     plot: go.Figure
     frames: Sequence[Frame] = ()
+
+    @property
+    def columns(self) -> int:
+        """How many plots stand side by side: on a narrow screen they are scrolled, not squeezed."""
+        axes = (axis for name, axis in self.plot.layout.to_plotly_json().items() if "xaxis" in name)
+        return len({tuple(axis.get("domain", ())) for axis in axes})
 
     def spec(self) -> dict[str, Any]:
         """What plotly.js draws, as plain JSON without a template: the page brings the colours."""
@@ -85,7 +92,8 @@ class Figure:
 class Section:
     """What is shown of one result.
 
-    source: the name of its file. finding: the one sentence to take away.
+    source: the name of its file; more: of others that are shown with it. finding: the one sentence
+    to take away.
     """
 
     title: str
@@ -93,11 +101,16 @@ class Section:
     finding: str
     figures: Sequence[Figure] = ()
     grids: Sequence[Grid] = ()
+    more: Sequence[str] = ()
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.source, *self.more]
 
 
 def plot(**layout: Any) -> go.Figure:
     """An empty plot in the page's style."""
-    return go.Figure(layout={**LAYOUT, **layout})
+    return go.Figure(layout={**LAYOUT, "margin": {**LAYOUT["margin"], "t": 20}, **layout})
 
 
 def colour(number: int) -> str:

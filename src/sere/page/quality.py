@@ -7,10 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sere import demo_model
-from sere.page.parts import GREY, LAYOUT, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
+from sere.page.parts import GREY, LAYOUT, LOGARITHMIC, Column, Figure, Grid, Section, colour
 from sere.page.sources import Source
 
 _COLUMNS = (
@@ -22,6 +23,13 @@ _COLUMNS = (
 )
 _FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
 _OURS = "expected error"
+_FRONT: dict[str, Any] = {
+    "mode": "lines",
+    "line": {"shape": "hv", "dash": "dot", "width": 1, "color": GREY},
+    "name": "Pareto front",
+    "legendgroup": "front",
+    "hoverinfo": "skip",
+}
 
 
 def sections(source: Source, others: Sequence[Source]) -> Iterable[Section]:
@@ -54,6 +62,13 @@ def _plain(name: str) -> str:
     return name.strip("{}").replace("'", "")
 
 
+def _named(arm: dict[str, Any]) -> str:
+    """With its family, which says whose rule it is."""
+    settings = [part for part in _plain(arm["name"]).split(", ") if not part.startswith("rival")]
+    name = ", ".join(settings)
+    return f"{arm['family']} ({name})" if "family" in arm else name
+
+
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those points that no other beats in one coordinate without losing in the other (both are
     better when smaller), by ascending first coordinate."""
@@ -70,7 +85,7 @@ def _finding(arms: Sequence[dict[str, Any]], size: str) -> str:
     if not near:
         return f"Batch {size}: no policy keeps 99.9 % of the most likely next tokens."
     _, best = min(near, key=lambda pair: pair[0])
-    name = next(_plain(arm["name"]) for arm in arms if arm["batches"][size] is best)
+    name = next(_named(arm) for arm in arms if arm["batches"][size] is best)
     return (
         f"Batch {size}: {name} reads {best['active'][0]:.1f} experts per layer instead of "
         f"{stock['active'][0]:.1f} and keeps {best['top1'][0]:.2%} of the most likely next tokens."
@@ -94,19 +109,7 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
         found = [(arm, arm["batches"][size]) for arm in arms]
         points = [(f["active"][0], max(f["kl"][0], floor)) for _, f in found[1:]]
         x, y = zip(*front(points), strict=True)
-        panels.add_scatter(
-            x=x,
-            y=y,
-            mode="lines",
-            line={"shape": "hv", "dash": "dot", "width": 1},
-            name="Pareto front",
-            legendgroup="front",
-            showlegend=column == 1,
-            hoverinfo="skip",
-            line_color=GREY,
-            row=1,
-            col=column,
-        )
+        panels.add_scatter(x=x, y=y, **_FRONT, showlegend=column == 1, row=1, col=column)
         for number, family in enumerate(families):
             own = [(a, f) for a, f in found[1:] if a.get("family", a["name"]) == family]
             own.sort(key=lambda pair: pair[1]["active"][0])
@@ -143,6 +146,7 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
     panels.update_yaxes(LOGARITHMIC)
     panels.update_yaxes(title="KL from stock, nats per token", col=1)
     return Figure(
+        "Pareto front: quality against active experts",
         "Further left: fewer experts are read. Further down: closer to stock. "
         "Dotted: what no other policy beats in both. Hover for the figures, click the legend to "
         "hide a kind.",
@@ -153,41 +157,70 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
 def _against_time(source: Source, others: Sequence[Source]) -> Iterable[Figure]:
     """KL against measured time per token, of every policy that was both evaluated and timed."""
     arms = source.content["arms"]
-    sizes = list(arms[0]["batches"])
-    floor = _floor(arms, sizes)
+    floor = _floor(arms, list(arms[0]["batches"]))
     model = source.content.get("settings", {}).get("model")
     for bench in (other for other in others if other.kind == "bench"):
         if model is None or _short(bench.content["model"]) != _short(model):
             continue
-        figure = plot(hovermode="closest")
-        for number, found in enumerate(bench.content["results"]):
-            pairs = list(_evaluated_and_timed(arms, found, str(found["batch"])))
-            if not pairs:
-                continue
-            pairs.sort(key=lambda pair: pair[1]["tpot_ms"])
-            figure.add_scatter(
-                x=[timed["tpot_ms"] for _, timed in pairs],
-                y=[max(kl, floor) for kl, _ in pairs],
-                customdata=[[timed["name"], kl] for kl, timed in pairs],
-                hovertemplate=(
-                    "<b>%{customdata[0]}</b><br>%{x:.2f} ms per token<br>"
-                    "KL %{customdata[1]:.3g} nats"
-                ),
-                text=[timed["name"] for _, timed in pairs],
-                textposition="top center",
-                mode="lines+markers+text",
-                name=f"batch {found['batch']}",
-                line={"color": colour(number), "width": 1.2},
-                marker={"size": 9},
-            )
-        if figure.data:
-            figure.update_xaxes(title="time per output token, ms")
-            figure.update_yaxes(LOGARITHMIC, title="KL from stock, nats per token")
+        found = {
+            each["batch"]: list(_evaluated_and_timed(arms, each, str(each["batch"])))
+            for each in bench.content["results"]
+        }
+        found = {batch: pairs for batch, pairs in found.items() if pairs}
+        if found:
             yield Figure(
+                "Pareto front: quality against time per token",
                 f"The same loss against measured time, of the policies that {bench.name} has too. "
-                "Stock, which loses nothing, is at the bottom.",
-                figure,
+                "Further left: faster; dotted: what no other policy beats in both. Stock, which "
+                "loses nothing, is at the bottom.",
+                _timed_panels(found, floor),
             )
+
+
+def _timed_panels(found: dict[int, list[tuple[float, dict[str, Any]]]], floor: float) -> go.Figure:
+    panels = make_subplots(
+        1,
+        len(found),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=[f"batch {batch}" for batch in found],
+    )
+    panels.update_layout(LAYOUT, hovermode="closest", showlegend=False)
+    for column, (batch, pairs) in enumerate(found.items(), start=1):
+        here: dict[str, Any] = {"row": 1, "col": column}
+        points = [(timed["tpot_ms"], max(kl, floor)) for kl, timed in pairs]
+        x, y = zip(*front(points), strict=True)
+        panels.add_scatter(x=x, y=y, **_FRONT, **here)
+        panels.add_scatter(
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
+            customdata=[[timed["name"], kl] for kl, timed in pairs],
+            hovertemplate=(
+                "<b>%{customdata[0]}</b><br>%{x:.2f} ms per token<br>KL %{customdata[1]:.3g} nats"
+            ),
+            text=[timed["name"] for _, timed in pairs],
+            textposition=[("top center", "bottom center")[i % 2] for i in range(len(pairs))],
+            mode="markers+text",
+            name=f"batch {batch}",
+            marker={"size": 9, "color": [_shade(timed, i) for i, (_, timed) in enumerate(pairs)]},
+            cliponaxis=False,
+            **here,
+        )
+        panels.update_xaxes(range=_wide([x for x, _ in points]), **here)
+    panels.update_xaxes(title="time per output token, ms")
+    panels.update_yaxes(LOGARITHMIC)
+    panels.update_yaxes(title="KL from stock, nats per token", col=1)
+    return panels
+
+
+def _shade(timed: dict[str, Any], number: int) -> str:
+    return colour(number - 1) if timed["policy"] else GREY
+
+
+def _wide(values: Sequence[float]) -> list[float]:
+    """A range with room for labels beside the outermost points."""
+    room = 0.35 * (max(values) - min(values)) or 0.1 * max(values)
+    return [min(values) - room, max(values) + room]
 
 
 def _evaluated_and_timed(

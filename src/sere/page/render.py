@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,24 @@ from plotly.offline import get_plotlyjs
 
 from sere import __version__
 from sere.files import check_writable, replaced
-from sere.page import advice, answers, quality, similarity, speed
+from sere.page import advice, answers, company, quality, similarity, speed, traffic
 from sere.page.parts import Figure, Section
-from sere.page.sources import Source, UnknownFile, read
+from sere.page.sources import Source, UnknownFile, passed_over, read
 
 # kind: what is shown of it; the page is in this order.
 SECTIONS: Mapping[str, Callable[[Source, Sequence[Source]], Iterable[Section]]] = {
     "bench": speed.sections,
-    "tuning": advice.sections,
+    "server": traffic.benched,
+    "served": traffic.served,
+    "tuning": advice.tuning,
+    "tuned": advice.tuned,
     "evaluation": quality.sections,
     "demo": answers.demo,
     "generation": answers.generation,
     "harness": answers.harness,
+    "composition": company.composition,
     "table": similarity.sections,
+    "trust": company.trust,
 }
 
 
@@ -43,7 +48,9 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     sources: list[Source] = []
     shown: list[tuple[Source, list[Section]]] = []
     unknown: dict[str, str] = {}
-    for path in sorted(p for p in folder.iterdir() if p.resolve() != Path(output).resolve()):
+    for path in sorted(folder.iterdir()):
+        if passed_over(path) or path.resolve() == Path(output).resolve():
+            continue
         try:
             sources.append(read(path))
         except UnknownFile as reason:
@@ -59,7 +66,7 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
             f"{folder}: no results of `sere calibrate`, `tune`, `evaluate`, `bench` or `demo` "
             f"({reasons or 'it is empty'})"
         )
-    shown.sort(key=lambda pair: list(SECTIONS).index(pair[0].kind))
+    shown.sort(key=lambda pair: (list(SECTIONS).index(pair[0].kind), -_extent(pair[0])))
     page = _page(folder.resolve().name, shown, unknown)
     with replaced(output) as temporary:
         temporary.write_text(page, "utf-8")
@@ -76,6 +83,11 @@ def _sections(source: Source, others: Sequence[Source]) -> list[Section]:
         ) from error
 
 
+def _extent(source: Source) -> int:
+    """What is measured at most batch sizes comes first."""
+    return len(source.content["results"]) if source.kind == "bench" else 0
+
+
 def _page(title: str, shown: list[tuple[Source, list[Section]]], unknown: Mapping[str, str]) -> str:
     environment = Environment(
         loader=PackageLoader("sere", "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -87,7 +99,7 @@ def _page(title: str, shown: list[tuple[Source, list[Section]]], unknown: Mappin
         return Markup(loader.get_source(environment, name)[0])
 
     sources = [source for source, _ in shown]
-    sections = [section for _, own in shown for section in own]
+    sections = _told_apart([section for _, own in shown for section in own])
     return environment.get_template("page.html").render(
         title=title,
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -106,6 +118,17 @@ def _page(title: str, shown: list[tuple[Source, list[Section]]], unknown: Mappin
     )
 
 
+def _told_apart(sections: list[Section]) -> list[Section]:
+    """With the file's name where two would have one title."""
+    titles = [section.title for section in sections]
+    return [
+        replace(one, title=f"{one.title} ({Path(one.source).stem})")
+        if titles.count(one.title) > 1
+        else one
+        for one in sections
+    ]
+
+
 def _described(source: Source) -> dict[str, Any]:
     return {
         "name": source.name,
@@ -120,6 +143,7 @@ def _as_data(section: Section) -> dict[str, Any]:
     return {
         "title": section.title,
         "source": section.source,
+        "sources": section.sources,
         "finding": section.finding,
         "figures": [_drawn(figure) for figure in section.figures],
         "grids": [asdict(grid) for grid in section.grids],
@@ -128,6 +152,7 @@ def _as_data(section: Section) -> dict[str, Any]:
 
 def _drawn(figure: Figure) -> dict[str, Any]:
     return {
+        "title": figure.title,
         "caption": figure.caption,
         **figure.spec(),
         "frames": [asdict(frame) for frame in figure.frames],

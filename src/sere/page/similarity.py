@@ -90,8 +90,10 @@ def _heatmap(table: Table) -> Figure:
     figure.update_yaxes(title="load", tickformat=".1%", rangemode="tozero", row=2, col=1)
     figure.update_xaxes(title="expert that stands in", row=2, col=1)
     return Figure(
+        "Similarity of experts, layer by layer",
         "Similarity of every pair of experts, and below it the share of the router's choices that "
-        "went to each. The slider changes the layer.",
+        "went to each. Bright off the diagonal: one can stand in for the other. The slider changes "
+        "the layer.",
         figure,
         frames,
     )

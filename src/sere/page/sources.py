@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ class Source:
     def provenance(self) -> dict[str, Any]:
         """Command, date, machine, versions and commit, as far as they were written down."""
         if isinstance(self.content, Table):
-            return self.content.provenance
+            return _of_table(self.content.provenance)
+        if self.kind == "served":
+            return _of_vllm(self.content)
         found = self.content.get("provenance")
         return found if isinstance(found, dict) else {}
 
@@ -55,6 +58,15 @@ def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda content: set(names) <= set(content)
 
 
+def _is_load(content: Mapping[str, Any]) -> bool:
+    """What `vllm bench serve --save-result` writes of a model that generates."""
+    times = [content.get(f"median_{name}_ms") for name in ("tpot", "ttft")]
+    figures = [*times, content.get("output_throughput"), content.get("completed")]
+    return {"request_rate", "model_id"} <= set(content) and all(
+        isinstance(figure, int | float) for figure in figures
+    )
+
+
 # kind: how it is told from the others. No document fits two.
 KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "bench": _has("results", "roofline", "load"),
@@ -63,7 +75,19 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "demo": _arms_have("name", "exact_match_by_family", "active_by_layer"),
     "generation": _arms_have("name", "same_as_stock", "length_drift"),
     "harness": _arms_have("name", "metrics", "decodes"),
+    "server": _has("server", "load", "requests"),
+    "served": _is_load,
+    "tuned": _has("tuning", "engine"),
+    "composition": _arms_have("name", "sizes"),
+    "trust": _has("agreement", "stability"),
 }
+_PICTURES = (".png", ".svg", ".pdf", ".html")
+UNFINISHED = ".unfinished"
+
+
+def passed_over(path: Path) -> bool:
+    """Whether it is hidden, or a picture or page such as stands beside a result."""
+    return path.suffix in _PICTURES or path.name.startswith(".")
 
 
 def read(path: Path) -> Source:
@@ -72,6 +96,8 @@ def read(path: Path) -> Source:
         return _table(path)
     if path.suffix == ".json":
         return _document(path)
+    if path.suffix == UNFINISHED:
+        raise UnknownFile("unfinished: the command that made it goes on where it was")
     raise UnknownFile("neither JSON nor a table")
 
 
@@ -92,6 +118,24 @@ def _document(path: Path) -> Source:
     if not kinds:
         raise UnknownFile("JSON, but not a result that this page has a figure for")
     return Source(path.name, _sha256(path), kinds[0], _finite(content))
+
+
+def _of_table(found: dict[str, Any]) -> dict[str, Any]:
+    """A table says from which text it was made, in place of a command."""
+    text = (
+        f"sere calibrate {found.get('model')}: {found.get('sequences')} sequences, "
+        f"{found.get('tokens')} tokens of {found.get('corpus')}, seed {found.get('seed')}"
+    )
+    return {**found, "command": text} if "corpus" in found else found
+
+
+def _of_vllm(found: dict[str, Any]) -> dict[str, Any]:
+    """`vllm bench serve` writes down when, not where."""
+    try:
+        date = datetime.strptime(found["date"], "%Y%m%d-%H%M%S").isoformat()
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {"date": date, "command": "vllm bench serve"}
 
 
 def _sha256(path: Path) -> str:

@@ -34,7 +34,7 @@ def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
         f"Decode speed, {result['model']}",
         source.name,
         _finding(result),
-        [_speed(result["results"])],
+        [_speed(result["results"])] if len(result["results"]) > 1 else [],
         [
             Grid(
                 f"{load['input_len']} tokens in, {load['output_len']} out, medians of "
@@ -65,11 +65,11 @@ def _finding(result: dict[str, Any]) -> str:
     best, batch = max(found, key=lambda pair: pair[0]["speedup"])
     worst, where = min(found, key=lambda pair: pair[0]["speedup"])
     layers = f"{result['layers']} of {result['of_layers']} layers"
+    least = f" Least: {worst['speedup']:.2f}x at batch {where} ({worst['name']})."
     return (
         f"{result['E']} experts, {result['K']} per token, {layers}, {result['dtype']}: "
         f"{best['speedup']:.2f}x the speed of stock at batch {batch} ({best['name']}; the roofline "
-        f"says {best['predicted_speedup']:.2f}x). Least: {worst['speedup']:.2f}x at batch {where} "
-        f"({worst['name']})."
+        f"says {best['predicted_speedup']:.2f}x).{least if best is not worst else ''}"
     )
 
 
@@ -109,11 +109,21 @@ def _speed(results: Sequence[dict[str, Any]]) -> Figure:
             **_predicted(first["name"], "%{y:.2f} ms"),
             **{**shared, "line": {**style, "dash": "dot"}, "row": 1, "col": 2},
         )
+    panels.add_scatter(
+        x=[None],
+        y=[None],
+        mode="lines",
+        line={"dash": "dot", "color": GREY},
+        name="roofline",
+        row=1,
+        col=1,
+    )
     panels.add_hline(1, line={"width": 1, "color": GREY}, row=1, col=1)
     ticks = {"tickvals": batches, "ticktext": [str(batch) for batch in batches]}
     panels.update_xaxes(title="requests decoded together", type="log", **ticks)
     panels.update_yaxes(rangemode="tozero")
     return Figure(
+        "Speed-up and time per token against batch size",
         "Solid: measured, stock and re-routed taking turns in one engine; bars: 95 % interval. "
         "Dotted: the roofline, from the bytes that a step reads and what this machine can do.",
         panels,
