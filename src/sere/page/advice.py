@@ -158,6 +158,7 @@ def _front(result: dict[str, Any], name: str, limit: float) -> Figure:
                 **_dots([held["chosen"]], floor),
                 **shared,
                 name=f"batch {own['batch']}, chosen (held out)",
+                showlegend=False,
                 marker_symbol="star",
                 marker_size=15,
             )

@@ -185,7 +185,7 @@ def _timed_panels(found: dict[int, list[tuple[float, dict[str, Any]]]], floor: f
         horizontal_spacing=0.04,
         subplot_titles=[f"batch {batch}" for batch in found],
     )
-    panels.update_layout(LAYOUT, hovermode="closest", showlegend=False)
+    panels.update_layout(LAYOUT, hovermode="closest", showlegend=False, margin_b=72)
     for column, (batch, pairs) in enumerate(found.items(), start=1):
         here: dict[str, Any] = {"row": 1, "col": column}
         points = [(timed["tpot_ms"], max(kl, floor)) for kl, timed in pairs]
