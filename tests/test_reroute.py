@@ -260,6 +260,9 @@ def test_the_worked_example_of_expected_error() -> None:
     assert torch.equal(reroute(ids, weights, equal)[0], new_ids)  # only what loses more is kept
     kept = expected_error(Policy(S=1, tau=0.04, min_active=1, weights="keep"))
     assert torch.equal(reroute(ids, weights, kept)[1], weights)
+    plan.settings.copy_(kept.settings)  # the scales are there, but not asked for
+    run_all(ids, weights, plan, None)
+    assert torch.equal(reroute(ids, weights, plan)[1], weights)
 
 
 def test_the_ceiling_keeps_the_largest_losses_and_of_equals_the_lowest() -> None:

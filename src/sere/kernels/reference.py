@@ -27,8 +27,8 @@ The rules, in the order in which they apply:
    lose more than tau become primary too, largest loss first (ties: lowest id), while there are
    fewer than `max_active` primaries.
 6. A counting slot of a FAST row whose expert u is not primary goes to the first primary in u's
-   neighbour list, its weight times that neighbour's scale; with none in the list, u is critical
-   and stays.
+   neighbour list, its weight times that neighbour's scale if the plan scales weights; with none in
+   the list, u is critical and stays.
 7. A slot that carries nothing (a VOID row's, or weight 0 in a FAST row) and names an expert that
    is not primary goes to the lowest-numbered primary, so that it keeps no expert busy.
 8. No primary at all, or S >= K: nothing changes.
@@ -106,7 +106,7 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
     T, K = topk_ids.shape
     E = plan.num_experts
-    S, min_active, max_active, tau, _ = plan.settings.unbind()
+    S, min_active, max_active, tau, scaling = plan.settings.unbind()
     if rows is None:
         rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
     fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
@@ -130,7 +130,7 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     moved = torch.where(idle, primary.to(torch.int8).argmax(), moved)
     ids = torch.where(movable, moved.to(topk_ids.dtype), topk_ids)
 
-    carried = movable & counts & fast & (ids != topk_ids)
+    carried = movable & counts & fast & (ids != topk_ids) & (scaling != 0)
     weights = torch.where(carried, _scaled(topk_weights, plan, place[expert], expert), topk_weights)
     stayed = movable & counts & fast & (ids == topk_ids)
     spared = valid & kept[expert] & counts & fast
