@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import fused_topk
 from sere import report
 from sere.kernels import cuda_kernel, triton_kernel
 
@@ -27,15 +28,34 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 LAUNCHES = {"decode": "1", "large": "3 (a fill, the votes, the moves)"}
 
 
+POINTERS = dict.fromkeys(
+    ("ids", "out", "votes", "neighbours", "errors", "settings", "arrived"), "*i32"
+)
+POINTERS |= {"weights": "*fp32", "scales": "*fp32", "logits": "*bf16"}
+POINTERS |= {"rows": "*i8", "counters": "*i64"}
+TRITON_KERNELS = (
+    triton_kernel._all_at_once,
+    triton_kernel._vote,
+    triton_kernel._decide_and_move,
+    fused_topk._fused,
+)
+
+
 def triton_cubin(kernel: Any, E: int, K: int, gpu: int) -> bytes:
-    """Compile one Triton kernel for the types that vLLM uses."""
-    types = {"ids": "*i32", "out": "*i32", "weights": "*fp32", "rows": "*i8", "votes": "*i32"}
-    types |= {"neighbours": "*i32", "errors": "*i32", "scales": "*fp32", "settings": "*i32"}
-    types |= {"counters": "*i64"}
-    sizes = triton_kernel._sizes(E, K)
-    options = {"num_warps": sizes.pop("num_warps")}
-    signature = {n: "constexpr" if n in sizes else types.get(n, "i32") for n in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=sizes)
+    """Compile one Triton kernel for the types that vLLM uses, specialised as its launches are."""
+    names = kernel.arg_names
+    known = {**fused_topk.sizes(E, K), "ids_slot": 1, "weights_slot": 1}
+    options = {"num_warps": known["num_warps"]}
+    constants = {name: value for name, value in known.items() if name in names}
+    types = {"renormalize": "i1", **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    # One layer's settings are a piece of all layers'; other tensors begin where PyTorch allocates.
+    aligned = {*POINTERS} - {"settings"} | ({"logits_row"} if E % 16 == 0 else set())
+    source = ASTSource(
+        kernel,
+        signature={name: types.get(name, "i32") for name in names},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
+    )
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
     return bytes(compiled.asm["cubin"])
 
@@ -75,11 +95,7 @@ def every_kernel() -> Iterator[dict[str, Any]]:
         for name, found in figures(cubin).items():
             yield {"gpu": f"sm_{gpu}", "kernel": f"cuda {name}", "shape": "any", **found}
         for E, K in SHAPES:
-            for kernel in (
-                triton_kernel._all_at_once,
-                triton_kernel._vote,
-                triton_kernel._decide_and_move,
-            ):
+            for kernel in TRITON_KERNELS:
                 for name, found in figures(triton_cubin(kernel, E, K, gpu)).items():
                     shape = f"({E}, {K})"
                     yield {"gpu": f"sm_{gpu}", "kernel": f"triton {name}", "shape": shape, **found}

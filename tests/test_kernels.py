@@ -33,13 +33,19 @@ def arguments() -> tuple[Any, ...]:
 # --- Triton ---------------------------------------------------------------------------------------
 
 
-def test_triton_equals_the_specification_in_the_interpreter() -> None:
-    """The whole of test_reroute.py again, with Triton; and once more in its many-programs form."""
+@pytest.mark.parametrize(
+    "files",
+    [("test_reroute.py", "triton_many_programs.py"), ("triton_fused_topk.py",)],
+    ids=["operator", "fused with top-k"],
+)
+def test_triton_equals_the_specification_in_the_interpreter(files: tuple[str, ...]) -> None:
+    """The whole of test_reroute.py again, with Triton; once more in its many-programs form; and
+    behind the fused top-k."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "tests/test_reroute.py", "tests/triton_many_programs.py"],
+        [*command, *(f"tests/{file}" for file in files)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -54,11 +60,33 @@ def test_triton_equals_the_specification_in_the_interpreter() -> None:
 def test_triton_compiles_without_a_gpu(gpu: int, E: int, K: int) -> None:
     """The interpreter accepts what the compiler does not."""
     pytest.importorskip("triton")
-    from benchmarks.kernel_code import triton_cubin
-    from sere.kernels import triton_kernel as kernels
+    from benchmarks.kernel_code import TRITON_KERNELS, triton_cubin
 
-    for kernel in (kernels._all_at_once, kernels._vote, kernels._decide_and_move):
+    for kernel in TRITON_KERNELS:
         assert len(triton_cubin(kernel, E, K, gpu)) > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_the_fused_top_k_chooses_as_vllms_router(renormalize: bool, dtype: torch.dtype) -> None:
+    """vLLM's router for CPUs leaves the order of the slots open: by expert."""
+    pytest.importorskip("triton")
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
+
+    from benchmarks.fused_topk import chosen
+
+    logits = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
+    # It takes the softmax in the logits' precision, on vLLM's GPUs it is float32.
+    logits, tolerance = logits.to(dtype), {torch.float32: 2e-6, torch.bfloat16: 7e-2}[dtype]
+    theirs, mine = (
+        torch.zeros(64, 128).scatter_(1, ids.long(), weights)
+        for weights, ids in (
+            _softmax_topk(logits, 8, renormalize),
+            chosen(logits, 8, renormalize=renormalize),
+        )
+    )
+    assert torch.equal(theirs != 0, mine != 0)
+    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0.0)
 
 
 # --- CUDA C++ -----------------------------------------------------------------------------------
