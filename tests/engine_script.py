@@ -1,9 +1,10 @@
 """One real vLLM engine in a process of its own: read a job as JSON, print its results as JSON.
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
-`steps`, each a list: ["generate", prompts, max_tokens, tiers], ["refused", tier], ["rpc", method,
-args...], a mishap: ["remove", path], ["replace", path, by], ["asleep"], ["killed", process], or a
-check that needs the model in this process: ["capture"], ["captured"], ["addresses"].
+`steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["refused", tier],
+["rpc", method, args...], a mishap: ["remove", path], ["replace", path, by], ["asleep"],
+["killed", process], or a check that needs the model in this process: ["capture"], ["captured"],
+["addresses"].
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ class Steps:
         self.taken: dict[str, list[Any]] = {}
 
     def generate(
-        self, prompts: list[str], max_tokens: int, tiers: list[Any] | None = None
+        self,
+        prompts: list[str],
+        max_tokens: int,
+        tiers: list[Any] | None = None,
+        adapters: list[str | None] | None = None,
     ) -> list[Any]:
         """[token ids, logprobs of the best five at each position] of each prompt.
 
-        tiers: what each request asks of sere; None for those that ask nothing.
+        tiers: what each request asks of sere; None for those that ask nothing. adapters: the folder
+        of each request's LoRA adapter; None for those without.
         """
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         sampling = [
             SamplingParams(
@@ -45,7 +52,9 @@ class Steps:
             )
             for tier in tiers or [None] * len(prompts)
         ]
-        outputs = [r.outputs[0] for r in self.llm.generate(prompts, sampling, use_tqdm=False)]
+        loras = adapters and [path and LoRARequest(path, 1, path) for path in adapters]
+        requests = self.llm.generate(prompts, sampling, lora_request=loras, use_tqdm=False)
+        outputs = [r.outputs[0] for r in requests]
         return [
             [
                 list(out.token_ids),

@@ -16,6 +16,10 @@ from tests.engine_script import RESULT
 SCRIPT = Path(__file__).with_name("engine_script.py")
 # A plug-in for tests: makes vLLM 0.32's CPU experts obey the expert map of expert parallelism.
 EXPERT_MAP = Path(__file__).with_name("expert_map")
+# Another: computes the experts of an engine with LoRA, whose kernel does not run on CPUs.
+LORA_EXPERTS = Path(__file__).with_name("lora_experts")
+# A third: lets vLLM's int8 experts run on CPUs without AMX.
+INT8_EXPERTS = Path(__file__).with_name("int8_experts")
 OPTIONS = {
     "model": str(demo_model.PATH),
     "dtype": "float32",
