@@ -68,7 +68,7 @@ def step_v1(own: Session, computed: list[int], prompts: list[int], lengths: list
     prepare = worker.classifying_v1(lambda *args: "prepared")
     output = news(rows=sum(lengths))
     assert prepare(runner(own, input_batch=batch), output, np.array(lengths)) == "prepared"
-    return own.rows.buffer.tolist()
+    return seen(own)
 
 
 def step_v2(own: Session, prefilling: list[bool], lengths: list[int], total: int) -> list[int]:
@@ -80,7 +80,15 @@ def step_v2(own: Session, prefilling: list[bool], lengths: list[int], total: int
         num_tokens=total,
     )
     assert worker.classifying_v2(lambda *args: batch)(runner(own)) is batch
-    return own.rows.buffer.tolist()
+    return seen(own)
+
+
+def seen(own: Session) -> list[int]:
+    """Classes [MOST] that layers see, which the host counted right."""
+    rows = own.rows.buffer.tolist()
+    assert own.rows.exact == rows.count(EXACT_ROW)
+    assert own.rows.fast == len(rows) - rows.count(EXACT_ROW) - rows.count(VOID)
+    return rows
 
 
 def padded(*rows: int) -> list[int]:

@@ -101,6 +101,7 @@ def test_idle_layers_have_no_figures() -> None:
 def test_engines_states_and_fallbacks_are_shown() -> None:
     one = shown(metrics(steps=3, fast=30))
     assert "16.0 ->    8.0" in one
+    assert one.count("\u2588") == one.count("\u2591") == top._BAR  # half, in two rows
     assert "0/3" not in one and "the engine does not answer" not in one
     two = shown(metrics(steps=3, fast=30, engines=(0, 1), reason="layer 3 differed", up=0))
     assert "0/3" in two and "1/3" in two
