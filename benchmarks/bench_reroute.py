@@ -5,6 +5,9 @@
 48 layers back to back (one captured CUDA graph, or plain calls on a CPU), each with inputs and a
 plan of its own; all contestants take turns within a round. A case whose results are not those of
 the specification is reported as wrong, without a time.
+
+On a GPU also from the router's logits on: a top-k (vLLM's, and one in Triton) followed by the
+operator, against both in one launch (`fused_topk.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +17,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
+import fused_topk
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sere import report
 from sere.kernels import Plan, reference
-from sere.kernels.implementations import DEVICES, installed, load
+from sere.kernels.implementations import DEVICES, Implementation, installed, load
 from sere.policy import Policy
 
 LAYERS = 48
@@ -35,12 +41,14 @@ POLICY = Policy(S=1, rho=0.3)
 class Layer:
     """One layer's inputs; slots are sorted by weight, as the paper's code expects."""
 
+    logits: Tensor
     ids: Tensor
     weights: Tensor
     similarity: Tensor
     plan: Plan
     rows: Tensor
     out: Tensor
+    arrived: Tensor
 
 
 def layers(T: int, E: int, K: int, device: str) -> list[Layer]:
@@ -49,17 +57,19 @@ def layers(T: int, E: int, K: int, device: str) -> list[Layer]:
     for seed in range(LAYERS):
         g = torch.Generator().manual_seed(seed)
         skew = torch.randn(E, generator=g)
-        scores = (torch.randn(T, E, generator=g) + skew).softmax(1)
-        weights, ids = scores.topk(K, dim=1)
+        logits = (torch.randn(T, E, generator=g) + skew).to(torch.bfloat16)
+        weights, ids = fused_topk.chosen(logits, K, renormalize=True)
         similarity = torch.rand(E, E, generator=g)
         made.append(
             Layer(
-                ids.to(torch.int32).to(device),
+                logits.to(device),
+                ids.to(device),
                 weights.to(device),
                 similarity.to(device),
                 Plan.build(similarity.to(device), POLICY, K=K),
                 torch.ones(T, dtype=torch.int8, device=device),
                 torch.empty(T, K, dtype=torch.int32, device=device),
+                torch.zeros(1, dtype=torch.int32, device=device),
             )
         )
     return made
@@ -77,8 +87,8 @@ def multi_launch(layer: Layer) -> Tensor:
     return torch.where(stays, own, target)[layer.ids.long()].to(layer.ids.dtype)
 
 
-def contestants(device: str) -> dict[str, Callable[[Layer], Tensor]]:
-    """What is timed, by name."""
+def contestants(device: str, T: int) -> dict[str, Callable[[Layer], Tensor]]:
+    """What is timed, by name; what starts at the logits has "top-k" in it."""
     kind = torch.device(device).type
     found: dict[str, Callable[[Layer], Tensor]] = {
         "floor": _floor(kind),
@@ -88,7 +98,55 @@ def contestants(device: str) -> dict[str, Callable[[Layer], Tensor]]:
         if name == "reference" or installed(name):
             run = load(name)
             found[name] = lambda x, run=run: run(x.ids, x.weights, x.plan, x.rows, None)
-    return found
+    return found if kind == "cpu" else found | from_logits(T)
+
+
+def from_logits(T: int) -> dict[str, Callable[[Layer], Tensor]]:
+    """Top-k and operator on a GPU: one after the other, and in one launch where that goes."""
+    top_ks = {"ours": ours, "vLLM's": vllms} if _has_vllms_top_k() else {"ours": ours}
+    operators = [name for name, kinds in DEVICES.items() if "cuda" in kinds and installed(name)]
+    found: dict[str, Callable[[Layer], Tensor]] = {
+        f"{top_k} top-k, {name}": partial(one_after_the_other, top_ks[top_k], load(name))
+        for top_k, name in product(top_ks, operators)
+    }
+    return found | ({"fused top-k": fused} if fused_topk.MAX_T >= T else {})
+
+
+def one_after_the_other(
+    top_k: Callable[[Layer], tuple[Tensor, Tensor]], operator: Implementation, layer: Layer
+) -> Tensor:
+    """What an engine does."""
+    weights, ids = top_k(layer)
+    return operator(ids, weights, layer.plan, layer.rows, None)
+
+
+def ours(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The fused kernel's own top-k, as a launch of its own."""
+    return fused_topk.choose(layer.logits, layer.ids.shape[1], layer.rows, renormalize=True)
+
+
+def vllms(layer: Layer) -> tuple[Tensor, Tensor]:
+    """`topk_softmax` of vLLM's CUDA build."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk as top_k
+
+    weights, ids, _ = top_k(layer.logits, layer.logits, layer.ids.shape[1], renormalize=True)
+    return weights, ids
+
+
+def fused(layer: Layer) -> Tensor:
+    """Both in one launch."""
+    K = layer.ids.shape[1]
+    return fused_topk.run(
+        *(layer.logits, K, layer.plan, layer.rows, None), renormalize=True, arrived=layer.arrived
+    )[1]
+
+
+def _has_vllms_top_k() -> bool:
+    try:
+        import vllm._custom_ops  # noqa: F401
+    except ImportError:
+        return False
+    return hasattr(torch.ops._moe_C, "topk_softmax")
 
 
 def _floor(kind: str) -> Callable[[Layer], Tensor]:
@@ -157,7 +215,7 @@ def timer(run: Callable[[Layer], Tensor], case: list[Layer]) -> Callable[[], flo
 
 def measure(case: list[Layer], device: str, rounds: int) -> dict[str, Any]:
     """Median and quartiles of every contestant, microseconds a layer; None where it is wrong."""
-    runs = contestants(device)
+    runs = contestants(device, len(case[0].ids))
     # What the multi-launch form leaves out (min_active) makes it differ in small batches.
     right = {n: n in ("floor", "multi-launch") or is_right(run, case) for n, run in runs.items()}
     timers = {name: timer(run, case) for name, run in runs.items() if right[name]}
@@ -185,16 +243,22 @@ def main() -> int:
     arguments = parser.parse_args()
 
     cases = [(E, K, T) for E, K in arguments.shape or SHAPES for T in arguments.batch]
-    results, names = [], list(contestants(arguments.device))
+    results, names = [], list(contestants(arguments.device, T=1))
+    if arguments.device == "cpu":
+        print("not timed without a GPU: a top-k before the operator, and both in one launch")
+    elif not _has_vllms_top_k():
+        print("not timed: vLLM's topk_softmax (no CUDA build of vLLM here)")
     for E, K, T in tqdm(cases, desc="cases"):
         times = measure(layers(T, E, K, arguments.device), arguments.device, arguments.rounds)
         results.append({"E": E, "K": K, "T": T, "bytes": bytes_moved(T, E, K), "times": times})
 
-    def cell(times: dict[str, Any] | None) -> str:
-        return "WRONG" if times is None else f"{times['median_us']:.1f}"
+    def cell(times: dict[str, Any], name: str) -> str:
+        if name not in times:
+            return "-"
+        return "WRONG" if times[name] is None else f"{times[name]['median_us']:.1f}"
 
     rows = [
-        [f"({r['E']}, {r['K']}) T={r['T']}", str(r["bytes"]), *(cell(r["times"][n]) for n in names)]
+        [f"({r['E']}, {r['K']}) T={r['T']}", str(r["bytes"]), *(cell(r["times"], n) for n in names)]
         for r in results
     ]
     print(report.text_table(["us a layer, median", "bytes", *names], rows))

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fused_topk
 import torch
 
 from sere import demo_model, report
@@ -109,6 +110,71 @@ def graph_replay_sees_new_rows_and_policy() -> str:
     return f"{replays} replays equal"
 
 
+def fused_top_k_equals_specification() -> str:
+    """Softmax, top-k and operator in one launch: the experts exactly, weights nearly as PyTorch's
+    softmax; and bit for bit what the specification makes of the kernel's own top-k."""
+    cases, arrived = 0, torch.zeros(1, dtype=torch.int32, device="cuda")
+    for seed, (ids, _, similarity, rows, policy) in enumerate(_batches((0, 1, 7, 33, 64))):
+        E, K, T = len(similarity), ids.shape[1], len(ids)
+        logits = _logits(seed, T, E)
+        plan, own = _plan(similarity, policy, K), (seed % 2 == 0)
+        where = (T, E, K, policy, logits.dtype)
+        expected, chosen = fused_topk.chosen(logits, K, renormalize=own, rows=rows)
+        inputs = logits.cuda(), K, plan.to("cuda"), rows.cuda()
+        weights, first = fused_topk.choose(inputs[0], K, inputs[3], renormalize=own)
+        assert torch.equal(first.cpu(), chosen), where
+        torch.testing.assert_close(weights.cpu(), expected, rtol=1e-5, atol=1e-30)
+        counters = new_counters("cuda")
+        scaled, got = fused_topk.run(*inputs, counters, renormalize=own, arrived=arrived)
+        ids, weights, counted = _specified(chosen, weights.cpu(), plan, rows)
+        assert torch.equal(got.cpu(), ids), where
+        assert torch.equal(scaled.cpu(), weights), where
+        assert torch.equal(counters.cpu(), counted), where
+        assert arrived == 0, where
+        cases += 1
+    return f"{cases} batches equal"
+
+
+def fused_top_k_in_a_graph() -> str:
+    """Replayed with other logits; programs that arrive in any order leave the ticket ready."""
+    plan = _plan(torch.rand(128, 128, generator=torch.Generator().manual_seed(0)), Policy(S=1), 8)
+    on_gpu, arrived = plan.to("cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    logits = _logits(0, 64, 128).cuda()
+
+    def launch() -> torch.Tensor:
+        return fused_topk.run(logits, 8, on_gpu, None, None, renormalize=True, arrived=arrived)[1]
+
+    launch()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = [launch() for _ in range(8)]
+    for seed in range(0, 600, 3):  # one type of logits
+        new = _logits(seed, 64, 128)
+        logits.copy_(new)
+        for ids in out:
+            ids.fill_(-7)
+        graph.replay()
+        _, expected = fused_topk.specification(new, 8, plan, None, None, renormalize=True)
+        assert all(torch.equal(ids.cpu(), expected) for ids in out), seed
+    return "200 replays of 8 launches equal"
+
+
+def vllms_top_k_chooses_the_same() -> str:
+    """vLLM's `topk_softmax` against the specification of the fused form."""
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk as top_k
+
+    if not hasattr(torch.ops._moe_C, "topk_softmax"):
+        raise ImportError("this vLLM has no CUDA kernels")
+    for seed, (E, K) in enumerate(((60, 4), (64, 6), (128, 8), (256, 8), (512, 10))):
+        for renormalize in (True, False):
+            logits = _logits(seed, 64, E, spoilt=False)
+            expected, chosen = fused_topk.chosen(logits, K, renormalize=renormalize)
+            weights, ids, _ = top_k(logits.cuda(), logits.cuda(), K, renormalize)
+            assert torch.equal(ids.cpu(), chosen), (E, K, logits.dtype)
+            torch.testing.assert_close(weights.cpu(), expected, rtol=1e-5, atol=1e-30)
+    return "the same experts in the same order"
+
+
 def sanitizer_finds_nothing() -> str:
     """compute-sanitizer's memcheck and racecheck over both forms of the kernels."""
     tool = shutil.which("compute-sanitizer")
@@ -128,6 +194,9 @@ def sanitized() -> None:
             plan = _plan(similarity, policy, 8).to("cuda")
             for _, run in _usable():
                 run(ids.cuda(), weights.cuda(), plan, rows.cuda(), new_counters("cuda"))
+    arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
+    logits = _logits(0, 33, 128).cuda()
+    fused_topk.run(logits, 8, plan, None, None, renormalize=True, arrived=arrived)
     torch.cuda.synchronize()
 
 
@@ -159,6 +228,9 @@ CHECKS: list[Callable[[], str]] = [
     operator_equals_specification,
     ten_thousand_random_batches,
     graph_replay_sees_new_rows_and_policy,
+    fused_top_k_equals_specification,
+    fused_top_k_in_a_graph,
+    vllms_top_k_chooses_the_same,
     sanitizer_finds_nothing,
     engine_with_graphs,
 ]
@@ -170,6 +242,16 @@ def _usable() -> Iterator[tuple[str, implementations.Implementation]]:
     for name in GPU_IMPLEMENTATIONS:
         if implementations._obstacle(name, "cuda") is None:
             yield name, implementations.load(name)
+
+
+def _logits(seed: int, T: int, E: int, *, spoilt: bool = True) -> torch.Tensor:
+    """[T, E] in one of three types, with ties; spoilt: with -inf, and a row without a softmax."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(T, E, generator=g) * 12).round() / 4
+    if spoilt:
+        logits = logits.masked_fill(torch.rand(T, E, generator=g) < 0.05, -torch.inf)
+        logits[T // 2 : T // 2 + 1, 0] = (torch.nan, torch.inf)[seed % 2]
+    return logits.to((torch.float32, torch.bfloat16, torch.float16)[seed % 3])
 
 
 def _plan(similarity: torch.Tensor, policy: Policy, K: int) -> Plan:

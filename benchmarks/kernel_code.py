@@ -13,20 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fused_topk
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import fused_topk
 from sere import report
 from sere.kernels import cuda_kernel, triton_kernel
 
 GPUS = (80, 90, 100)
 SHAPES = ((60, 4), (128, 8), (896, 16))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LAUNCHES = {"decode": "1", "large": "3 (a fill, the votes, the moves)"}
-
+LAUNCHES = {
+    "decode": "1",
+    "large": "3 (a fill, the votes, the moves)",
+    "fused with top-k, T <= 64": "1, and none for the top-k",
+}
 
 POINTERS = dict.fromkeys(
     ("ids", "out", "votes", "neighbours", "errors", "settings", "arrived"), "*i32"

@@ -20,6 +20,7 @@ from tests import cuda_on_host
 
 GPUS = (80, 90, 100)
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def arguments() -> tuple[Any, ...]:
@@ -60,7 +61,7 @@ def test_triton_equals_the_specification_in_the_interpreter(files: tuple[str, ..
 def test_triton_compiles_without_a_gpu(gpu: int, E: int, K: int) -> None:
     """The interpreter accepts what the compiler does not."""
     pytest.importorskip("triton")
-    from benchmarks.kernel_code import TRITON_KERNELS, triton_cubin
+    from kernel_code import TRITON_KERNELS, triton_cubin
 
     for kernel in TRITON_KERNELS:
         assert len(triton_cubin(kernel, E, K, gpu)) > 1000
@@ -71,9 +72,8 @@ def test_triton_compiles_without_a_gpu(gpu: int, E: int, K: int) -> None:
 def test_the_fused_top_k_chooses_as_vllms_router(renormalize: bool, dtype: torch.dtype) -> None:
     """vLLM's router for CPUs leaves the order of the slots open: by expert."""
     pytest.importorskip("triton")
+    from fused_topk import chosen
     from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
-
-    from benchmarks.fused_topk import chosen
 
     logits = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
     # It takes the softmax in the logits' precision, on vLLM's GPUs it is float32.

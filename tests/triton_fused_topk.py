@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import fused_topk
 from sere.kernels import Plan, new_counters, reference
 from sere.kernels.plan import Substitution
 from sere.policy import Policy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import fused_topk
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf - inf
 
