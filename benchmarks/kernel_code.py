@@ -44,7 +44,7 @@ TRITON_KERNELS = (
 )
 
 
-def triton_cubin(kernel: Any, E: int, K: int, gpu: int) -> bytes:
+def triton_compiled(kernel: Any, E: int, K: int, gpu: int) -> Any:
     """Compile one Triton kernel for the types that vLLM uses, specialised as its launches are."""
     names = kernel.arg_names
     known = {**fused_topk.sizes(E, K), "ids_slot": 1, "weights_slot": 1}
@@ -59,8 +59,7 @@ def triton_cubin(kernel: Any, E: int, K: int, gpu: int) -> bytes:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
-    return bytes(compiled.asm["cubin"])
+    return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
 
 
 def figures(cubin: bytes) -> dict[str, dict[str, int]]:
@@ -99,9 +98,11 @@ def every_kernel() -> Iterator[dict[str, Any]]:
             yield {"gpu": f"sm_{gpu}", "kernel": f"cuda {name}", "shape": "any", **found}
         for E, K in SHAPES:
             for kernel in TRITON_KERNELS:
-                for name, found in figures(triton_cubin(kernel, E, K, gpu)).items():
-                    shape = f"({E}, {K})"
-                    yield {"gpu": f"sm_{gpu}", "kernel": f"triton {name}", "shape": shape, **found}
+                compiled = triton_compiled(kernel, E, K, gpu)
+                ((name, found),) = figures(compiled.asm["cubin"]).items()
+                found["shared_bytes"] = compiled.metadata.shared  # asked for at the launch
+                shape = f"({E}, {K})"
+                yield {"gpu": f"sm_{gpu}", "kernel": f"triton {name}", "shape": shape, **found}
 
 
 def main() -> None:

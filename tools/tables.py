@@ -97,6 +97,7 @@ KERNELS = {
     "CUDA, votes / moves": ["cuda reroute_vote", "cuda reroute_move"],
     "Triton, one launch, {shape}": ["triton _all_at_once"],
     "Triton, votes / decide and move, {shape}": ["triton _vote", "triton _decide_and_move"],
+    "Triton, top-k and one launch (below), {shape}": ["triton _fused"],
 }
 
 
@@ -107,7 +108,7 @@ def compiled(stem: str, gpu: str, shape: str) -> str:
         for each in result(stem)["kernels"]
         if each["gpu"] == gpu and each["shape"] in (shape, "any")
     }
-    columns = ("instructions", "barriers", "registers")
+    columns = ("instructions", "barriers", "registers", "shared_bytes")
     rows = [
         [
             title.format(shape=shape),
@@ -115,7 +116,7 @@ def compiled(stem: str, gpu: str, shape: str) -> str:
         ]
         for title, names in KERNELS.items()
     ]
-    return _markdown(["kernel", "SASS instructions", *columns[1:]], rows)
+    return _markdown(["kernel", "SASS instructions", *columns[1:3], "shared bytes"], rows)
 
 
 MODELS = {

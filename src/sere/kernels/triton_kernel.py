@@ -27,7 +27,8 @@ _WEIGHT_FRACTION, _LARGEST_WEIGHT = tl.constexpr(WEIGHT_FRACTION), tl.constexpr(
 ONE_PROGRAM = 2**17
 """Up to how many comparisons of a slot with an expert one program does it all."""
 TILE = 4096
-"""Elements of the largest tensor that a program holds in registers."""
+"""Elements of the largest tensor that a program holds in registers, the votes' apart."""
+THREADS = 256
 
 
 def run(
@@ -45,16 +46,15 @@ def run(
         *(topk_weights, topk_weights.stride(0), topk_weights.stride(1)),
         *(rows, T),
     )
-    lists = (plan.neighbours, plan.errors)
-    moves = (plan.scales, plan.settings, out, counters)
+    decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, out, counters)
     if T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
-        _all_at_once[(1,)](*batch, *lists, *moves, **sizes)
+        _all_at_once[(1,)](*batch, *decision, **sizes)
         return out
     votes = torch.full((2 * E + 1,), NEVER.value, dtype=torch.int32, device=topk_ids.device)
     share = max(sizes["ROWS"], triton.next_power_of_2(triton.cdiv(T, 64)))
     grid = (triton.cdiv(T, share),)
     _vote[grid](*batch, votes, share, plan.settings, **sizes)
-    _decide_and_move[grid](*batch, votes, share, *lists, *moves, **sizes)
+    _decide_and_move[grid](*batch, votes, share, *decision, **sizes)
     return out
 
 
@@ -66,9 +66,10 @@ def _sizes(E: int, K: int) -> dict[str, int]:
         "K": K,
         "E_PADDED": E_PADDED,
         "K_PADDED": K_PADDED,
-        "ROWS": max(1, TILE // (E_PADDED * K_PADDED)),
+        # A slot a thread takes hardly more instructions than 32 slots do, while registers last.
+        "ROWS": max(1, (THREADS if E_PADDED <= 256 else TILE // E_PADDED) // K_PADDED),
         "LISTED": min(max(4, TILE // E_PADDED), triton.next_power_of_2(max(E - 1, 1))),
-        "num_warps": 8,
+        "num_warps": THREADS // 32,
     }
 
 
@@ -122,8 +123,7 @@ def _decide_and_move(
 ):  # fmt: skip
     experts = tl.arange(0, E_PADDED)
     first_rank = tl.load(votes + experts, mask=experts < E, other=NEVER)
-    largest = tl.load(votes + E + 1 + experts, mask=experts < E, other=0)
-    largest = tl.where(largest < 0, -largest, 0)
+    largest = tl.maximum(-tl.load(votes + E + 1 + experts, mask=experts < E, other=0), 0)
     first_rank, s, target, place, lowest, before, after = _decide(
         first_rank, largest, neighbours, errors, settings, E, K, E_PADDED, K_PADDED, LISTED
     )
