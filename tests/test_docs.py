@@ -144,6 +144,8 @@ def test_every_measured_table_is_renewed() -> None:
         assert any(result.stem in key.split() for key in regions), result.name
     for page in PAGES:
         rest = tables.REGION.sub("", page.read_text())
+        # A line that begins with a comment is HTML to Markdown, all of it.
+        assert not re.search(r"^ *<!-- from: [^>]+-->.", page.read_text(), flags=re.M), page.name
         assert "TPOT ms (quartiles)" not in rest and "active experts, layer" not in rest
 
 

@@ -53,9 +53,13 @@ def bench(stem: str) -> str:
 
 def speedup(stem: str, policy: str, batch: str) -> str:
     """One figure of `sere bench`, for a sentence."""
-    (arms,) = [each["arms"] for each in result(stem)["results"] if each["batch"] == int(batch)]
-    (arm,) = [arm for arm in arms if arm["name"] == policy]
-    return f"{arm['speedup']:.2f}x"
+    for each in result(stem)["results"]:
+        for arm in each["arms"]:
+            if (each["batch"], arm["name"]) == (int(batch), policy):
+                return f"{arm['speedup']:.2f}x"
+    raise ValueError(
+        f"{stem}.json has no {policy} at batch {batch}: measure it, or reword the page"
+    )
 
 
 def policies(stem: str, batch: str) -> str:
