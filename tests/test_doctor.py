@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sere import demo_model, doctor
 from sere.cli import main
 from sere.doctor import examine
 from sere.policy import Policy
-from sere.serving import contract, rehearsal, symbols
+from sere.serving import rehearsal, symbols
 from sere.table import Table
 
 OURS = EntryPoint("sere", "sere.serving.vllm_plugin:register", "vllm.general_plugins")
@@ -63,7 +64,7 @@ def test_a_table_that_does_not_fit_would_be_refused(table_path: Path, tmp_path: 
     other = tmp_path / "other.safetensors"
     replace(table, fingerprint=replace(table.fingerprint, router_hash="0" * 64)).save(other)
     found = failed("demo", str(other))
-    assert "was not made for the weights" in found["table"]
+    assert "belongs to another model" in found["table"]
     assert "belongs to another model" in found["start-up"]
     assert set(found) == {"table", "start-up"}
 
@@ -76,8 +77,10 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Says what the fresh process is to find; at first that all is well."""
 
     def say(**found: Any) -> None:
-        result = {"missing": [], "experts": 32, "refused": None, **found}
-        monkeypatch.setattr(rehearsal, "rehearse", lambda model, table: result)
+        nothing = dict.fromkeys(("obstacle", "no_metrics", "refused"))
+        result = {**nothing, "missing": [], "experts": 32, **found}
+        fake = SimpleNamespace(found=lambda: result)
+        monkeypatch.setattr(doctor, "Rehearsal", lambda model, table: fake)
 
     say()
     return say
@@ -117,12 +120,6 @@ def test_an_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("rehearsed")
-def test_a_vllm_without_the_metrics_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contract.SYMBOLS, "attach_router", ("vllm.gone", "attach_router"))
-    assert "lacks vllm.gone" in failed()["metrics"]
-
-
-@pytest.mark.usefixtures("rehearsed")
 def test_a_kernel_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERE_KERNEL", "fortran")
     assert "SERE_KERNEL=fortran: expected one of" in failed()["operator"]
@@ -141,10 +138,14 @@ def test_broken_tables(table: Table, tmp_path: Path) -> None:
     table.save(path)
     (tmp_path / "empty").mkdir()
     assert "no safetensors checkpoint" in failed(str(tmp_path / "empty"), str(path))["table"]
-    assert "was not made for the weights" in failed(str(demo_model.PATH), str(path))["table"]
+    assert "belongs to another model" in failed(str(demo_model.PATH), str(path))["table"]
 
 
 def test_what_the_fresh_process_found(rehearsed: Callable[..., None], table_path: Path) -> None:
+    rehearsed(obstacle="vLLM 0.32.0 lacks vllm.gone")
+    assert failed() == {"vLLM": "vLLM 0.32.0 lacks vllm.gone"}
+    rehearsed(no_metrics="vLLM 0.32.0 lacks vllm.gone")
+    assert failed() == {"metrics": "none on /metrics: vLLM 0.32.0 lacks vllm.gone"}
     rehearsed(missing=["MoERunner"])
     assert "lacks sere in: MoERunner" in failed()["plug-in loads"]
     rehearsed(experts=None, refused="no config.json")
@@ -155,6 +156,24 @@ def test_what_the_fresh_process_found(rehearsed: Callable[..., None], table_path
     assert failed("demo", str(table_path))["start-up"] == "vLLM would refuse to start: S=5 exceeds"
 
 
-def test_a_process_that_dies_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_fails_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other checks are answered, and before it is waited for."""
     monkeypatch.setattr(rehearsal.sys, "executable", "/bin/false")
-    assert failed()["plug-in loads"] == "exit 1"
+    assert failed() == dict.fromkeys(("vLLM", "plug-in loads", "metrics"), "exit 1")
+
+
+def test_checks_are_told_as_they_are_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow:
+        def __init__(self, model: str | None, table: str | None) -> None:
+            pass
+
+        def found(self) -> dict[str, Any]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "Rehearsal", Slow)
+    assert main(["doctor"]) == 130
+    told = capsys.readouterr()
+    assert "operator: numba on cpu" in told.out
+    assert "vLLM starts in a fresh process" in told.err

@@ -1,9 +1,13 @@
-"""`sere doctor`: can re-routing take effect on this machine? One line a check, with the remedy."""
+"""`sere doctor`: can re-routing take effect on this machine? One line a check, with the remedy.
+
+vLLM is only asked in a fresh process, as a server would be one. It is at work while the first checks
+are answered.
+"""
 
 from __future__ import annotations
 
-import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -11,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model
-from sere.checkpoint import weight_hashes
+from sere.serving.engine import check_plugin_allowed
+from sere.serving.rehearsal import Rehearsal
+from sere.serving.symbols import untested_version
 from sere.table import Table, TableError
 
 _GROUP = "vllm.general_plugins"
@@ -28,8 +34,8 @@ class Check:
     answer: str
 
 
-def examine(model: str | None = None, table: str | None = None) -> list[Check]:
-    """Every check.
+def examine(model: str | None = None, table: str | None = None) -> Iterator[Check]:
+    """Every check, as it is answered: those that need vLLM, which takes its time, come last.
 
     model: folder, hub name or "demo": is there something to re-route? table: does it fit?
     A table may stand in the place of the model.
@@ -37,31 +43,34 @@ def examine(model: str | None = None, table: str | None = None) -> list[Check]:
     if model is not None and table is None and Path(model).is_file():
         model, table = None, model
     folder = None if model is None else demo_model.resolve(model)
-    rehearsal = functools.cache(lambda: _rehearsal(folder, table))
+    rehearsal = Rehearsal(folder, table)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: " ".join(_versions())),
-        ("vLLM", _vllm),
         ("plug-in registered", _registered),
         ("plug-in allowed", _allowed),
-        ("plug-in loads", lambda: _loads(rehearsal())),
         ("only re-router", _alone),
         ("batch invariance", _not_invariant),
         ("device", _device),
         ("operator", _operator),
-        ("metrics", _metrics),
     ]
     if table is not None:
         checks.append(("table", lambda: _table(table, folder)))
+    checks += [
+        ("vLLM", lambda: _vllm(rehearsal)),
+        ("plug-in loads", lambda: _loads(rehearsal.found())),
+        ("metrics", lambda: _metrics(rehearsal.found())),
+    ]
     if folder is not None:
-        checks.append(("model", lambda: _model(folder, rehearsal())))
+        checks.append(("model", lambda: _model(folder, rehearsal.found())))
     if folder is not None and table is not None:
-        checks.append(("start-up", lambda: _start(rehearsal())))
-    return [_answered(name, check) for name, check in checks]
+        checks.append(("start-up", lambda: _start(rehearsal.found())))
+    for name, check in checks:
+        yield _answered(name, check)
 
 
-def as_text(checks: list[Check]) -> str:
-    """One line a check."""
-    return "\n".join(f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.answer}" for c in checks)
+def as_text(check: Check) -> str:
+    """One line."""
+    return f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.answer}"
 
 
 def _answered(name: str, check: Callable[[], str]) -> Check:
@@ -79,11 +88,11 @@ def _versions() -> Iterator[str]:
             continue
 
 
-def _vllm() -> str:
-    from sere.serving.symbols import obstacle
-
-    reason = obstacle()
-    if reason:
+def _vllm(rehearsal: Rehearsal) -> str:
+    if reason := untested_version():
+        raise RuntimeError(reason)
+    print("...   vLLM starts in a fresh process", file=sys.stderr, flush=True)
+    if reason := rehearsal.found()["obstacle"]:
         raise RuntimeError(reason)
     return "supported; every symbol that sere relies on is there"
 
@@ -99,16 +108,8 @@ def _registered() -> str:
 
 
 def _allowed() -> str:
-    from sere.serving.engine import check_plugin_allowed
-
     check_plugin_allowed()
     return f"VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS', '(not set: all are loaded)')}"
-
-
-def _rehearsal(folder: str | None, table: str | None) -> dict[str, Any]:
-    from sere.serving.rehearsal import rehearse
-
-    return rehearse(folder, table)
 
 
 def _loads(found: dict[str, Any]) -> str:
@@ -159,10 +160,8 @@ def _operator() -> str:
     return ", ".join(answers)
 
 
-def _metrics() -> str:
-    from sere.serving.symbols import lacking
-
-    if reason := lacking("metrics"):
+def _metrics(found: dict[str, Any]) -> str:
+    if reason := found["no_metrics"]:
         raise RuntimeError(f"none on /metrics: {reason}")
     return "will be on the server's /metrics"
 
@@ -176,11 +175,8 @@ def _table(path: str, folder: str | None) -> str:
         about += ", with a policy of `sere tune`"
     if folder is None or not Path(folder).is_dir():
         return about
-    router, experts = weight_hashes(folder, known.layers, known.E)
-    if router is None:
+    if not table.check_made_for(folder):
         raise TableError(f"{folder}: no safetensors checkpoint to compare with")
-    if router != known.router_hash or experts not in (None, known.experts_hash):  # None: quantised
-        raise TableError(f"{path} was not made for the weights in {folder}; calibrate that model")
     return f"{about}, made for {folder}"
 
 

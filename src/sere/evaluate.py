@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 
 from sere import demo_model, report
 from sere.arms import Arm, parse_arm
-from sere.checkpoint import weight_hashes
 from sere.corpus import Corpus, read_pairs, read_texts
 from sere.decoding import Passage
 from sere.files import check_writable, replaced
@@ -52,7 +51,7 @@ def run(
     if len({arm.name for arm in arms}) < len(arms):
         raise EvaluationError("two policies have one name; give them names of their own")
     folder = demo_model.resolve(model_name)
-    check_made_for(table, folder)
+    table.check_made_for(folder)
     model, layers = load(folder)
     passages = load_passages(
         model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
@@ -96,14 +95,6 @@ def load(folder: str) -> tuple[Any, list[MoELayer]]:
     if not torch.cuda.is_available():
         model = model.float()  # CPUs emulate bf16, slowly and with its rounding
     return model, moe_layers(model)
-
-
-def check_made_for(table: Table, folder: str) -> None:
-    """Raise `TableError` for a table of other weights than those in a local checkpoint."""
-    known = table.fingerprint
-    if Path(folder).is_dir():
-        hashes = weight_hashes(folder, known.layers, known.E)
-        table.check_against(replace(known, router_hash=hashes[0], experts_hash=hashes[1]))
 
 
 def _rule(arm: Arm) -> dict[str, Any] | None:

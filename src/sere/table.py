@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere.checkpoint import Fingerprint
+from sere.checkpoint import Fingerprint, weight_hashes
 from sere.files import is_file, replaced
 from sere.kernels import Plan
 from sere.kernels.plan import Substitution, settings_of
@@ -143,6 +143,16 @@ class Table:
                 + "\n  ".join(differences)
                 + "\nrun `sere calibrate` on the model that you serve"
             )
+
+    def check_made_for(self, folder: str | Path) -> bool:
+        """Raise `TableError` if this table was made for other weights than a local checkpoint's.
+
+        False if there are none to compare with: no folder, or no safetensors in it.
+        """
+        known = self.fingerprint
+        router, experts = weight_hashes(folder, known.layers, known.E)
+        self.check_against(replace(known, router_hash=router, experts_hash=experts))
+        return router is not None
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically; an existing one survives any failure."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from sere import demo_model, report
 from sere.cost import Cost, from_bench, roofline
-from sere.evaluate import check_made_for, load, load_passages, passages_hash
+from sere.evaluate import load, load_passages, passages_hash
 from sere.files import check_writable, replaced
 from sere.journal import Journal
 from sere.policy import Policy
@@ -56,7 +56,7 @@ def run(
     check_writable(table_path)
     table = Table.load(table_path)
     folder = demo_model.resolve(model_name)
-    check_made_for(table, folder)
+    table.check_made_for(folder)
     model, layers = load(folder)
     K = table.fingerprint.K
     if cost is None:

@@ -172,6 +172,11 @@ def doctor(model: str | None, table: str | None, json: bool) -> int:
     """`sere doctor [MODEL] [TABLE]`: 0 if re-routing can take effect here, else 1."""
     from sere.doctor import as_text, examine
 
-    checks = examine(model, table)
-    print(_json(checks) if json else as_text(checks))
+    checks = []
+    for check in examine(model, table):
+        checks.append(check)
+        if not json:
+            print(as_text(check), flush=True)
+    if json:
+        print(_json(checks))
     return int(not all(check.passed for check in checks))

@@ -14,31 +14,44 @@ import sys
 from typing import Any
 
 from sere.serving.settings import KEY
-from sere.serving.symbols import lacking, module_of, symbol
+from sere.serving.symbols import lacking, module_of, obstacle, symbol
 
 RESULT = "REHEARSAL "
 
 
-def rehearse(model: str | None, table: str | None) -> dict[str, Any]:
-    """What a fresh process found.
+class Rehearsal:
+    """A fresh process, at work while its maker goes on: importing vLLM takes it seconds."""
 
-    missing: places of vLLM where sere should be and is not. experts: of the model; 0 if it is
-    dense, None if it was not named or cannot be configured. refused: why an engine with this model
-    and table would not start, or None.
-    Raises `RuntimeError` with the end of its output if the process died.
-    """
-    arguments = [argument for argument in (model, table) if argument is not None]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            found: dict[str, Any] = json.loads(line[len(RESULT) :])
-            return found
-    raise RuntimeError((done.stderr or done.stdout).strip()[-600:] or f"exit {done.returncode}")
+    def __init__(self, model: str | None, table: str | None) -> None:
+        arguments = [argument for argument in (model, table) if argument is not None]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+        self._said: tuple[str, str] | None = None
+
+    def found(self) -> dict[str, Any]:
+        """What it found, once it is through.
+
+        obstacle: why re-routing cannot be put into this vLLM, tested version or not; or None.
+        missing: places of vLLM where sere should be and is not. no_metrics: why the server's
+        `/metrics` would have none of sere's, or None. experts: of the model; 0 if it is dense,
+        None if it was not named or cannot be configured. refused: why an engine with this model and
+        table would not start, or None.
+        Raises `RuntimeError` with the end of its output if the process died.
+        """
+        if self._said is None:
+            self._said = self._process.communicate()
+        output, errors = self._said
+        for line in output.splitlines():
+            if line.startswith(RESULT):
+                found: dict[str, Any] = json.loads(line[len(RESULT) :])
+                return found
+        end = (errors or output).strip()[-600:]
+        raise RuntimeError(end or f"exit {self._process.returncode}")
 
 
 def _missing() -> list[str]:
@@ -56,7 +69,14 @@ def _main(model: str | None = None, table: str | None = None) -> None:
     if reason := lacking("doctor"):
         sys.exit(reason)
     symbol("load_general_plugins")()
-    found: dict[str, Any] = {"missing": _missing(), "experts": None, "refused": None}
+    hindered = obstacle(any_version=True)
+    found: dict[str, Any] = {
+        "obstacle": hindered,
+        "missing": [] if hindered else _missing(),
+        "no_metrics": lacking("metrics"),
+        "experts": None,
+        "refused": None,
+    }
     if model is not None:
         # Eager: what is refused with graphs has a flag of its own to say so.
         options: dict[str, Any] = {"model": model, "enforce_eager": True}
