@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +21,7 @@ from sere.corpus import CorpusError
 from sere.loading import LoadError, load_model, load_tokenizer
 from sere.moe import MoELayer, NoExpertsError, moe_layers, observed
 from sere.observation import FOLDS, Observer, UnfitError
+from sere.policy import Policy
 from sere.table import Table
 from tests.conftest import LAYERS, E, K, save_tokenizer
 
@@ -276,3 +279,32 @@ def test_what_cannot_end_well_is_refused_before_the_model_is_loaded(
         run(model_dir, corpus_file, output, method="euclid")
     with pytest.raises(CorpusError, match=r"absent\.txt: no such file"):
         run(model_dir, output.parent / "absent.txt", output)
+
+
+def test_a_tuned_table_is_not_lost_without_a_word(
+    model_dir: Path, corpus_file: Path, output: Path, tmp_path: Path
+) -> None:
+    """Refused before any work: the policy was chosen for that table. An untuned one is replaced."""
+    table = run(model_dir, corpus_file, output)
+    replace(table, policy=Policy(S=1, tau=0.02)).save(output)
+    tuned = output.read_bytes()
+    for method in ("cosine", "random"):
+        with pytest.raises(CalibrationError, match=r"policy of `sere tune` \(S=1 tau=0.02\)"):
+            run(model_dir, tmp_path / "no text", output, method=method)
+    assert output.read_bytes() == tuned
+    run(model_dir, corpus_file, output, overwrite=True, method="cosine")
+    assert Table.load(output).policy is None
+    run(model_dir, corpus_file, output)
+    assert Table.load(output).method == "frobenius"
+
+
+def test_a_policy_of_another_version_is_kept_too(
+    model_dir: Path, corpus_file: Path, output: Path
+) -> None:
+    run(model_dir, corpus_file, output)
+    with safe_open(output, framework="pt") as file:
+        document = json.loads(file.metadata()["sere"])
+    document["policy"] = {"S": 1, "of the future": True}
+    save_file(load_file(output), output, metadata={"sere": json.dumps(document)})
+    with pytest.raises(CalibrationError, match=r"of another version of sere.*--overwrite"):
+        run(model_dir, corpus_file, output)

@@ -24,10 +24,11 @@ from sere.files import check_writable
 from sere.loading import exceeds_memory, load_model, load_tokenizer
 from sere.moe import MoELayer, moe_layers, observed
 from sere.observation import FOLDS, Observer
+from sere.policy import PolicyError
 from sere.similarity import METHODS
 from sere.skeleton import load_skeleton
 from sere.stream import read_by_layer
-from sere.table import FILE_NAME, LayerStatistics, Table
+from sere.table import FILE_NAME, LayerStatistics, Table, stored_policy
 from sere.tasks import examples
 from sere.unfinished import Unfinished
 
@@ -61,6 +62,7 @@ def calibrate(
     allow_fewer: bool = False,
     until_stable: float | None = None,
     stream: bool | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Table:
     """Calibrate `model_name` (a folder, a hub name, or "demo") and save the table to `output`.
@@ -71,11 +73,14 @@ def calibrate(
         replacements again on other text of the kind.
     stream: hold one decoder layer in memory at a time; None decides by the free memory. What is
         killed on the way goes on where it was when the same command is run again.
+    overwrite: also a table in which `sere tune` left a policy, which is lost.
     method: how similarity is measured; "weights" and "random" are null models, made without text.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     check_writable(output)
     _check_name(Path(output))
+    if not overwrite:
+        _check_untuned(output)
     if method not in (*METHODS, *null_models.METHODS):
         known = ", ".join((*METHODS, *null_models.METHODS))
         raise CalibrationError(f"method {method!r}: expected one of {known}")
@@ -189,6 +194,19 @@ def _check_name(output: Path) -> None:
         raise CalibrationError(
             f"{output}: engines load every .safetensors file in a model's folder as weights; "
             f"name it {output.parent / FILE_NAME}"
+        )
+
+
+def _check_untuned(output: str | Path) -> None:
+    try:
+        policy = stored_policy(output)
+        brief = policy.brief() if policy else None
+    except PolicyError:
+        brief = "of another version of sere"
+    if brief is not None:
+        raise CalibrationError(
+            f"{output} holds a policy of `sere tune` ({brief}), which would be lost: name another "
+            "output, or add --overwrite and tune again"
         )
 
 

@@ -54,6 +54,11 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="hold one decoder layer in memory at a time; resumable (default: if it has to be)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace a table in which `sere tune` left a policy",
+    )
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:

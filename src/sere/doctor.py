@@ -1,6 +1,6 @@
 """`sere doctor`: can re-routing take effect on this machine? One line a check, with the remedy.
 
-vLLM is only asked in a fresh process, as a server would be one. It is at work while the first checks
+vLLM is asked in a fresh process, as a server would be one, which is at work while the first checks
 are answered.
 """
 
