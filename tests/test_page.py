@@ -238,7 +238,7 @@ def test_runs_of_vllm_bench_serve_are_shown_together(data: dict[str, Any]) -> No
         for x, y in zip(trace["x"], trace["y"], strict=True)
     }
     assert {("stock", "10/s", 2.66), ("stock", "10/s", 9.51), ("stock", "10/s", 315.21)} <= drawn
-    assert ("S=1", "all at once, 8 at most", 2.66) in drawn
+    assert ("S=1", "inf, ≤ 8", 2.66) in drawn
 
 
 def test_a_server_under_sere_bench_is_shown_by_rate(data: dict[str, Any]) -> None:
