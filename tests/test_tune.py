@@ -138,10 +138,12 @@ def test_what_batch_sizes_have_in_common_is_said_once() -> None:
     base = Policy(S=1, tau=0.01)
     own = {2: None, 8: base, 16: base, 32: Policy(S=1, tau=0.1, layers={3: {"tau": 0.2}})}
     policy = composed(base, own)
-    assert policy.batches == {2: None, 8: {}, 32: {"tau": 0.1, "layers": {3: {"tau": 0.2}}}}
+    assert policy.batches == {1: None, 8: {}, 32: {"tau": 0.1, "layers": {3: {"tau": 0.2}}}}
     for batch, wanted in own.items():
         assert policy.for_bucket(policy.bucket(batch)) == wanted
-    assert policy.for_bucket(policy.bucket(1)) == base
+    assert policy.for_bucket(policy.bucket(1)) is None  # nobody looked: as the smallest that was
+    del own[2]
+    assert composed(base, own).batches == {32: {"tau": 0.1, "layers": {3: {"tau": 0.2}}}}
 
 
 def test_the_exchange_gives_freedom_where_it_costs_least() -> None:

@@ -198,7 +198,7 @@ class Tuner:
 
 def composed(base: Policy, own: dict[int, Policy | None]) -> Policy:
     """`base` with `batches`; what one batch size has in common with the next smaller is said once.
-    Below the smallest, `base` holds."""
+    Below the smallest, `base` holds; stock, if that is stock."""
     batches: dict[int, dict[str, Any] | None] = {}
     before: dict[str, Any] | None = {}
     for batch, policy in sorted(own.items()):
@@ -206,6 +206,8 @@ def composed(base: Policy, own: dict[int, Policy | None]) -> Policy:
         if override != before:
             batches[batch] = override
         before = override
+    if own[min(own)] is None:
+        batches = {1: None, **{b: o for b, o in batches.items() if b != min(own)}}
     return replace(base, batches=batches)
 
 
