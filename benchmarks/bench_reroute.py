@@ -109,7 +109,7 @@ def from_logits(T: int) -> dict[str, Callable[[Layer], Tensor]]:
         f"{top_k} top-k, {name}": partial(one_after_the_other, top_ks[top_k], load(name))
         for top_k, name in product(top_ks, operators)
     }
-    return found | ({"fused top-k": fused} if fused_topk.MAX_T >= T else {})
+    return found | ({"fused top-k": fused} if T <= fused_topk.MAX_T else {})
 
 
 def one_after_the_other(
