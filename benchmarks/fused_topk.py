@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sere.kernels import Plan, RowClass, reference
-from sere.kernels.triton_kernel import VOID, _all_at_once, _sizes
+from sere.kernels.triton_kernel import _sizes
+from sere.kernels.triton_programs import VOID, _all_at_once
 
 MAX_T = 64
 _TAKEN = tl.constexpr(2**31 - 1)  # above every gap

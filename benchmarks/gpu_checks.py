@@ -57,6 +57,27 @@ def operator_equals_specification() -> str:
     return f"{cases} batches equal"
 
 
+def ranks_that_vote_together_route_as_one_batch() -> str:
+    """Halves of batches, their votes combined, against the specification of the whole."""
+    cases = 0
+    for ids, weights, similarity, rows, policy in _batches((3, 32, 257, 4096)):
+        plan = _plan(similarity, policy, ids.shape[1])
+        expected, scaled, _ = _specified(ids, weights, plan, rows)
+        half, there = len(ids) // 2, plan.to("cuda")
+        halves = [t.cuda().split([half, len(ids) - half]) for t in (ids, weights, rows)]
+        parts = list(zip(*halves, strict=True))
+        for name, run in _usable():
+            vote = implementations.load_vote(name)
+            votes = torch.stack([vote(i, w, there, r) for i, w, r in parts]).amin(0)
+            moved = [(i, w.clone(), r) for i, w, r in parts]
+            got = [run(i, w, there, r, None, votes) for i, w, r in moved]
+            where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
+            assert torch.equal(torch.cat(got).cpu(), expected), where
+            assert torch.equal(torch.cat([w for _, w, _ in moved]).cpu(), scaled), where
+            cases += 1
+    return f"{cases} batches equal"
+
+
 def ten_thousand_random_batches() -> str:
     """Small random batches with everything odd in them, all implementations."""
     g = torch.Generator().manual_seed(1)
@@ -226,6 +247,7 @@ def engine_with_graphs() -> str:
 CHECKS: list[Callable[[], str]] = [
     implementations_compile,
     operator_equals_specification,
+    ranks_that_vote_together_route_as_one_batch,
     ten_thousand_random_batches,
     graph_replay_sees_new_rows_and_policy,
     fused_top_k_equals_specification,

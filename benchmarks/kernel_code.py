@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sere import report
-from sere.kernels import cuda_kernel, triton_kernel
+from sere.kernels import cuda_kernel, triton_programs
 
 GPUS = (80, 90, 100)
 SHAPES = ((60, 4), (128, 8), (896, 16))
@@ -37,9 +37,9 @@ POINTERS = dict.fromkeys(
 POINTERS |= {"weights": "*fp32", "scales": "*fp32", "logits": "*bf16"}
 POINTERS |= {"rows": "*i8", "counters": "*i64"}
 TRITON_KERNELS = (
-    triton_kernel._all_at_once,
-    triton_kernel._vote,
-    triton_kernel._decide_and_move,
+    triton_programs._all_at_once,
+    triton_programs._vote,
+    triton_programs._decide_and_move,
     fused_topk._fused,
 )
 

@@ -65,21 +65,33 @@ static void launch(int blocks, int threads, Kernel kernel) {
     }
 }
 
-extern "C" void host_reroute(int share, int threads, BATCH_PARAMETERS, DECISION_PARAMETERS) {
-    const auto batch = [&](auto kernel, auto... more) {
-        return [=] {
-            kernel(ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E, more...);
-        };
-    };
+#define ON_BATCH                                                                                  \
+    const auto batch = [&](auto kernel, auto... more) {                                           \
+        return [=] {                                                                              \
+            kernel(ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E,     \
+                   more...);                                                                      \
+        };                                                                                        \
+    };                                                                                            \
+    const int blocks = share ? (T + share - 1) / share : 1
+
+extern "C" void host_vote(int share, int threads, int* votes, BATCH_PARAMETERS, const int* settings) {
+    ON_BATCH;
+    launch(blocks, threads, batch(reroute_vote, share, votes, settings));
+}
+
+// given: votes, or null: this batch's own.
+extern "C" void host_reroute(int share, int threads, const int* given, BATCH_PARAMETERS, DECISION_PARAMETERS) {
+    ON_BATCH;
     if (share == 0) {
         launch(1, threads,
                batch(reroute_at_once, neighbours, errors, scales, settings, out, counters));
         return;
     }
     std::vector<int> votes(2 * E + 1, NEVER);
-    const int blocks = (T + share - 1) / share;
-    launch(blocks, threads, batch(reroute_vote, share, votes.data(), settings));
-    const int* cast = votes.data();
+    if (!given)
+        host_vote(share, threads, votes.data(), ids, ids_row, ids_slot, weights, weights_row,
+                  weights_slot, rows, T, K, E, settings);
+    const int* cast = given ? given : votes.data();
     launch(blocks, threads,
            batch(reroute_move, share, cast, neighbours, errors, scales, settings, out, counters));
 }
@@ -104,7 +116,7 @@ int main() {
         for (auto& weight : weights) weight = (random() % 5) / 4.0f;
         for (auto& row : rows) row = random() % 3;
         for (int share : {0, 8})
-            host_reroute(share, 6, ids.data(), K, 1, weights.data(), K, 1, rows.data(), T, K, E,
+            host_reroute(share, 6, nullptr, ids.data(), K, 1, weights.data(), K, 1, rows.data(), T, K, E,
                          neighbours.data(), errors.data(), scales.data(), settings.data(),
                          out.data(), counters.data());
     }

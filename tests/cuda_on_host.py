@@ -15,6 +15,7 @@ from torch import Tensor
 
 import sere
 from sere.kernels import Plan
+from sere.kernels.reference import NEVER
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
@@ -33,8 +34,22 @@ def one_block(*arguments: Any) -> Tensor:
 
 
 def many_blocks(*arguments: Any) -> Tensor:
-    """The launches for large batches, with only three rows a block."""
+    """The launches for large batches, with only three rows a block; with votes that were given,
+    only the second of them."""
     return _run(*arguments, rows_per_block=3)
+
+
+def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+    """The first of these launches."""
+    votes = torch.full((2 * plan.num_experts + 1,), NEVER, dtype=torch.int32)
+    if len(topk_ids):
+        weights = _readable(topk_weights)
+        library(topk_ids.dtype, weights.dtype).host_vote(
+            *(3, _threads(topk_ids), _pointer(votes)),
+            *_batch(topk_ids, weights, plan, rows),
+            _pointer(plan.settings),
+        )
+    return votes
 
 
 def _run(
@@ -43,18 +58,16 @@ def _run(
     plan: Plan,
     rows: Tensor | None,
     counters: Tensor | None,
+    votes: Tensor | None = None,
+    *,
     rows_per_block: int,
 ) -> Tensor:
-    T, K = topk_ids.shape
-    out = torch.full((T, K), -7, dtype=topk_ids.dtype)  # poisoned: every slot must be written
-    weights = topk_weights if topk_weights.dtype in C_TYPES else topk_weights.float()
-    threads = 1 + (T + K) % 3
-    if T:
-        library(topk_ids.dtype, weights.dtype)(
-            *(rows_per_block, threads),
-            *(_pointer(topk_ids), *map(ctypes.c_longlong, topk_ids.stride())),
-            *(_pointer(weights), *map(ctypes.c_longlong, weights.stride())),
-            *(_pointer(rows), T, K, plan.num_experts),
+    out = torch.full(topk_ids.shape, -7, dtype=topk_ids.dtype)  # every slot must be written
+    weights = _readable(topk_weights)
+    if len(topk_ids):
+        library(topk_ids.dtype, weights.dtype).host_reroute(
+            *(rows_per_block, _threads(topk_ids), _pointer(votes)),
+            *_batch(topk_ids, weights, plan, rows),
             *(_pointer(plan.neighbours), _pointer(plan.errors), _pointer(plan.scales)),
             *(_pointer(plan.settings), _pointer(out), _pointer(counters)),
         )
@@ -63,16 +76,32 @@ def _run(
     return out
 
 
+def _threads(topk_ids: Tensor) -> int:
+    return 1 + sum(topk_ids.shape) % 3
+
+
+def _readable(weights: Tensor) -> Tensor:
+    return weights if weights.dtype in C_TYPES else weights.float()
+
+
+def _batch(topk_ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> tuple[Any, ...]:
+    return (
+        *(_pointer(topk_ids), *map(ctypes.c_longlong, topk_ids.stride())),
+        *(_pointer(weights), *map(ctypes.c_longlong, weights.stride())),
+        *(_pointer(rows), *topk_ids.shape, plan.num_experts),
+    )
+
+
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 @functools.cache
 def library(ids: torch.dtype, weights: torch.dtype) -> Any:
-    """The compiled function for types of ids and weights."""
+    """The compiled functions for types of ids and weights."""
     target = Path(tempfile.mkdtemp()) / "reroute.so"
     build(target, ids, weights, "-shared", "-fPIC")
-    return ctypes.CDLL(str(target)).host_reroute
+    return ctypes.CDLL(str(target))
 
 
 def build(

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
-from sere.kernels.implementations import load
+from sere.kernels.implementations import load, load_vote
 from sere.kernels.plan import FRACTION, Substitution
 from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, route
+from sere.kernels.reference import vote as specified_vote
 from sere.policy import Policy, PolicyError
 from tests import cuda_on_host
 
@@ -46,7 +47,10 @@ if not INTERPRETED:
         return run(ids, weights, T)
 
     RUNNERS["numba, bound"] = run_bound
+# In two halves, for ranks that vote together.
+HALVES = {name: (load_vote(name), run) for name, run in RUNNERS.items() if "," not in name}
 if not INTERPRETED and cuda_on_host.COMPILER:
+    HALVES["CUDA"] = (cuda_on_host.vote, cuda_on_host.many_blocks)
     RUNNERS["CUDA, one block"] = cuda_on_host.one_block
     RUNNERS["CUDA, many blocks"] = cuda_on_host.many_blocks
 
@@ -377,6 +381,49 @@ def test_void_rows_change_nothing_for_the_others(
     real = [t for t, row in enumerate(rows) if row != VOID]
     alone = run(ids[real], weights[real], similarity, policy, [rows[t] for t in real])
     assert torch.equal(run(ids, weights, similarity, policy, rows)[real], alone)
+
+
+@settings(max_examples=200 // SHARE, deadline=None)
+@given(cases(), st.lists(st.integers(0, 12), max_size=3))
+def test_ranks_that_vote_together_route_as_one_batch(
+    case: tuple[Tensor, Tensor, Tensor, Policy, list[int]], cuts: list[int]
+) -> None:
+    """Some ranks may have no row at all: they count nothing. Steps and active experts are of all
+    rows, on every rank; rows and slots add up."""
+    ids, weights, similarity, policy, rows = case
+    plan, kinds = plan_of(similarity, policy, ids.shape[1]), torch.tensor(rows, dtype=torch.int8)
+    whole = new_counters()
+    expected, scaled = reroute(ids, weights, plan, kinds, whole)
+    places = sorted(min(cut, len(rows)) for cut in cuts)
+    ranks = list(zip([0, *places], [*places, len(rows)], strict=True))
+    parts = [(ids[a:b], weights[a:b].clone(), kinds[a:b]) for a, b in ranks]
+    spoken = [specified_vote(i, w, plan, k) for i, w, k in parts]
+    for name, (vote, run_half) in HALVES.items():
+        said = [vote(i, w, plan, k) for i, w, k in parts]
+        assert all(map(torch.equal, said, spoken)), name
+        votes, counted = torch.stack(said).amin(0), []
+        for (a, b), (i, w, k) in zip(ranks, parts, strict=True):
+            counters, own = new_counters(), w.clone()
+            assert torch.equal(run_half(i, own, plan, k, counters, votes), expected[a:b]), name
+            assert torch.equal(own, scaled[a:b]), name
+            assert torch.equal(counters[:3], whole[:3] * (b > a)), name
+            counted.append(counters)
+        assert torch.equal(torch.stack(counted).sum(0)[3:], whole[3:]), name
+
+
+@settings(max_examples=60 // SHARE, deadline=None)
+@given(cases())
+def test_active_experts_are_counted_as_they_are(
+    case: tuple[Tensor, Tensor, Tensor, Policy, list[int]],
+) -> None:
+    ids, weights, similarity, policy, rows = case
+    E, kinds = similarity.shape[0], torch.tensor(rows, dtype=torch.int8)
+    routing = route(ids, weights, plan_of(similarity, policy, ids.shape[1]), kinds)
+
+    def distinct(given: Tensor) -> int:
+        return len({e for e in given[kinds != VOID].flatten().tolist() if 0 <= e < E})
+
+    assert (routing.before, routing.after) == (distinct(ids), distinct(routing.ids))
 
 
 @settings(max_examples=60 // SHARE, deadline=None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere.kernels.implementations import implementation_for, load
+from sere.kernels.implementations import implementation_for, load, load_vote
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS, RowClass, keeping
 
@@ -24,6 +24,7 @@ __all__ = [
     "keeping",
     "new_counters",
     "reroute",
+    "vote",
 ]
 
 
@@ -38,6 +39,7 @@ def reroute(
     plan: Plan,
     rows: Tensor | None = None,
     counters: Tensor | None = None,
+    votes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move tokens of secondary experts to the most similar primary expert of the batch.
 
@@ -47,12 +49,16 @@ def reroute(
     plan: neighbour lists, errors, scales and settings of this layer, on the same device.
     rows: [T] int8 `RowClass` or `keeping(n)` on the same device; None means that all rows are FAST.
     counters: optional [len(COUNTERS)] int64 on the same device, added to in place.
+    votes: [2 E + 1] int32 on the same device, the elementwise minimum of this batch's `vote` and
+        others'; None means that no other batch has a say.
 
     Returns new ids and weights [T, K] of the same dtypes; weights differ only where the plan
     scales them. The rules are listed in `sere.kernels.reference`.
     Raises `ValueError` for shapes that do not fit together.
     """
     _check(topk_ids, topk_weights, rows)
+    if votes is not None and votes.shape != (2 * plan.num_experts + 1,):
+        raise ValueError(f"votes {list(votes.shape)}: expected [{2 * plan.num_experts + 1}]")
     weights = topk_weights.clone(memory_format=torch.contiguous_format)
     ids: Tensor = torch.ops.sere.route(
         topk_ids,
@@ -63,8 +69,16 @@ def reroute(
         plan.settings,
         rows,
         counters,
+        votes,
     )
     return ids, weights
+
+
+def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
+    """What a batch says of each expert, [2 E + 1] int32, for `reroute` to be given (the arguments
+    are the same): the smaller the stronger, so that ranks combine theirs by a minimum."""
+    _check(topk_ids, topk_weights, rows)
+    return load_vote(implementation_for(topk_ids.device))(topk_ids, topk_weights, plan, rows)
 
 
 def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
@@ -91,9 +105,13 @@ def _route(
     settings: Tensor,
     rows: Tensor | None,
     counters: Tensor | None,
+    votes: Tensor | None = None,
 ) -> Tensor:
-    run = load(implementation_for(topk_ids.device))
-    return run(topk_ids, topk_weights, Plan(neighbours, errors, scales, settings), rows, counters)
+    run, plan = (
+        load(implementation_for(topk_ids.device)),
+        Plan(neighbours, errors, scales, settings),
+    )
+    return run(topk_ids, topk_weights, plan, rows, counters, votes)
 
 
 def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:
@@ -103,7 +121,8 @@ def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:
 _LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "route(Tensor topk_ids, Tensor(a!) topk_weights, Tensor neighbours, Tensor errors, "
-    "Tensor scales, Tensor settings, Tensor? rows, Tensor(b!)? counters) -> Tensor"
+    "Tensor scales, Tensor settings, Tensor? rows, Tensor(b!)? counters, "
+    "Tensor? votes=None) -> Tensor"
 )
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
 torch.library.register_fake("sere::route", _like_ids, lib=_LIBRARY)

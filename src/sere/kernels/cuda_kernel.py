@@ -1,7 +1,8 @@
 """The specification for NVIDIA GPUs in CUDA C++ (reroute.cu), compiled when it is first used.
 
 NVIDIA's own Python packages compile (NVRTC) and launch it: no toolkit, no build step at install.
-One launch for decode-sized batches; three (a fill, the votes, the moves) for larger ones.
+One launch for decode-sized batches; three (a fill, the votes, the moves) for larger ones, and for
+ranks that share their votes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from sere.files import replaced
 from sere.kernels.plan import Plan
+from sere.kernels.reference import NEVER
 
 MAX_E, MAX_K = 1024, 32
 ONE_BLOCK = 8192
 """Up to how many slots one block serves."""
 THREADS = 1024
-_NEVER = 1 << 30  # as in reroute.cu
 _C_TYPES = {
     torch.int16: "short",
     torch.int32: "int",
@@ -35,41 +36,78 @@ _C_TYPES = {
 
 
 def run(
-    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    plan: Plan,
+    rows: Tensor | None,
+    counters: Tensor | None,
+    votes: Tensor | None = None,
 ) -> Tensor:
-    """New ids [T, K] (see `sere.kernels.reroute`); all tensors on one NVIDIA GPU."""
+    """New ids [T, K] (see `sere.kernels.reference.run`); all tensors on one NVIDIA GPU."""
     T, K = topk_ids.shape
-    E = plan.num_experts
-    if K > MAX_K or E > MAX_E:
-        raise ValueError(f"E={E}, K={K}: the CUDA kernel goes to E={MAX_E}, K={MAX_K}; use triton")
     out = torch.empty((T, K), dtype=topk_ids.dtype, device=topk_ids.device)
+    _check_sizes(plan.num_experts, K)
     if T == 0 or K == 0:
         return out
-    weights = topk_weights
-    if weights.dtype not in (torch.float32, torch.float64):
-        weights = weights.float()  # order and zeros are kept
-    batch = (
-        *(topk_ids.data_ptr(), topk_ids.stride(0), topk_ids.stride(1)),
-        *(weights.data_ptr(), weights.stride(0), weights.stride(1)),
-        *(_pointer(rows), c_int(T), c_int(K), c_int(E)),
-    )
+    weights = _readable(topk_weights)
     decision = (
         *(plan.neighbours.data_ptr(), plan.errors.data_ptr()),
         *(plan.scales.data_ptr(), plan.settings.data_ptr()),
         *(out.data_ptr(), _pointer(counters)),
     )
     kernels = _kernels(topk_ids.device, topk_ids.dtype, weights.dtype)
-    if T * K <= ONE_BLOCK:
+    batch = _batch(topk_ids, weights, plan, rows)
+    if votes is None and T * K <= ONE_BLOCK:
         kernels.launch("reroute_at_once", 1, *batch, *decision)
     else:
-        votes = torch.full((2 * E + 1,), _NEVER, dtype=torch.int32, device=topk_ids.device)
-        share = max(1, THREADS // K)
-        blocks, shared_out = -(-T // share), (c_int(share), votes.data_ptr())
-        kernels.launch("reroute_vote", blocks, *batch, *shared_out, plan.settings.data_ptr())
-        kernels.launch("reroute_move", blocks, *batch, *shared_out, *decision)
+        if votes is None:
+            votes = vote(topk_ids, weights, plan, rows)
+        share, blocks = _split(T, K)
+        kernels.launch("reroute_move", blocks, *batch, share, votes.data_ptr(), *decision)
     if weights is not topk_weights:
         topk_weights.copy_(weights)
     return out
+
+
+def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+    """[2 E + 1] int32 (see `sere.kernels.reference.vote`); all tensors on one NVIDIA GPU."""
+    (T, K), E = topk_ids.shape, plan.num_experts
+    _check_sizes(E, K)
+    votes = torch.full((2 * E + 1,), NEVER, dtype=torch.int32, device=topk_ids.device)
+    if T and K:
+        weights = _readable(topk_weights)
+        share, blocks = _split(T, K)
+        kernels = _kernels(topk_ids.device, topk_ids.dtype, weights.dtype)
+        batch = _batch(topk_ids, weights, plan, rows)
+        shared_out = (share, votes.data_ptr(), plan.settings.data_ptr())
+        kernels.launch("reroute_vote", blocks, *batch, *shared_out)
+    return votes
+
+
+def _check_sizes(E: int, K: int) -> None:
+    if K > MAX_K or E > MAX_E:
+        raise ValueError(f"E={E}, K={K}: the CUDA kernel goes to E={MAX_E}, K={MAX_K}; use triton")
+
+
+def _readable(weights: Tensor) -> Tensor:
+    """Of a type that the kernel has; order and zeros are kept."""
+    return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
+
+
+def _batch(topk_ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of every launch that are the batch."""
+    T, K = topk_ids.shape
+    return (
+        *(topk_ids.data_ptr(), topk_ids.stride(0), topk_ids.stride(1)),
+        *(weights.data_ptr(), weights.stride(0), weights.stride(1)),
+        *(_pointer(rows), c_int(T), c_int(K), c_int(plan.num_experts)),
+    )
+
+
+def _split(T: int, K: int) -> tuple[c_int, int]:
+    """How many rows each block of a large batch takes, and how many blocks there are."""
+    share = max(1, THREADS // K)
+    return c_int(share), -(-T // share)
 
 
 def obstacle() -> str | None:

@@ -1,8 +1,8 @@
 """Which code runs the operator on which device.
 
-Each implementation is a function of (ids, weights, plan, rows, counters), imported on first use:
-none of their libraries is needed on a machine that has no use for it, and vLLM 0.32's CPU workers
-fail to start in a process that has numba's llvmlite loaded.
+Each implementation is a module with two functions, `run` and `vote` (see `sere.kernels.reference`),
+imported on first use: none of their libraries is needed on a machine that has no use for it, and
+vLLM 0.32's CPU workers fail to start in a process that has numba's llvmlite loaded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,30 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sere.kernels.plan import Plan
 
-Implementation = Callable[[Tensor, Tensor, Plan, Tensor | None, Tensor | None], Tensor]
+Vote = Callable[[Tensor, Tensor, Plan, Tensor | None], Tensor]
+
+
+class Implementation(Protocol):
+    """`sere.kernels.reference.run`."""
+
+    def __call__(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        plan: Plan,
+        rows: Tensor | None,
+        counters: Tensor | None,
+        votes: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
+
 
 MODULES = {
     "reference": "sere.kernels.reference",
@@ -51,6 +68,13 @@ def load(name: str) -> Implementation:
     """The function behind a name of `MODULES`; `ImportError` where it has no library."""
     run: Implementation = import_module(MODULES[name]).run
     return run
+
+
+@functools.cache
+def load_vote(name: str) -> Vote:
+    """The first half of `load(name)`, for ranks that share what it gives."""
+    vote: Vote = import_module(MODULES[name]).vote
+    return vote
 
 
 def installed(name: str) -> bool:

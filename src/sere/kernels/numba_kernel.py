@@ -11,6 +11,7 @@ import torch
 from numba import carray, cfunc, types
 from torch import Tensor
 
+from sere.kernels import numba_loops
 from sere.kernels.numba_loops import FAST, reroute
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS
@@ -27,18 +28,17 @@ _BOUND_ROWS = 512  # larger batches have an output of their own
 
 
 def run(
-    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    plan: Plan,
+    rows: Tensor | None,
+    counters: Tensor | None,
+    votes: Tensor | None = None,
 ) -> Tensor:
     """New ids [T, K] (see `sere.kernels.reference.run`); all tensors on the CPU."""
     T, K = topk_ids.shape
-    weights = topk_weights
-    if weights.dtype not in _TYPES:
-        weights = weights.float()  # numpy has no bfloat16; order and zeros are kept
-    weights = weights.contiguous()
-    ids, out = topk_ids.contiguous(), torch.empty((T, K), dtype=topk_ids.dtype)
-    if rows is None:
-        rows = torch.full((T,), FAST, dtype=torch.int8)
-    rows = rows.contiguous()
+    ids, weights, rows = _readable(topk_ids, topk_weights, rows)
+    out = torch.empty((T, K), dtype=topk_ids.dtype)
     _entry(out.dtype, weights.dtype)(
         ids.data_ptr(),
         weights.data_ptr(),
@@ -46,11 +46,31 @@ def run(
         rows.data_ptr(),
         T,
         K,
-        *_fixed(plan, counters),
+        *_fixed(plan, counters, votes),
     )
     if weights is not topk_weights:
         topk_weights.copy_(weights)
     return out
+
+
+def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+    """[2 E + 1] int32 (see `sere.kernels.reference.vote`); all tensors on the CPU."""
+    votes = torch.empty(2 * plan.num_experts + 1, dtype=torch.int32)
+    read = _readable(topk_ids, topk_weights, rows)
+    numba_loops.vote(*(t.numpy() for t in (*read[:2], plan.settings, read[2], votes)))
+    return votes
+
+
+def _readable(
+    topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the loops can read: contiguous, and of a type that numpy has; no row class left out."""
+    weights = topk_weights
+    if weights.dtype not in _TYPES:
+        weights = weights.float()  # numpy has no bfloat16; order and zeros are kept
+    if rows is None:
+        rows = torch.full(topk_ids.shape[:1], FAST, dtype=torch.int8)
+    return topk_ids.contiguous(), weights.contiguous(), rows.contiguous()
 
 
 def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
@@ -79,16 +99,20 @@ def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tenso
     return run_bound
 
 
-def _fixed(plan: Plan, counters: Tensor | None) -> tuple[int | None, ...]:
-    """The arguments of `_entry` that are a layer's."""
+def _fixed(
+    plan: Plan, counters: Tensor | None, votes: Tensor | None = None
+) -> tuple[int | None, ...]:
+    """The arguments of `_entry` that are a layer's, and the votes of others."""
     return (
         plan.neighbours.data_ptr(),
         plan.errors.data_ptr(),
         plan.scales.data_ptr(),
         plan.settings.data_ptr(),
         None if counters is None else counters.data_ptr(),
+        None if votes is None else votes.data_ptr(),
         plan.neighbours.shape[0],
         0 if counters is None else len(COUNTERS),
+        0 if votes is None else len(votes),
     )
 
 
@@ -97,12 +121,12 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     """The compiled loops behind plain pointers: numba takes microseconds to unpack arrays, which
     in an engine, its caches full of weights, become tens of microseconds."""
     batch = [_TYPES[ids], _TYPES[weights], _TYPES[ids], types.int8]
-    layer = [types.int32, types.int32, types.float32, types.int32, types.int64]
+    layer = [types.int32, types.int32, types.float32, types.int32, types.int64, types.int32]
     signature = types.void(
         *map(types.CPointer, batch),
         *[types.intp] * 2,
         *map(types.CPointer, layer),
-        *[types.intp] * 2,
+        *[types.intp] * 3,
     )
 
     def entry(
@@ -117,8 +141,10 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
         scales: Any,
         settings: Any,
         counters: Any,
+        votes: Any,
         E: int,
         C: int,
+        V: int,
     ) -> None:
         given, moved = carray(ids, (T, K)), carray(out, (T, K))
         for t in range(T):
@@ -132,6 +158,7 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
             carray(scales, (E, E - 1)),
             carray(settings, (5,)),
             carray(rows, (T,)),
+            carray(votes, (V,)),
             carray(counters, (C,)),
         )
 
@@ -142,5 +169,5 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     _KEPT.append(compiled)  # its machine code lives as long as it does
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     # PYFUNCTYPE: for some microseconds' work, keep the interpreter's lock.
-    called = ctypes.PYFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 5, *[size] * 2)
+    called = ctypes.PYFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 6, *[size] * 3)
     return called(compiled.address)

@@ -13,11 +13,16 @@ import numpy as np
 from numba import njit
 
 from sere.kernels.plan import FRACTION, OFF
-from sere.kernels.reference import COUNTERS, LARGEST_WEIGHT, WEIGHT_FRACTION, RowClass
+from sere.kernels.reference import (
+    COUNTERS,
+    LARGEST_WEIGHT,
+    NAMED,
+    NEVER,
+    WEIGHT_FRACTION,
+    RowClass,
+)
 
 VOID, FAST, EXACT = (int(c) for c in RowClass)
-_UNKNOWN = -2  # a place that was not looked up yet
-_NEVER = 2**20  # the rank of an expert that no real row names
 _RESCUED = -1  # the rank of an expert that rule 5 made primary
 
 
@@ -30,6 +35,25 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
+def vote(
+    ids: Any,  # [T, K]
+    weights: Any,  # [T, K]
+    settings: Any,  # [5]
+    rows: Any,  # [T]
+    votes: Any,  # [2 E + 1], written
+) -> None:
+    """What one batch says of each expert (see `sere.kernels.reference.vote`)."""
+    E = len(votes) // 2
+    votes[:] = NEVER
+    _first_ranks(ids, weights, rows, votes[:E])
+    for kind in rows:
+        if _is_fast(kind):
+            votes[E] = 0
+    if settings[3] >= 0:
+        _largest_shares(ids, weights, rows, votes[E + 1 :])
+
+
+@_compiled
 def reroute(
     ids: Any,  # [T, K], rewritten in place
     weights: Any,  # [T, K], scaled in place
@@ -38,20 +62,26 @@ def reroute(
     scales: Any,  # [E, E-1]
     settings: Any,  # [5]
     rows: Any,  # [T]
+    given: Any,  # [2 E + 1] votes, or [0]: this batch's own
     counters: Any,  # [8], or [0]: count nothing
 ) -> None:
     """One batch."""
     K, E = ids.shape[1], neighbours.shape[0]
     S, tau = settings[0], settings[3]
-    first_rank = _first_ranks(ids, weights, rows, E)
+    votes = np.empty(2 * E + 1, np.int32)
+    if given.size > 0:
+        votes[:] = given
+    else:
+        vote(ids, weights, settings, rows, votes)
+    first_rank = votes[:E]
     s = _choose_s(first_rank, S, settings[1], settings[2], K)
-    before = after = 0
+    before = 0
     for rank in first_rank:
-        before += rank < _NEVER
+        before += rank < NEVER
     after = before
-    moved = critical = lonely = 0
+    moved = critical = 0
     if tau >= 0 and S < K:
-        _keep(ids, weights, neighbours, errors, rows, first_rank, s, settings[2], tau)
+        _keep(votes[E + 1 :], neighbours, errors, first_rank, s, settings[2], tau)
     lowest, primaries = E, 0
     for e in range(E - 1, -1, -1):
         if first_rank[e] < s:
@@ -60,12 +90,17 @@ def reroute(
     if lowest < E and S < K:
         if settings[4] == 0:
             scales = scales[:0]
-        moved, critical, lonely = _move(
-            ids, weights, neighbours, scales, rows, first_rank, s, lowest
+        places = np.full(E, -1, np.int64)
+        after = primaries
+        for e in range(E):
+            if s <= first_rank[e] < NAMED:
+                places[e] = _place(neighbours[e], first_rank, s)
+                after += places[e] < 0
+        moved, critical = _move(
+            ids, weights, neighbours, scales, rows, first_rank, s, lowest, places
         )
-        after = primaries + lonely
-    if counters.size > 0 and S != OFF:
-        _count(counters, rows, before, after, moved, critical)
+    if counters.size > 0 and S != OFF and len(ids) > 0:
+        _count(counters, rows, votes[E] == 0, before, after, moved, critical)
 
 
 @_compiled
@@ -74,11 +109,11 @@ def _is_fast(kind: int) -> bool:
 
 
 @_compiled
-def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
-    """[E]: rules 1 to 3; K where a real row names the expert and nobody votes for it, _NEVER where
-    none does."""
+def _first_ranks(ids: Any, weights: Any, rows: Any, first: Any) -> None:
+    """[E], NEVER so far: rules 1 to 3; NAMED where a real row names the expert and nobody votes for
+    it."""
     T, K = ids.shape
-    first = np.full(E, _NEVER, np.int64)
+    E = len(first)
     for t in range(T):
         kind = rows[t]
         if kind == VOID:
@@ -87,7 +122,7 @@ def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
             e = ids[t, k]
             if e < 0 or e >= E:
                 continue
-            rank = K
+            rank = NAMED
             if kind == EXACT:
                 rank = 0
             elif weights[t, k] != 0:
@@ -95,7 +130,6 @@ def _first_ranks(ids: Any, weights: Any, rows: Any, E: int) -> Any:
                 if rank < kind - EXACT:
                     rank = 0
             first[e] = min(first[e], rank)
-    return first
 
 
 @_compiled
@@ -125,28 +159,26 @@ def _choose_s(first_rank: Any, S: int, min_active: int, max_active: int, K: int)
 
 @_compiled
 def _keep(
-    ids: Any,
-    weights: Any,
+    shares: Any,
     neighbours: Any,
     errors: Any,
-    rows: Any,
     first_rank: Any,
     s: int,
     max_active: int,
     tau: int,
 ) -> None:
-    """Rule 5: marks the experts that become primary in `first_rank`."""
+    """Rule 5: marks the experts that become primary in `first_rank`; shares: as in a vote."""
     E = len(first_rank)
-    shares = _largest_shares(ids, weights, rows, E)
     loss = np.full(E, -1, np.int64)
     primaries = 0
     for u in range(E):
         if first_rank[u] < s:
             primaries += 1
-        elif shares[u] > 0:
+        elif shares[u] < 0:
             place = _place(neighbours[u], first_rank, s)
             if place >= 0:
-                loss[u] = shares[u] * shares[u] * np.int64(errors[u, place]) // FRACTION
+                share = np.int64(shares[u])
+                loss[u] = share * share * np.int64(errors[u, place]) // FRACTION
     while primaries < max_active:
         largest = np.argmax(loss)  # the first of equals
         if loss[largest] <= tau:
@@ -157,10 +189,10 @@ def _keep(
 
 
 @_compiled
-def _largest_shares(ids: Any, weights: Any, rows: Any, E: int) -> Any:
-    """[E], in units of 1 / FRACTION."""
+def _largest_shares(ids: Any, weights: Any, rows: Any, largest: Any) -> None:
+    """[E], NEVER so far: minus the largest share, in units of 1 / FRACTION."""
     T, K = ids.shape
-    largest = np.zeros(E, np.int64)
+    E = len(largest)
     whole = np.zeros(K, np.int64)
     for t in range(T):
         if not _is_fast(rows[t]):
@@ -173,10 +205,10 @@ def _largest_shares(ids: Any, weights: Any, rows: Any, E: int) -> Any:
                 whole[k] = np.int64(min(abs(weights[t, k]), LARGEST_WEIGHT) * WEIGHT_FRACTION)
             total += whole[k]
         for k in range(K):
-            if whole[k] > 0:
+            share = whole[k] * FRACTION // total if whole[k] > 0 else 0
+            if share > 0:
                 e = ids[t, k]
-                largest[e] = max(largest[e], whole[k] * FRACTION // total)
-    return largest
+                largest[e] = min(largest[e], -share)
 
 
 @_compiled
@@ -189,12 +221,12 @@ def _move(
     first_rank: Any,
     s: int,
     lowest: int,
-) -> tuple[int, int, int]:
-    """Rules 6 and 7, in place; (slots of real rows that moved, critical slots, experts of the
-    latter that are not primary)."""
+    places: Any,
+) -> tuple[int, int]:
+    """Rules 6 and 7, in place; (slots of real rows that moved, critical slots). places: [E], where
+    the stand-in of each expert with a vote is in its list, or -1."""
     E = len(first_rank)
-    places = np.full(E, _UNKNOWN, np.int64)
-    moved = critical = lonely = 0
+    moved = critical = 0
     for t in range(ids.shape[0]):
         for k in range(ids.shape[1]):
             e = ids[t, k]
@@ -208,9 +240,6 @@ def _move(
                 ids[t, k] = lowest
                 moved += _is_fast(rows[t])
                 continue
-            if places[e] == _UNKNOWN:
-                places[e] = _place(neighbours[e], first_rank, s)
-                lonely += places[e] < 0
             if places[e] < 0:
                 critical += 1
             else:
@@ -218,7 +247,7 @@ def _move(
                 if len(scales) > 0:
                     weights[t, k] *= scales[e, places[e]]
                 moved += 1
-    return moved, critical, lonely
+    return moved, critical
 
 
 @_compiled
@@ -234,20 +263,21 @@ def _place(listed: Any, first_rank: Any, s: int) -> int:
 
 
 @_compiled
-def _count(counters: Any, rows: Any, before: int, after: int, moved: int, critical: int) -> None:
+def _count(
+    counters: Any, rows: Any, decoding: bool, before: int, after: int, moved: int, critical: int
+) -> None:
     """Add one step, in the order of `COUNTERS`."""
     exact = void = 0
     for kind in rows:
         exact += kind == EXACT
         void += kind == VOID
-    fast = len(rows) - exact - void
-    if fast > 0:
+    if decoding:
         counters[0] += 1
         counters[1] += before
         counters[2] += after
     counters[3] += moved
     counters[4] += critical
-    counters[5] += fast
+    counters[5] += len(rows) - exact - void
     counters[6] += exact
     counters[7] += void
 

@@ -33,6 +33,10 @@ The rules, in the order in which they apply:
    is not primary goes to the lowest-numbered primary, so that it keeps no expert busy.
 8. No primary at all, or S >= K: nothing changes.
 
+Rules 1 to 3 and the shares are a batch's `vote`: one number per expert, and the elementwise minimum
+of several batches' votes is the vote of all their rows together. Data-parallel ranks that share
+theirs before they go on have the same primaries; each re-routes its own rows.
+
 Shares, errors and losses are whole numbers (see `FRACTION`): sums and comparisons then come out the
 same in any order of the rows, on any machine. Where all scales are 1 the weights do not change by a
 bit. Two slots of a row may end up naming one expert: the mixture then adds both weights, which is
@@ -76,6 +80,8 @@ COUNTERS = (
 )
 
 
+NAMED, NEVER = 2**20, 2**30
+"""`first_rank` of an expert that nobody votes for: named by a real row, or by none."""
 WEIGHT_FRACTION = 2**20
 """A weight as a whole number is this many times the weight, rounded down."""
 LARGEST_WEIGHT = 2.0**15
@@ -89,42 +95,83 @@ class Routing(NamedTuple):
     weights: Tensor  # [T, K], dtype of the input
     primary: Tensor  # [E] bool, those of rule 5 included
     critical: Tensor  # [T, K] bool: slots kept because no primary could stand in for their expert
+    before: Tensor  # scalar: distinct experts that the real rows name
+    after: Tensor  # scalar: distinct experts that they name afterwards
 
 
 def run(
-    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    plan: Plan,
+    rows: Tensor | None,
+    counters: Tensor | None,
+    votes: Tensor | None = None,
 ) -> Tensor:
-    """New ids [T, K]; scales the weights in place; counts the step if `counters` are given."""
-    routing = route(topk_ids, topk_weights, plan, rows)
+    """New ids [T, K]; scales the weights in place; counts the step if `counters` are given.
+
+    votes: what `vote` said of this batch, the minimum with what it said of others; None: of this
+        batch alone.
+    """
+    if votes is None:
+        votes = vote(topk_ids, topk_weights, plan, rows)
+    routing = route(topk_ids, topk_weights, plan, rows, votes)
     if counters is not None:
-        count(counters, topk_ids, routing, plan, rows)
+        count(counters, topk_ids, routing, plan, rows, votes)
     topk_weights.copy_(routing.weights)
     return routing.ids
 
 
-def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Routing:
-    """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
-    T, K = topk_ids.shape
-    E = plan.num_experts
-    S, min_active, max_active, tau, scaling = plan.settings.unbind()
-    if rows is None:
-        rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
-    fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
+def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+    """[2 E + 1] int32, the smaller the stronger; NEVER where there is nothing to say.
 
-    valid = (topk_ids >= 0) & (topk_ids < E)
-    counts = valid & (topk_weights != 0)
-    expert = topk_ids.long().clamp(0, E - 1)  # safe to index with; meaningless where not valid
+    First E: `first_rank`, or NAMED. Then 0 if a row is FAST. Then, where the plan has a tolerance,
+    minus the largest share of each expert.
+    """
+    E = plan.num_experts
+    rows = _given(rows, topk_ids)
+    fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
+    real = (rows != RowClass.VOID)[:, None]
+    valid, counts, expert = _slots(topk_ids, topk_weights, E)
 
     ranks = _ranks(topk_weights, counts)
     ranks = ranks.masked_fill(ranks < (rows - int(RowClass.EXACT))[:, None], 0)
-    first_rank = _first_rank(expert, ranks, counts & fast, valid & exact, E)
-    elected = first_rank < _choose_s(first_rank, S, min_active, max_active, K)
+    ranks = (
+        ranks.masked_fill(~counts, NAMED).masked_fill(exact, 0).masked_fill(~(valid & real), NEVER)
+    )
+    never = torch.full((E,), NEVER, device=expert.device)
+    first_rank = never.scatter_reduce(0, expert.reshape(-1), ranks.reshape(-1), "amin")
+
+    any_fast = torch.where(fast.any(), 0, NEVER)[None]
     shares = _largest_shares(topk_weights, expert, counts & fast, E)
+    told = (shares > 0) & (plan.settings[3] >= 0)
+    return torch.cat([first_rank, any_fast, torch.where(told, -shares, NEVER)]).to(torch.int32)
+
+
+def route(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    plan: Plan,
+    rows: Tensor | None,
+    votes: Tensor | None = None,
+) -> Routing:
+    """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
+    if votes is None:
+        votes = vote(topk_ids, topk_weights, plan, rows)
+    K, E = topk_ids.shape[1], plan.num_experts
+    S, min_active, max_active, tau, scaling = plan.settings.unbind()
+    rows = _given(rows, topk_ids)
+    fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
+    valid, counts, expert = _slots(topk_ids, topk_weights, E)
+
+    first_rank, shares = votes[:E].long(), (-votes[E + 1 :].long()).clamp(min=0)
+    s = _choose_s(first_rank, S, min_active, max_active, K)
+    elected = first_rank < s
     kept = _kept(shares, elected, max_active, tau, plan) & (S < K)
     primary = elected | kept
+    works = (S < K) & primary.any()
 
     target, place = _targets(plan.neighbours, primary)
-    movable = valid & ~primary[expert] & (S < K) & primary.any()
+    movable = valid & ~primary[expert] & works
     moved = torch.where(movable & counts & fast, target[expert], expert)
     idle = movable & (~(fast | exact) | (fast & ~counts))
     moved = torch.where(idle, primary.to(torch.int8).argmax(), moved)
@@ -134,7 +181,27 @@ def route(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | Non
     weights = torch.where(carried, _scaled(topk_weights, plan, place[expert], expert), topk_weights)
     stayed = movable & counts & fast & (ids == topk_ids)
     spared = valid & kept[expert] & counts & fast
-    return Routing(ids, weights, primary, stayed | spared)
+
+    wanted = ~primary & (first_rank < NAMED)
+    lonely = wanted & (target == torch.arange(E, device=target.device))
+    before = (first_rank < NEVER).sum()
+    after = torch.where(works, primary.sum() + lonely.sum(), before)
+    return Routing(ids, weights, primary, stayed | spared, before, after)
+
+
+def _given(rows: Tensor | None, topk_ids: Tensor) -> Tensor:
+    """The rows' classes; all FAST where none were given."""
+    if rows is not None:
+        return rows
+    fast = int(RowClass.FAST)
+    return torch.full(topk_ids.shape[:1], fast, dtype=torch.int8, device=topk_ids.device)
+
+
+def _slots(topk_ids: Tensor, topk_weights: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, K] each: whether the id is an expert's, whether the slot counts (rule 1), and the expert,
+    safe to index with and meaningless where there is none."""
+    valid = (topk_ids >= 0) & (topk_ids < E)
+    return valid, valid & (topk_weights != 0), topk_ids.long().clamp(0, E - 1)
 
 
 def _fast(rows: Tensor) -> Tensor:
@@ -149,16 +216,6 @@ def _ranks(weights: Tensor, counts: Tensor) -> Tensor:
     mine, other = weights[:, None, :], weights[:, :, None]  # [T, other slot, slot]
     ahead = (other > mine) | ((other == mine) & earlier)
     return (ahead & counts[:, :, None]).sum(1)
-
-
-def _first_rank(
-    expert: Tensor, ranks: Tensor, fast_votes: Tensor, exact_votes: Tensor, E: int
-) -> Tensor:
-    """[E]: rule 3; a value no s can reach where nobody chose the expert."""
-    never = torch.iinfo(torch.int64).max
-    votes = ranks.masked_fill(exact_votes, 0).masked_fill(~(fast_votes | exact_votes), never)
-    first = torch.full((E,), never, device=expert.device)
-    return first.scatter_reduce(0, expert.reshape(-1), votes.reshape(-1), "amin")
 
 
 def _choose_s(
@@ -222,34 +279,31 @@ def _scaled(weights: Tensor, plan: Plan, place: Tensor, expert: Tensor) -> Tenso
 
 
 def count(
-    counters: Tensor, topk_ids: Tensor, routing: Routing, plan: Plan, rows: Tensor | None
+    counters: Tensor,
+    topk_ids: Tensor,
+    routing: Routing,
+    plan: Plan,
+    rows: Tensor | None,
+    votes: Tensor,
 ) -> None:
     """Add one step's figures to `counters` [len(COUNTERS)] int64, without a host sync.
 
     Steps and active experts count only where there is a FAST row: a step of prefill or of void
-    rows alone (graph capture, dummy runs) adds nothing but its rows. `Plan.off` counts nothing.
+    rows alone (graph capture, dummy runs) adds nothing but its rows. They are of all rows that
+    `votes` know of; slots and rows are this batch's. `Plan.off` counts nothing, and neither does a
+    batch without any row.
     """
-    T = topk_ids.shape[0]
-    E = routing.primary.shape[0]
-    if rows is None:
-        rows = torch.full((T,), int(RowClass.FAST), dtype=torch.int8, device=topk_ids.device)
+    if not len(topk_ids):
+        return
+    rows = _given(rows, topk_ids)
     real = (rows != RowClass.VOID)[:, None]
-    fast = _fast(rows)
-    decoding = fast.any().long()
+    decoding = (votes[plan.num_experts] == 0).long()
     figures = [
         decoding,
-        decoding * _distinct(topk_ids, real, E),
-        decoding * _distinct(routing.ids, real, E),
+        decoding * routing.before,
+        decoding * routing.after,
         (real & (routing.ids != topk_ids)).sum(),
         routing.critical.sum(),
-        *(of.sum() for of in (fast, rows == RowClass.EXACT, rows == RowClass.VOID)),
+        *(of.sum() for of in (_fast(rows), rows == RowClass.EXACT, rows == RowClass.VOID)),
     ]
     counters.add_(torch.stack(figures) * (plan.settings[0] != OFF))
-
-
-def _distinct(ids: Tensor, real: Tensor, E: int) -> Tensor:
-    """Scalar: distinct experts that the real rows name."""
-    seen = torch.zeros(E + 1, dtype=torch.bool, device=ids.device)
-    valid = real & (ids >= 0) & (ids < E)
-    seen[ids.long().masked_fill(~valid, E).reshape(-1)] = True
-    return seen[:E].sum()

@@ -1,28 +1,18 @@
 """The specification for GPUs in Triton: one launch for decode-sized batches.
 
-One program holds a value for every expert in registers, so nothing is shared but the answer: votes
-are found by comparing slots with experts, and looked up with `tl.gather`. Batches too large for
-one program take three launches: a fill, the votes of many programs, and their slots.
+Batches too large for one program take three launches: a fill, the votes of many programs, and
+their slots. Ranks that share their votes take the same, with their exchange in between.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from sere.kernels.plan import FRACTION, OFF, Plan
-from sere.kernels.reference import COUNTERS, LARGEST_WEIGHT, WEIGHT_FRACTION, RowClass
-
-VOID, FAST = tl.constexpr(int(RowClass.VOID)), tl.constexpr(int(RowClass.FAST))
-EXACT = tl.constexpr(int(RowClass.EXACT))
-_OFF = tl.constexpr(OFF)
-# `first_rank` of an expert that nobody voted for: named by a real row (NAMED), or by none (NEVER);
-# and of one that rule 5 made primary.
-NAMED, NEVER, RESCUED = tl.constexpr(1 << 20), tl.constexpr(1 << 30), tl.constexpr(-1)
-_FRACTION = tl.constexpr(FRACTION)
-_WEIGHT_FRACTION, _LARGEST_WEIGHT = tl.constexpr(WEIGHT_FRACTION), tl.constexpr(LARGEST_WEIGHT)
+from sere.kernels.plan import Plan
+from sere.kernels.reference import NEVER
+from sere.kernels.triton_programs import _all_at_once, _decide_and_move, _vote
 
 ONE_PROGRAM = 2**17
 """Up to how many comparisons of a slot with an expert one program does it all."""
@@ -32,30 +22,53 @@ THREADS = 256
 
 
 def run(
-    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    plan: Plan,
+    rows: Tensor | None,
+    counters: Tensor | None,
+    votes: Tensor | None = None,
 ) -> Tensor:
-    """New ids [T, K] (see `sere.kernels.reroute`); all tensors on one GPU."""
+    """New ids [T, K] (see `sere.kernels.reference.run`); all tensors on one GPU."""
     T, K = topk_ids.shape
     out = torch.empty((T, K), dtype=topk_ids.dtype, device=topk_ids.device)
     if T == 0 or K == 0:
         return out
-    E = plan.num_experts
-    sizes = _sizes(E, K)
-    batch = (
-        *(topk_ids, topk_ids.stride(0), topk_ids.stride(1)),
-        *(topk_weights, topk_weights.stride(0), topk_weights.stride(1)),
-        *(rows, T),
-    )
+    sizes = _sizes(plan.num_experts, K)
+    batch = _batch(topk_ids, topk_weights, rows)
     decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, out, counters)
-    if T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
+    if votes is None and T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
         _all_at_once[(1,)](*batch, *decision, **sizes)
         return out
-    votes = torch.full((2 * E + 1,), NEVER.value, dtype=torch.int32, device=topk_ids.device)
-    share = max(sizes["ROWS"], triton.next_power_of_2(triton.cdiv(T, 64)))
-    grid = (triton.cdiv(T, share),)
-    _vote[grid](*batch, votes, share, plan.settings, **sizes)
+    if votes is None:
+        votes = vote(topk_ids, topk_weights, plan, rows)
+    share, grid = _split(T, sizes["ROWS"])
     _decide_and_move[grid](*batch, votes, share, *decision, **sizes)
     return out
+
+
+def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+    """[2 E + 1] int32 (see `sere.kernels.reference.vote`); all tensors on one GPU."""
+    (T, K), E = topk_ids.shape, plan.num_experts
+    votes = torch.full((2 * E + 1,), NEVER, dtype=torch.int32, device=topk_ids.device)
+    if T and K:
+        sizes = _sizes(E, K)
+        share, grid = _split(T, sizes["ROWS"])
+        batch = _batch(topk_ids, topk_weights, rows)
+        _vote[grid](*batch, votes, share, plan.settings, **sizes)
+    return votes
+
+
+def _batch(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> tuple[object, ...]:
+    """The arguments of every program that are the batch."""
+    ids = (topk_ids, topk_ids.stride(0), topk_ids.stride(1))
+    return (*ids, topk_weights, *topk_weights.stride(), rows, topk_ids.shape[0])
+
+
+def _split(T: int, rows: int) -> tuple[int, tuple[int]]:
+    """How many rows each program of a large batch takes, and how many programs there are."""
+    share = max(rows, triton.next_power_of_2(triton.cdiv(T, 64)))
+    return share, (triton.cdiv(T, share),)
 
 
 def _sizes(E: int, K: int) -> dict[str, int]:
@@ -71,290 +84,3 @@ def _sizes(E: int, K: int) -> dict[str, int]:
         "LISTED": min(max(4, TILE // E_PADDED), triton.next_power_of_2(max(E - 1, 1))),
         "num_warps": THREADS // 32,
     }
-
-
-@triton.jit
-def _all_at_once(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T,
-    neighbours, errors, scales, settings, out, counters,
-    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    first_rank, largest, fast = _votes(
-        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, 0, T,
-        settings, E, K, E_PADDED, K_PADDED, ROWS,
-    )  # fmt: skip
-    first_rank, s, target, place, lowest, before, after = _decide(
-        first_rank, largest, neighbours, errors, settings, E, K, E_PADDED, K_PADDED, LISTED
-    )
-    _move(
-        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, 0, T,
-        first_rank, s, target, place, lowest, scales, settings, out, counters,
-        E, K, K_PADDED, ROWS,
-    )  # fmt: skip
-    _count_step(counters, settings, fast, before, after)
-
-
-@triton.jit
-def _vote(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share, settings,
-    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """votes: [2 E + 1]: first ranks, then 0 if there is a FAST row, then the largest shares,
-    negative so that the least is wanted everywhere."""
-    start = tl.program_id(0) * share
-    first_rank, largest, fast = _votes(
-        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, start + share,
-        settings, E, K, E_PADDED, K_PADDED, ROWS,
-    )  # fmt: skip
-    experts = tl.arange(0, E_PADDED)
-    tl.atomic_min(votes + experts, first_rank, mask=first_rank < NEVER)
-    tl.atomic_min(votes + E, 0, mask=fast > 0)
-    tl.atomic_min(votes + E + 1 + experts, -largest, mask=(largest > 0) & (experts < E))
-
-
-@triton.jit
-def _decide_and_move(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share,
-    neighbours, errors, scales, settings, out, counters,
-    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    experts = tl.arange(0, E_PADDED)
-    first_rank = tl.load(votes + experts, mask=experts < E, other=NEVER)
-    largest = tl.maximum(-tl.load(votes + E + 1 + experts, mask=experts < E, other=0), 0)
-    first_rank, s, target, place, lowest, before, after = _decide(
-        first_rank, largest, neighbours, errors, settings, E, K, E_PADDED, K_PADDED, LISTED
-    )
-    start = tl.program_id(0) * share
-    _move(
-        ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, start + share,
-        first_rank, s, target, place, lowest, scales, settings, out, counters,
-        E, K, K_PADDED, ROWS,
-    )  # fmt: skip
-    if tl.program_id(0) == 0:
-        _count_step(counters, settings, tl.load(votes + E) == 0, before, after)
-
-
-@triton.jit
-def _load(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start,
-    E: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Slots [ROWS, K_PADDED] from row `start` on, flat but for the weights: what every pass needs.
-
-    Slots beyond the batch are VOID rows with the id -1.
-    """
-    t, k = start + tl.arange(0, ROWS), tl.arange(0, K_PADDED)
-    inside = (t < T)[:, None] & (k < K)[None, :]
-    t_wide = t.to(tl.int64)[:, None]
-    chosen = tl.load(ids + t_wide * ids_row + k[None, :] * ids_slot, mask=inside, other=-1)
-    weight = tl.load(
-        weights + t_wide * weights_row + k[None, :] * weights_slot, mask=inside, other=0.0
-    )
-    if weight.dtype != tl.float64:
-        weight = weight.to(tl.float32)
-    if rows is None:
-        kind = tl.where(t < T, FAST, VOID)
-    else:
-        kind = tl.load(rows + t, mask=t < T, other=0).to(tl.int32)
-    keeps = kind - EXACT  # how many of its best slots a FAST row keeps whatever S is
-    kind = tl.where(keeps > 0, FAST, kind)
-    valid = (chosen >= 0) & (chosen < E)
-    return t, k, inside, chosen, weight, kind, keeps, valid, valid & (weight != 0)
-
-
-@triton.jit
-def _votes(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop, settings,
-    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """[E_PADDED] each: rules 1 to 3 over some rows, and the largest shares of rule 5 (0 where the
-    plan has no tolerance); and how many of the rows are FAST."""
-    tolerates = tl.load(settings + 3) >= 0
-    largest = tl.zeros([E_PADDED], tl.int32)
-    experts = tl.arange(0, E_PADDED)
-    first_rank = tl.full([E_PADDED], NEVER, tl.int32)
-    fast_rows = 0
-    for begin in range(start, tl.minimum(stop, T), ROWS):
-        _, k, _, chosen, weight, kind, keeps, valid, counts = _load(
-            ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
-            E, K, K_PADDED, ROWS,
-        )  # fmt: skip
-        tie = (weight[:, :, None] == weight[:, None, :]) & (k[:, None] < k[None, :])[None, :, :]
-        ahead = ((weight[:, :, None] > weight[:, None, :]) | tie) & counts[:, :, None]
-        rank = tl.sum(ahead.to(tl.int32), 1)
-        vote = tl.where(counts, tl.where(rank < keeps[:, None], 0, rank), NAMED)
-        vote = tl.where((kind == EXACT)[:, None], 0, vote)
-        vote = tl.where(valid & (kind != VOID)[:, None], vote, NEVER)
-        expert = tl.where(valid, chosen, 0).to(tl.int32)
-        flat_vote = tl.reshape(vote, [ROWS * K_PADDED])
-        flat_expert = tl.reshape(expert, [ROWS * K_PADDED])
-        here = flat_expert[:, None] == experts[None, :]
-        first_rank = tl.minimum(first_rank, tl.min(tl.where(here, flat_vote[:, None], NEVER), 0))
-        fast_rows += tl.sum((kind == FAST).to(tl.int32))
-        if tolerates:
-            size = tl.minimum(tl.abs(weight), _LARGEST_WEIGHT) * _WEIGHT_FRACTION
-            whole = tl.where(counts & (kind == FAST)[:, None], size.to(tl.int64), 0)
-            total = tl.maximum(tl.sum(whole, 1), 1)
-            share = (whole * _FRACTION // total[:, None]).to(tl.int32)
-            flat_share = tl.reshape(share, [ROWS * K_PADDED])
-            largest = tl.maximum(largest, tl.max(tl.where(here, flat_share[:, None], 0), 0))
-    return first_rank, largest, fast_rows
-
-
-@triton.jit
-def _decide(
-    first_rank, largest, neighbours, errors, settings,
-    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
-    LISTED: tl.constexpr,
-):  # fmt: skip
-    """`first_rank` with what rule 5 adds; s of rule 4; each expert's target [E_PADDED] (-1: none)
-    and its place in the list, and the idle slots' target, of rules 6 and 7; distinct experts named
-    before and after."""
-    S, min_active = tl.load(settings), tl.load(settings + 1)
-    max_active = tl.load(settings + 2)
-    level = tl.arange(0, K_PADDED)
-    sizes = tl.sum((first_rank[None, :] <= level[:, None]).to(tl.int32), 1)
-    grown = tl.minimum(tl.sum(((sizes < min_active) & (level < K)).to(tl.int32)) + 1, K)
-    capped = tl.maximum(tl.sum(((sizes <= max_active) & (level < K)).to(tl.int32)), 1)
-    s = tl.minimum(tl.maximum(S, grown), capped)
-
-    experts = tl.arange(0, E_PADDED)
-    before = tl.sum((first_rank < NEVER).to(tl.int32))
-    movable = (S < K) & (tl.sum((first_rank < s).to(tl.int32)) > 0)
-    target, place = _look_up(first_rank, s, movable, neighbours, E, E_PADDED, LISTED)
-    tau = tl.load(settings + 3)
-    if (tau >= 0) & movable:
-        first_rank = _rescued(
-            first_rank, s, largest, place, tau, max_active, errors, E, E_PADDED, LISTED
-        )
-        target, place = _look_up(first_rank, s, movable, neighbours, E, E_PADDED, LISTED)
-    primary = first_rank < s
-    lowest = tl.min(tl.where(primary, experts, E_PADDED))
-    critical = (first_rank >= s) & (first_rank < NAMED) & (target < 0)
-    after = tl.sum(primary.to(tl.int32)) + tl.sum(critical.to(tl.int32))
-    after = tl.where(movable, after, before)
-    return first_rank, s, target, place, lowest, before, after
-
-
-@triton.jit
-def _look_up(
-    first_rank, s, movable, neighbours,
-    E: tl.constexpr, E_PADDED: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """[E_PADDED] each: the first primary in every secondary's list and its place there, or -1."""
-    experts = tl.arange(0, E_PADDED)
-    primary = (first_rank < s).to(tl.int32)
-    target = tl.full([E_PADDED], -1, tl.int32)
-    place = tl.full([E_PADDED], -1, tl.int32)
-    wanting = tl.where((primary == 0) & (first_rank < NAMED) & movable, 1, 0)
-    at = 0
-    while (at < E - 1) & (tl.max(wanting) > 0):
-        column = at + tl.arange(0, LISTED)
-        listed = tl.load(
-            neighbours + experts[:, None] * (E - 1) + column[None, :],
-            mask=(wanting != 0)[:, None] & (column < E - 1)[None, :],
-            other=-1,
-        )
-        index = tl.reshape(tl.maximum(listed, 0), [E_PADDED * LISTED])
-        hit = tl.reshape(tl.gather(primary, index, 0), [E_PADDED, LISTED]) != 0
-        # The first hit wins: its place is the high part of the code, the expert the low part.
-        code = tl.where(
-            hit & (listed >= 0),
-            tl.arange(0, LISTED)[None, :] * E_PADDED + listed,
-            LISTED * E_PADDED,
-        )
-        best = tl.min(code, 1)
-        found = (wanting != 0) & (best < LISTED * E_PADDED)
-        target = tl.where(found, best % E_PADDED, target)
-        place = tl.where(found, at + best // E_PADDED, place)
-        ended = tl.min(listed, 1) < 0
-        wanting = tl.where(found | ended, 0, wanting)
-        at += LISTED
-    return target, place
-
-
-@triton.jit
-def _rescued(
-    first_rank, s, largest, place, tau, max_active, errors,
-    E: tl.constexpr, E_PADDED: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """`first_rank` after rule 5: what would lose more than tau becomes primary."""
-    experts = tl.arange(0, E_PADDED)
-    secondary = (first_rank >= s) & (first_rank < NAMED) & (place >= 0)
-    at = experts * (E - 1) + tl.maximum(place, 0)
-    error = tl.load(errors + at, mask=secondary, other=0).to(tl.int64)
-    wide = largest.to(tl.int64)
-    loss = tl.where(secondary, (wide * wide * error // _FRACTION).to(tl.int32), -1)
-    room = max_active - tl.sum((first_rank < s).to(tl.int32))
-    ahead = tl.zeros([E_PADDED], tl.int32)
-    for begin in range(0, E_PADDED, LISTED):
-        other = begin + tl.arange(0, LISTED)
-        theirs = tl.gather(loss, other, 0)
-        tie = (theirs[None, :] == loss[:, None]) & (other[None, :] < experts[:, None])
-        ahead += tl.sum(((theirs[None, :] > loss[:, None]) | tie).to(tl.int32), 1)
-    return tl.where((loss > tau) & (ahead < room), RESCUED, first_rank)
-
-
-@triton.jit
-def _move(
-    ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
-    first_rank, s, target, place, lowest, scales, settings, out, counters,
-    E: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Rules 6 to 8 for some rows, and their part of the counters."""
-    S, scaling = tl.load(settings), tl.load(settings + 4) != 0
-    movable = (S < K) & (lowest < E)
-    moved, critical, fast_rows, exact_rows, void_rows = 0, 0, 0, 0, 0
-    for begin in range(start, tl.minimum(stop, T), ROWS):
-        t, k, inside, chosen, weight, kind, _, valid, counts = _load(
-            ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
-            E, K, K_PADDED, ROWS,
-        )  # fmt: skip
-        expert = tl.reshape(tl.where(valid, chosen, 0).to(tl.int32), [ROWS * K_PADDED])
-        rank = tl.reshape(tl.gather(first_rank, expert, 0), [ROWS, K_PADDED])
-        secondary = rank >= s
-        goes_to = tl.reshape(tl.gather(target, expert, 0), [ROWS, K_PADDED])
-        fast, void = (kind == FAST)[:, None], (kind == VOID)[:, None]
-        moves = valid & secondary & movable
-        carrying = moves & counts & fast
-        idle = moves & (void | (fast & (counts == 0)))
-        new = tl.where(carrying & (goes_to >= 0), goes_to.to(chosen.dtype), chosen)
-        new = tl.where(idle, lowest.to(chosen.dtype), new)
-        tl.store(out + t.to(tl.int64)[:, None] * K + k[None, :], new, mask=inside)
-        if scaling:
-            where = tl.reshape(tl.gather(place, expert, 0), [ROWS, K_PADDED])
-            scaled = (carrying & (goes_to >= 0) & inside) != 0
-            at = tl.reshape(expert, [ROWS, K_PADDED]) * (E - 1) + tl.maximum(where, 0)
-            scale = tl.load(scales + at, mask=scaled, other=1.0)
-            slot = t.to(tl.int64)[:, None] * weights_row + k[None, :] * weights_slot
-            tl.store(weights + slot, weight * scale, mask=scaled)
-        moved += tl.sum(((new != chosen) & fast).to(tl.int32))
-        rescued = valid & counts & fast & movable & (rank == RESCUED)
-        critical += tl.sum(((carrying & (goes_to < 0)) | rescued).to(tl.int32))
-        fast_rows += tl.sum((kind == FAST).to(tl.int32))
-        exact_rows += tl.sum((kind == EXACT).to(tl.int32))
-        void_rows += tl.sum(((kind == VOID) & (t < T)).to(tl.int32))
-    if counters is not None:  # noqa: SIM102 (known when compiled)
-        if S != _OFF:
-            tl.atomic_add(counters + 3, moved.to(tl.int64))
-            tl.atomic_add(counters + 4, critical.to(tl.int64))
-            tl.atomic_add(counters + 5, fast_rows.to(tl.int64))
-            tl.atomic_add(counters + 6, exact_rows.to(tl.int64))
-            tl.atomic_add(counters + 7, void_rows.to(tl.int64))
-
-
-@triton.jit
-def _count_step(counters, settings, decoding, before, after):
-    """The part of the counters that belongs to the whole batch."""
-    if counters is not None:  # noqa: SIM102
-        if (tl.load(settings) != _OFF) & (decoding > 0):
-            tl.atomic_add(counters, tl.full([], 1, tl.int64))
-            tl.atomic_add(counters + 1, before.to(tl.int64))
-            tl.atomic_add(counters + 2, after.to(tl.int64))
-
-
-assert COUNTERS[:3] == ("steps", "active_before", "active_after")
