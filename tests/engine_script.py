@@ -2,17 +2,19 @@
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
 `steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["refused", tier],
-["rpc", method, args...], a mishap: ["remove", path], ["replace", path, by], ["asleep"],
-["killed", process], or a check that needs the model in this process: ["capture"], ["captured"],
-["addresses"].
+["rpc", method, args...], ["meet", folder] (all data-parallel ranks), a mishap: ["remove", path],
+["replace", path, by], ["asleep"], ["killed", process], or a check that needs the model in this
+process: ["capture"], ["captured"], ["addresses"].
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,13 @@ class Steps:
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=tuple(args))
+
+    def meet(self, folder: str) -> None:
+        """Wait until all data-parallel ranks are here."""
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, os.environ["VLLM_DP_RANK"]).touch()
+        while len(list(Path(folder).iterdir())) < int(os.environ["VLLM_DP_SIZE"]):
+            time.sleep(0.05)
 
     def capture(self) -> None:
         """From now on keep what vLLM itself sees as the routers' choice, after our wrapper."""

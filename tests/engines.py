@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from sere import demo_model
 from tests.engine_script import RESULT
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
-# A plug-in for tests: makes vLLM 0.32's CPU experts obey the expert map of expert parallelism.
+# Plug-ins for tests. The first gives vLLM 0.32's CPU engine the collectives of data parallelism.
+GATHERV = Path(__file__).with_name("gatherv")
+# The other makes its experts obey the expert map of expert parallelism.
 EXPERT_MAP = Path(__file__).with_name("expert_map")
 # Another: computes the experts of an engine with LoRA, whose kernel does not run on CPUs.
 LORA_EXPERTS = Path(__file__).with_name("lora_experts")
@@ -74,3 +78,19 @@ def run_engine(
             results: list[Any] = json.loads(line[len(RESULT) :])
             return results
     raise EngineFailure((done.stdout + done.stderr)[-6000:])
+
+
+def run_ranks(steps: list[list[list[Any]]], *, env: dict[str, str], **more: Any) -> list[list[Any]]:
+    """As `run_engine`, with one engine for each of the lists of steps: the data-parallel ranks of
+    one deployment, started as vLLM's offline example does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run_rank(rank: int) -> list[Any]:
+        place = {"RANK": rank, "RANK_LOCAL": rank, "SIZE": len(steps), "MASTER_PORT": port}
+        variables = {f"VLLM_DP_{name}": str(value) for name, value in place.items()}
+        return run_engine(steps[rank], env={**env, **variables}, timeout=300, **more)
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        return list(pool.map(run_rank, range(len(steps))))

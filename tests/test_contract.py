@@ -25,7 +25,18 @@ SERVING = Path(sere.__file__).parent / "serving"
 PUBLIC = {"LLM", "SamplingParams"}
 LOGGER = "vllm.sere"
 # What sere keeps on vLLM's objects, and what is ASGI's, Python's, torch's or transformers'.
-OURS = {"sere", "_sere", "called", "forward", "live", "idle", "merges", "name", "sere_stats"}
+OURS = {
+    "sere",
+    "_sere",
+    "called",
+    "forward",
+    "live",
+    "idle",
+    "merges",
+    "name",
+    "traced",
+    "sere_stats",
+}
 OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "KEY"}
 ASGI = {"state", "add_middleware"}
 OTHERS = {

@@ -21,7 +21,7 @@ from torch import Tensor
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.files import is_file, replaced
 from sere.kernels import Plan
-from sere.kernels.plan import Substitution, settings_of
+from sere.kernels.plan import Placement, Substitution, settings_of
 from sere.policy import Policy, PolicyError
 
 FORMAT = 2
@@ -113,14 +113,18 @@ class Table:
                 "similar one; calibrate again"
             )
 
-    def plan(self, index: int, policy: Policy) -> Plan:
+    def plan(self, index: int, policy: Policy, placement: Placement | None = None) -> Plan:
         """The operator's plan for one layer under `policy` (layer overrides applied)."""
         layer, settings = self.layers[index], self._policy_of(index, policy)
         if _is_identity(layer.similarity):
             return Plan.build(layer.similarity, settings, K=self.fingerprint.K)
         substitution = layer.substitution(scaled=settings.scales) if layer.tokens else None
         return Plan.build(
-            layer.similarity, settings, K=self.fingerprint.K, substitution=substitution
+            layer.similarity,
+            settings,
+            K=self.fingerprint.K,
+            substitution=substitution,
+            placement=placement,
         )
 
     def settings(self, index: int, policy: Policy) -> Tensor:

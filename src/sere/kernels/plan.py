@@ -39,8 +39,9 @@ def settings_of(policy: Policy, K: int) -> Tensor:
 class Plan:
     """One layer's re-routing decisions, laid out for the operator.
 
-    neighbours: [E, E-1] int32. Row u lists the other experts, best stand-in first (ties: lowest
-        id), cut where the similarity falls below rho; -1 fills the rest.
+    neighbours: [E, E-1] int32. Row u lists the other experts, best stand-in first (ties: one on
+        u's own rank, see `Placement`, then the lowest id), without those below rho; -1 fills the
+        rest.
     errors: [E, E-1] int32, beside `neighbours`: the share of u's output energy that is lost when
         this neighbour stands in, in units of 1 / FRACTION.
     scales: [E, E-1] float32, beside `neighbours`: what to multiply a weight with when u's slot goes
@@ -60,7 +61,13 @@ class Plan:
 
     @classmethod
     def build(
-        cls, similarity: Tensor, policy: Policy, *, K: int, substitution: Substitution | None = None
+        cls,
+        similarity: Tensor,
+        policy: Policy,
+        *,
+        K: int,
+        substitution: Substitution | None = None,
+        placement: Placement | None = None,
     ) -> Plan:
         """Plan of one layer.
 
@@ -69,6 +76,7 @@ class Plan:
         K: experts per token of the model; the default of `min_active`.
         substitution: what is lost when one expert stands in for another; needed by a policy with
             `tau`, `fill="error"` or `weights="scale"` (`PolicyError` without).
+        placement: which expert is held where; None where it does not matter, or is not known.
         """
         E = similarity.shape[0]
         policy.check_against(K, E)
@@ -80,13 +88,12 @@ class Plan:
                 )
             substitution = Substitution(torch.zeros_like(similarity), torch.ones_like(similarity))
         merit = -substitution.error if policy.fills_by_error else similarity
-        ranked = merit.double().clone().fill_diagonal_(-torch.inf)
-        values, order = torch.sort(ranked, dim=-1, descending=True, stable=True)
-        order = order[:, : E - 1]
-        neighbours = order
+        merit = merit.double().clone().fill_diagonal_(-torch.inf)
+        excluded = torch.zeros_like(merit, dtype=torch.bool)
         if policy.tau is None and not policy.fills_by_error:
-            values = values[:, : E - 1]
-            neighbours = order.masked_fill(values < _threshold(values, policy), -1)
+            excluded = merit < _threshold(merit, policy)
+        order = _order(merit, excluded, placement)[:, : E - 1]
+        neighbours = order.masked_fill(excluded.gather(1, order), -1)
         errors = (substitution.error.gather(1, order) * FRACTION).round().clamp(0, LARGEST_ERROR)
         scales = substitution.scale.gather(1, order)
         return cls(
@@ -118,6 +125,20 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where the experts of a layer are, under expert parallelism.
+
+    ranks: [E] integer, the rank that holds each expert. An expert's stand-in on its own rank takes
+        no token to a rank that would not have had it, and gives no rank more rows.
+    tolerance: how much less good, >= 0, a stand-in on the same rank may be and yet be preferred: in
+        similarity, or in expected error where stand-ins are compared by that. 0: equals only.
+    """
+
+    ranks: Tensor
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
 class Substitution:
     """What happens when expert v answers for u, [E, E] each, row u.
 
@@ -142,8 +163,28 @@ class Substitution:
         return cls((lost / own.clamp(min=tiny)).clamp(min=0), scale)
 
 
-def _threshold(ranked: Tensor, policy: Policy) -> float:
-    """rho, or the quantile that stands for it; ranked: [E, E] similarities, descending by row."""
-    if policy.rho_quantile is None or len(ranked) < 2:
+def _order(merit: Tensor, excluded: Tensor, placement: Placement | None) -> Tensor:
+    """[E, E]: the experts of each row, those that are not excluded first, the best of them first.
+
+    That the tolerance is a bonus makes the first *primary* of a list the right one whatever is
+    primary: the best on the same rank if it is within the tolerance of the best of all.
+    """
+    order = torch.arange(len(merit), device=merit.device).expand(len(merit), -1)
+    if placement is not None:
+        ranks = placement.ranks.to(merit.device)
+        near = ranks[:, None] == ranks[None, :]
+        merit = merit + placement.tolerance * near
+        order = _sorted(order, (~near).double())
+    return _sorted(_sorted(order, -merit), excluded.double())
+
+
+def _sorted(order: Tensor, by: Tensor) -> Tensor:
+    """The rows of `order` sorted by [E, E] values, least first; equals stay as they are."""
+    return order.gather(1, by.gather(1, order).argsort(dim=1, stable=True))
+
+
+def _threshold(merit: Tensor, policy: Policy) -> float:
+    """rho, or the quantile that stands for it; merit: [E, E] similarities, diagonal -inf."""
+    if policy.rho_quantile is None or len(merit) < 2:
         return policy.rho
-    return torch.quantile(ranked[:, 0], policy.rho_quantile).item()
+    return torch.quantile(merit.amax(1), policy.rho_quantile).item()

@@ -39,6 +39,8 @@ SYMBOLS: dict[str, Where] = {
     "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
     "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
     "get_tp_group": (_PARALLEL, "get_tp_group"),
+    "get_dp_group": (_PARALLEL, "get_dp_group"),
+    "determine_expert_map": (f"{_MOE}.expert_map_manager", "determine_expert_map"),
     "attach_router": ("vllm.entrypoints.serve.instrumentator.metrics", "attach_router"),
     "AsyncMPClient": (_CORE_CLIENT, "AsyncMPClient"),
     "AsyncLLM": ("vllm.v1.engine.async_llm", "AsyncLLM"),
@@ -176,6 +178,38 @@ _SHADOW = Needs(
         )
     },
 )
+_PLACEMENT = Needs(
+    called={"determine_expert_map": ()},
+    read={
+        SYMBOLS["MoERunner"]: ("routed_experts",),
+        SYMBOLS["RoutedExperts"]: ("expert_map_manager",),
+        (f"{_MOE}.expert_map_manager", "ExpertMapManager"): (
+            "use_ep",
+            "ep_size",
+            "global_num_experts",
+            "placement_strategy",
+        ),
+        ("vllm.config", "ParallelConfig"): (
+            "enable_eplb",
+            "enable_expert_parallel",
+            "tensor_parallel_size",
+            "data_parallel_size",
+        ),
+    },
+)
+_UNION = Needs(
+    called={"get_dp_group": ()},
+    read={
+        (_PARALLEL, "GroupCoordinator"): ("device_group",),
+        ("vllm.config", "ParallelConfig"): (
+            "data_parallel_size",
+            "pipeline_parallel_size",
+            "enable_eplb",
+            "enable_elastic_ep",
+            "enable_fault_tolerance",
+        ),
+    },
+)
 _METRICS = Needs(
     called={
         "attach_router": (),
@@ -237,10 +271,12 @@ _DOCTOR = Needs(
     },
 )
 
-REROUTING = "re-routing"
+REROUTING, PLACEMENT, UNION = "re-routing", "placement", "union"
 NEEDS: dict[str, Needs] = {
     REROUTING: _REROUTING,
     "shadow": _SHADOW,
+    PLACEMENT: _PLACEMENT,
+    UNION: _UNION,
     "metrics": _METRICS,
     "sleep mode": _SLEEP,
     "bench": _BENCH,

@@ -9,8 +9,9 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from sere.kernels import COUNTERS, Plan, implementation_for
-from sere.kernels.implementations import load
+from sere.kernels.implementations import load, load_vote
 from sere.serving.live import Live
+from sere.serving.parallel import share_votes
 from sere.serving.rows import RowClasses
 
 
@@ -56,12 +57,27 @@ class ReroutedLayer(nn.Module):
         """The operator on this layer's buffers, without checks: shapes are vLLM's own."""
         plan, counters, rows = self.plan, self.counters, self.rows
         name = implementation_for(self.settings.device)
+        if self.live.together:
+            return self._run_together(name)
         if name == "numba":
             from sere.kernels.numba_kernel import bound
 
             return bound(plan, counters, rows.buffer)
         run = load(name)
         return lambda ids, weights, T: run(ids, weights, plan, rows.of(T), counters)
+
+    def _run_together(self, name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
+        """The same in two halves, and between them what other ranks' rows say."""
+        plan, counters, rows = self.plan, self.counters, self.rows
+        vote, run = load_vote(name), load(name)
+
+        def run_together(ids: Tensor, weights: Tensor, T: int) -> Tensor:
+            own = rows.of(T)
+            votes = vote(ids, weights, plan, own)
+            share_votes(votes)
+            return run(ids, weights, plan, own, counters, votes)
+
+        return run_together
 
     def follow(self, plan: Plan | None) -> None:
         """Re-route by another plan from now on; None is stock routing."""

@@ -41,9 +41,10 @@ class Live:
     idle: whether the coming pass needs no operator. Decided on the host, hence only on CPUs, where
         no graph can freeze it.
     dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
+    together: the operator runs in every pass, as other ranks wait for this one's votes.
     """
 
-    def __init__(self, table: Table, device: torch.device | str) -> None:
+    def __init__(self, table: Table, device: torch.device | str, *, together: bool = False) -> None:
         self._table = table
         self._places = {index: i for i, index in enumerate(table.layers)}
         self.settings = SETTINGS_OFF.repeat(len(self._places), 1).to(device)
@@ -52,6 +53,7 @@ class Live:
         )
         self._on_host = self.settings.device.type == "cpu"
         self.idle = self.dormant = self._watched = False
+        self.together = together
         self.follow(None)
 
     def place(self, index: int) -> int:
@@ -73,7 +75,10 @@ class Live:
 
     def _settle(self) -> None:
         stock = all(setting.off for setting in self._bank.values())
-        self.dormant = self.idle = self._on_host and stock and not self._watched
+        self.dormant = self.idle = self._may_idle() and stock
+
+    def _may_idle(self) -> bool:
+        return self._on_host and not self._watched and not self.together
 
     def _setting(self, policy: Policy | None) -> _Setting:
         K = self._table.fingerprint.K
@@ -97,8 +102,7 @@ class Live:
             bucket = self._policy.bucket(fast)
             if bucket != self._bucket:
                 self._use(bucket)
-        if self._on_host:
-            self.idle = not self._watched and self._spared(fast, exact)
+        self.idle = self._may_idle() and self._spared(fast, exact)
 
     def _spared(self, fast: int, exact: int) -> bool:
         """Whether the operator would change nothing; counts what it would have counted."""

@@ -10,11 +10,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from sere.checkpoint import Fingerprint, weight_hashes
+from sere.kernels import Plan
+from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
+from sere.serving.parallel import (
+    BATCHES_DISAGREE,
+    obstacle_to_one_union,
+    obstacle_to_placement,
+)
 from sere.serving.rows import RowClasses
 from sere.serving.settings import KEY, Settings, cap_of
 from sere.serving.shadow import Shadow
@@ -41,6 +49,7 @@ class Session:
     live: Live
     tiers: RequestTiers
     layers: dict[int, ReroutedLayer] = field(default_factory=dict)
+    placements: dict[int, Placement] = field(default_factory=dict)  # under expert parallelism
     shadow: Shadow | None = field(init=False)
     policy: Policy | None = field(init=False)  # what is on; None is stock routing
     fallback: str | None = None  # why the shadow check switched the policy off
@@ -52,8 +61,13 @@ class Session:
         asked = self.settings.shadow
         self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
 
-    def bind(self, index: int, name: str, *, E: int, K: int) -> ReroutedLayer:
-        """The re-routed layer for decoder layer `index`, which has E experts, K per token."""
+    def bind(
+        self, index: int, name: str, *, E: int, K: int, ranks: Tensor | None = None
+    ) -> ReroutedLayer:
+        """The re-routed layer for decoder layer `index`, which has E experts, K per token.
+
+        ranks: [E], which expert-parallel rank holds each expert; None where there is no such.
+        """
         known = self.table.fingerprint
         if index not in self.table.layers:
             raise ServingError(
@@ -65,11 +79,16 @@ class Session:
                 f"sere cannot re-route {name}: it has {E} experts, {K} per token; the table was "
                 f"made for {known.E} and {known.K}; calibrate the model that you serve"
             )
-        plan = self.table.plan(index, self.settings.policy).to(self.rows.buffer.device)
+        if ranks is not None:
+            self.placements[index] = Placement(ranks, self.settings.placement)
+        plan = self._plan(index, self.settings.policy).to(self.rows.buffer.device)
         place, merges = self.live.place(index), self.settings.merge
         layer = ReroutedLayer(name, plan, self.rows, self.live, place, merges=merges)
         self.layers[index] = layer
         return layer
+
+    def _plan(self, index: int, policy: Policy) -> Plan:
+        return self.table.plan(index, policy, self.placements.get(index))
 
     def begin(
         self,
@@ -91,10 +110,12 @@ class Session:
         """Write a new policy into the live buffers; None switches re-routing off."""
         if policy is not None:
             check_policy(policy, self.table)
+            if policy.batches and self.live.together:
+                raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
             self.rows.gate = policy.rows
         self.policy, self.fallback = policy, None
         for index, layer in self.layers.items():
-            layer.follow(self.table.plan(index, policy) if policy else None)
+            layer.follow(self._plan(index, policy) if policy else None)
         self.live.follow(policy)
         if self.shadow is not None:
             self.shadow.switch(on=policy is not None)
@@ -156,7 +177,7 @@ def open_session(config: Any) -> Session:
             settings.policy.rows,
         )
         table = Table.load(settings.table)
-        live = Live(table, rows.buffer.device)
+        live = Live(table, rows.buffer.device, together=settings.union == "all")
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
         session = Session(settings, table, rows, live, tiers)
@@ -216,6 +237,7 @@ def check_config(config: Any) -> None:
         raise ServingError(f"sere cannot follow an engine that sleeps: {reason}; start without it")
     settings = settings_of(config)
     check_merge(config, settings.merge)
+    _check_ranks(config, settings)
     if settings.shadow is not None:
         _check_shadow(config)
     table = Table.load(settings.table)
@@ -226,6 +248,11 @@ def check_config(config: Any) -> None:
 def check_merge(config: Any, merge: bool) -> None:
     """Refuse to fold duplicates where the number of slots may not follow the data."""
     on_cpu = config.device_config.device_type == "cpu"
+    if merge and config.parallel_config.data_parallel_size > 1:
+        raise ServingError(
+            "sere cannot merge duplicates here: data-parallel ranks gather their slots, and each "
+            'would have another number of them; remove "merge"'
+        )
     if merge and not (on_cpu and config.model_config.enforce_eager):
         raise ServingError(
             'sere cannot merge duplicates here: "merge" needs the CPU engine in eager mode '
@@ -252,6 +279,16 @@ def _check_rows_are_known(config: Any) -> None:
     for reason, asked in modes.items():
         if asked:
             raise ServingError(f"sere cannot re-route: {reason}")
+
+
+def _check_ranks(config: Any, settings: Settings) -> None:
+    """Refuse what other ranks would have to do and cannot, or what none would ever notice."""
+    if settings.union == "all" and (
+        reason := obstacle_to_one_union(config, settings.policy.batches)
+    ):
+        raise ServingError(f'sere cannot take "union": "all" here: {reason}; or remove "union"')
+    if settings.placement and (reason := obstacle_to_placement(config)):
+        raise ServingError(f'sere cannot look at "placement" here: {reason}; or remove it')
 
 
 def _check_shadow(config: Any) -> None:

@@ -14,7 +14,17 @@ from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
 
 KEY = "sere"
-_OWN_KEYS = ("table", "fingerprint", "merge", "default", "cap", "any_version", "union", "shadow")
+_OWN_KEYS = (
+    "table",
+    "fingerprint",
+    "merge",
+    "default",
+    "cap",
+    "any_version",
+    "union",
+    "shadow",
+    "placement",
+)
 _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 
 
@@ -33,6 +43,9 @@ class Settings:
     default: the tier of requests that ask for none.
     cap: the best tier that a request may ask for.
     any_version: try a version of vLLM outside the tested range.
+    union: whose rows choose the primaries: those of each data-parallel "rank", or "all" ranks'.
+    placement: how much less good (see `sere.kernels.plan.Placement`) a stand-in on the same
+        expert-parallel rank may be and yet be preferred.
     shadow: how often a layer is compared with stock routing, and when to fall back to it; None
         never. Eager mode only.
     """
@@ -44,6 +57,8 @@ class Settings:
     default: Tier = FAST
     cap: Tier = EXACT
     any_version: bool = False
+    union: Literal["rank", "all"] = "rank"
+    placement: float = 0.0
     shadow: ShadowSettings | None = None
 
     @classmethod
@@ -76,7 +91,9 @@ class Settings:
         default, cap = _tier(merged, "default", "fast"), cap_of(merged)
         if default > cap:
             raise PolicyError(f'default="{default}" is better than cap="{cap}": raise the cap')
-        _check_union(merged.get("union", "rank"))
+        union = merged.get("union", "rank")
+        if union not in ("rank", "all"):
+            raise PolicyError(f'union={union!r}: expected "rank" or "all"')
         flags = {name: _flag(merged, name) for name in ("merge", "any_version")}
         from_model = "table" not in given
         table = _find_table(merged.get("table"), model_folder, from_model)
@@ -84,7 +101,17 @@ class Settings:
         policy = Policy.from_dict(own) if own else stored_policy(table) or Policy()
         asked = merged.get("shadow")
         shadow = None if asked is None else ShadowSettings.parse(asked)
-        return cls(table, policy, level, default=default, cap=cap, shadow=shadow, **flags)
+        return cls(
+            table,
+            policy,
+            level,
+            default=default,
+            cap=cap,
+            union=union,
+            placement=_tolerance(merged.get("placement", 0.0)),
+            shadow=shadow,
+            **flags,
+        )
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:
@@ -94,13 +121,14 @@ def _flag(given: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _check_union(value: Any) -> None:
-    if value != "rank":
+def _tolerance(value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 2:
         raise PolicyError(
-            f'union={value!r}: expected "rank", each data-parallel rank\'s own primaries. One set '
-            "for all would need an all-reduce in every layer between votes and routes, and ranks "
-            "that are idle or replay graphs of other sizes are not in step for it"
+            f"placement={value!r}: expected how much less similar a stand-in on the same rank may "
+            "be, from 0 (no less) to 2, e.g. 0.02"
         )
+    return float(value)
 
 
 def cap_of(merged: Mapping[str, Any]) -> Tier:

@@ -25,6 +25,7 @@ from torch import Tensor
 from sere.kernels.merge import narrow
 from sere.policy import PolicyError
 from sere.serving import random_weights, telemetry, worker
+from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
 from sere.serving.session import (
     ServingError,
@@ -200,6 +201,7 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
             runner.layer_name,
             E=runner.moe_config.num_logical_experts,
             K=runner.router.top_k,
+            ranks=expert_ranks(runner, config),
         )
         runner.sere.traced = not config.model_config.enforce_eager
         runner.router._sere = runner.sere
