@@ -35,6 +35,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from sere import report
 from sere.calibrate import calibrate
+from sere.serving.server import NAME
 from sere.tasks import examples
 from tests.servers import Server, openai_server
 
@@ -106,7 +107,7 @@ class Client:
         the error in the stream.
         """
         body: dict[str, Any] = {
-            "model": "demo",
+            "model": NAME,
             "prompt": question.prompt,
             "max_tokens": question.max_tokens,
             "temperature": 0,

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,8 @@ _BENCH_SERVE = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
     "parser = Parser(); add_cli_args(parser); main(parser.parse_args())"
 )
-_NAME = "served"
+NAME = "served"
+"""Which model to ask for."""
 _START_S = 1800  # a large model on a slow disk
 _TAIL = 3000
 
@@ -42,7 +43,7 @@ class Server:
     def __init__(self, folder: str, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.folder, self.port = folder, port
         self._process, self._log = process, log
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
 
     def wait(self) -> None:
         """Until it answers. Raises `ServerError` if it dies first."""
@@ -50,7 +51,7 @@ class Server:
             if self._process.poll() is not None:
                 raise ServerError(f"the server died:\n{self._log.read_text()[-_TAIL:]}")
             try:
-                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(1)
@@ -61,7 +62,7 @@ class Server:
         answer = self._post(
             "/v1/completions",
             {
-                "model": _NAME,
+                "model": NAME,
                 "prompt": prompt,
                 "max_tokens": max_tokens,
                 "temperature": 0,
@@ -78,7 +79,7 @@ class Server:
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=600) as response:
             text = response.read()
@@ -91,10 +92,10 @@ class Server:
         with TemporaryDirectory() as folder:
             flags = {
                 "--backend": "openai",
-                "--base-url": self._url,
+                "--base-url": self.url,
                 "--endpoint": "/v1/completions",
-                "--model": _NAME,
-                "--served-model-name": _NAME,
+                "--model": NAME,
+                "--served-model-name": NAME,
                 "--tokenizer": self.folder,
                 "--dataset-name": "random",
                 "--random-input-len": input_len,
@@ -130,20 +131,26 @@ class Server:
 
 
 @contextmanager
-def serving(folder: str, options: dict[str, Any], sere: dict[str, Any] | None) -> Iterator[Server]:
+def serving(
+    folder: str,
+    options: dict[str, Any],
+    sere: dict[str, Any] | None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """A server on a free port of this machine; ends with the block.
 
     options: as for `vllm.LLM`. sere: the value in `additional_config`, None for stock vLLM.
+    environment: by default this process's, and that policies can be switched.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--model", folder, "--served-model-name", _NAME, "--host", "127.0.0.1"]
+    flags = ["--model", folder, "--served-model-name", NAME, "--host", "127.0.0.1"]
     flags += ["--port", str(port), "--no-enable-prefix-caching", *_flags(options)]
     if sere is not None:
         flags += ["--additional-config", json.dumps({"sere": sere})]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}  # switching policies needs it
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if environment is None:
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     with TemporaryDirectory() as temporary:
         log = Path(temporary) / "server.log"
         with log.open("wb") as file:
