@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import urllib.error
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sere.loading import load_tokenizer
 from sere.policy import Policy
 from sere.serving import contract, symbols
 from sere.serving.contract import REROUTING
-from sere.serving.engine import check_plugin_allowed
+from sere.serving.engine import check_plugin_allowed, prepare
 from sere.serving.session import ServingError, check_config, stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.worker import self_check
@@ -463,6 +464,17 @@ def test_plugins_without_ours_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         check_plugin_allowed()
     monkeypatch.setenv("VLLM_PLUGINS", "other,sere")
     check_plugin_allowed()
+
+
+def test_an_engine_of_ours_is_quiet_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    prepare()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL")
+    prepare()
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
 
 
 class _Worker:

@@ -196,7 +196,6 @@ def experts_load(E: int, skew: float, trace: str | None) -> list[float] | None:
 
 def _options(load: Load, dtype: str, eager: bool) -> dict[str, Any]:
     """For `vllm.LLM`: a batch's prompts are read in one step, so that decoding begins together."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     longest = load.input_len + load.output_len

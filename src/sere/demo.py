@@ -116,9 +116,7 @@ def _policies(table: Table) -> list[tuple[str, Policy | None]]:
 
 
 def _engine(table: Path, batch: int) -> Engine:
-    # One process and quiet logs, unless the user says otherwise.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process
     return Engine(
         demo_model.PATH,
         table,

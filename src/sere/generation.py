@@ -9,7 +9,6 @@ talks on).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +107,6 @@ def run(
     if len({one.name for one in written}) < len(written):
         raise EvaluationError("the same policy is given twice")
     pairs = _pairs(model_name, data, samples, seed)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     path = Path(table_path).absolute()
     eager = not torch.cuda.is_available()  # compiling for a CPU takes a minute and changes nothing
     engine = Engine(

@@ -7,7 +7,6 @@ with the operator hooked in. Only decoding is re-routed: tasks that score given 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module, metadata
@@ -24,7 +23,7 @@ from sere.kernels import COUNTERS, RowClass, new_counters
 from sere.moe import rerouted
 from sere.policy import Policy
 from sere.quality import EvaluationError
-from sere.serving.engine import check_plugin_allowed
+from sere.serving.engine import prepare
 from sere.serving.settings import KEY
 from sere.table import Table
 
@@ -156,9 +155,7 @@ class _Vllm:
     """The harness's vLLM model with re-routing loaded."""
 
     def __init__(self, folder: str, table: str, batch: int, dtype: str, seed: int) -> None:
-        check_plugin_allowed()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        prepare()
         from lm_eval.api.registry import get_model
 
         _name_vllm()

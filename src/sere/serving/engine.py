@@ -8,6 +8,7 @@ which is bit-identical to an engine without the plug-in (tested).
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,7 @@ class Engine:
         table: None for stock vLLM, where no policy can be set. batch: requests decoded together at
         most. options: passed on to `vllm.LLM`.
         """
-        check_plugin_allowed()
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        prepare()
         from vllm import LLM
 
         if reason := lacking("bench"):
@@ -119,6 +119,15 @@ class Engine:
             stats.update(worker)
         assert all(tuple(layer) == COUNTERS for layer in stats.values())
         return stats
+
+
+def prepare() -> None:
+    """Before vLLM is imported for an engine of ours: the plug-in must be allowed; unless the user
+    says otherwise, the CPU's cache is small and vLLM logs errors only (sere's own among them)."""
+    check_plugin_allowed()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def check_plugin_allowed() -> None:
