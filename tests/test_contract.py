@@ -25,19 +25,8 @@ SERVING = Path(sere.__file__).parent / "serving"
 PUBLIC = {"LLM", "SamplingParams"}
 LOGGER = "vllm.sere"
 # What sere keeps on vLLM's objects, and what is ASGI's, Python's, torch's or transformers'.
-OURS = {
-    "sere",
-    "_sere",
-    "called",
-    "forward",
-    "live",
-    "idle",
-    "merges",
-    "name",
-    "traced",
-    "sere_stats",
-}
-OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "KEY"}
+OURS = {"sere", "_sere", "sere_stats"}
+OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "KEY", "name"}  # variables that name an attribute
 ASGI = {"state", "add_middleware"}
 OTHERS = {
     "architectures",
@@ -88,6 +77,7 @@ MODULE = "python -m vllm.somewhere.else"
 def f(config: Any, own: int) -> Any:
     parallel = config.parallel_config
     own.not_vllm
+    config.sere.not_vllm
     def inner(batch: Any) -> None:
         for request in batch.requests:
             getattr(request, "hidden") + parallel.new_field
@@ -99,7 +89,7 @@ def f(config: Any, own: int) -> Any:
     assert found.imported == {"LLM"}
     assert found.modules == {"vllm.v1.core", "vllm.somewhere.else"}
     assert found.symbols == {"New", "Other"}
-    expected = "parallel_config requests hidden new_field wrapped all read"
+    expected = "parallel_config sere requests hidden new_field wrapped all read"
     assert found.attributes == set(expected.split())
 
 

@@ -114,6 +114,8 @@ def _is_vllm(value: ast.expr, vllm: set[str]) -> bool:
     """Whether an expression is one of vLLM's objects, or reached from one."""
     if isinstance(value, ast.Name):
         return value.id in vllm
+    if isinstance(value, ast.Attribute) and value.attr in ("sere", "_sere"):
+        return False  # our own, kept on one of vLLM's objects
     if isinstance(value, ast.Attribute | ast.Subscript | ast.Await | ast.Starred):
         return _is_vllm(value.value, vllm)
     if isinstance(value, ast.Call):
