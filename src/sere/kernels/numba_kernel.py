@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -162,6 +164,8 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
             carray(counters, (C,)),
         )
 
+    # numba takes a cached function for new where its own file is, whatever became of the loops'.
+    entry.__qualname__ += hashlib.sha256(inspect.getsource(numba_loops).encode()).hexdigest()[:8]
     try:
         compiled = cfunc(signature, cache=True)(entry)
     except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
