@@ -141,12 +141,13 @@ def overhead(*stems: str) -> str:
         [
             MODELS[found["model"]],
             f"{found['ms_a_step']['stock']:.3g}",
-            *(cost(found, arm) for arm in ("off", "S=K")),
+            *(cost(found, arm) for arm in ("stock again", "off", "S=K")),
             _day_and_machine(stem),
         ]
         for stem, found in ((stem, result(stem)) for stem in stems)
     ]
-    return _markdown(["model", "stock, ms a step", "off", "S=K", "measured"], rows)
+    head = ["model", "stock, ms a step", "another stock engine", "off", "S=K", "measured"]
+    return _markdown(head, rows)
 
 
 def calibration_speed(stem: str) -> str:
