@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import composition, pareto, tuned  # noqa: E402
+from benchmarks import composition, pareto, profile_decode, tuned  # noqa: E402
 from sere import bench_result, demo, harness, tune  # noqa: E402
 from sere.files import replaced  # noqa: E402
 
@@ -121,6 +121,15 @@ def compiled(stem: str, gpu: str, shape: str) -> str:
         for title, names in KERNELS.items()
     ]
     return _markdown(["kernel", "SASS instructions", *columns[1:3], "shared bytes"], rows)
+
+
+def profile(stem: str) -> str:
+    """Where a decode step's time goes."""
+    found = result(stem)
+    about = (
+        f"{found['layers']} of {found['of_layers']} layers, {_day_and_machine(stem)}; milliseconds"
+    )
+    return f"{about}:\n\n{_fenced(profile_decode.as_text(found))}"
 
 
 MODELS = {
@@ -257,6 +266,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "operator": operator,
     "kernels": compiled,
     "overhead": overhead,
+    "profile": profile,
     "calibration-speed": calibration_speed,
     "calibration-memory": calibration_memory,
     "stream-memory": stream_memory,
