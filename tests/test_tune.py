@@ -16,7 +16,7 @@ from sere.cost import Cost, Step, fitted, from_bench, roofline
 from sere.journal import Journal, JournalError
 from sere.loading import load_model
 from sere.moe import moe_layers
-from sere.policy import Policy
+from sere.policy import STOCK, Policy
 from sere.quality import Sums
 from sere.search import TAUS, Budget, BudgetError, Point, Tuner, _exchange, composed
 from sere.serving.settings import Settings
@@ -80,8 +80,23 @@ def test_where_nothing_saves_time_it_says_so(tune: Any, capsys: pytest.CaptureFi
     slow = Cost(b=1.0, a=0.0, route=100.0)
     assert tune("kl=0.01", cost=slow)["policy"] is None
     assert "do not enable" in capsys.readouterr().out
-    assert Table.load(tune.folder / "t").policy is None
+    # Serving does what was found best, and not what it does with a table that nobody tuned.
+    stored = Settings.parse(
+        {"table": str(tune.folder / "t")}, model_folder=None, model_default={}
+    ).policy
+    assert stored.is_stock and stored.brief() == "stock"
+    assert all(stored.for_bucket(stored.bucket(rows)) is None for rows in (1, 2, 500))
     assert (tune.folder / "o.png").exists()
+
+
+def test_a_choice_that_unseen_passages_do_not_confirm_is_called_so(
+    tune: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sere.tune._confirmed", lambda *_: None)
+    tune("kl=0.05")
+    said = capsys.readouterr().out
+    assert "do not enable" in said and "do not confirm" in said and "raise --samples" in said
+    assert Table.load(tune.folder / "t").policy == STOCK
 
 
 def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None:

@@ -113,10 +113,12 @@ def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
             for arm in each["arms"]
             if not arm["merge"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; `sere bench MODEL TABLE` writes one") from None
+    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
         raise ValueError(
-            f"{path}: expected what `sere bench MODEL TABLE --batch ...` writes ({error!r})"
-        ) from error
+            f"{path} is no result of a bench: expected what `sere bench MODEL TABLE` writes"
+        ) from None
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
     here = (layers[0].E, K, len(layers), round(experts / sum(layer.E for layer in layers)))
     if of != here:

@@ -172,7 +172,7 @@ def _table(path: str, folder: str | None) -> str:
     about = f"{len(table.layers)} layers, E={known.E}, K={known.K}"
     if table.policy is not None:
         table.policy.check_against(known.K, known.E)
-        about += ", with a policy of `sere tune`"
+        about += f", with a policy of `sere tune` ({table.policy.brief()})"
     if folder is None or not Path(folder).is_dir():
         return about
     if not table.check_made_for(folder):

@@ -100,6 +100,7 @@ def as_text(table: Table, rho: float) -> str:
         f"{len(table.layers)} MoE layers, E={table.fingerprint.E}, K={table.fingerprint.K}",
         f"{table.method} similarity from {about.get('tokens', '?')} tokens of "
         f"{about.get('corpus', '?')}, seed {about.get('seed', '?')}",
+        f"policy: {table.policy.brief()} (`sere tune`)" if table.policy else "policy: none stored",
         "",
         f"layer  5% / median / 95%      nearest  critical at rho={rho}  stable   "
         "most / least replaceable",

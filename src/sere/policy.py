@@ -184,6 +184,11 @@ class Policy:
         override = self.batches[bucket]
         return None if override is None else self._with_batch(override)
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether it leaves every batch size to stock routing."""
+        return 1 in self.batches and not any(o is not None for o in self.batches.values())
+
     def for_layer(self, index: int) -> Policy:
         """The settings of one decoder layer, its overrides applied; those of no batch size."""
         return self._overridden(self.layers.get(index, {}))
@@ -225,7 +230,9 @@ class Policy:
                 )
 
     def brief(self) -> str:
-        """What differs from the defaults, S always: "S=1 tau=0.02"."""
+        """What differs from the defaults, S always: "S=1 tau=0.02"; or "stock"."""
+        if self.is_stock:
+            return "stock"
         names = [f.name for f in fields(self) if f.name not in ("S", "layers", "batches")]
         default = Policy(S=self.S)
         given = [f"{n}={v}" for n in names if (v := getattr(self, n)) != getattr(default, n)]
@@ -327,3 +334,7 @@ def _checked_rho(value: Any) -> float:
     if not (0 <= value <= sys.float_info.max or value == math.inf):
         raise PolicyError(f"rho={value}: expected a number >= 0, usually between 0 and 1")
     return float(value)
+
+
+STOCK = Policy(batches={1: None})
+"""Stock routing at every batch size, as a policy that a table can hold."""

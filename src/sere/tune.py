@@ -20,7 +20,7 @@ from sere.cost import Cost, from_bench, roofline
 from sere.evaluate import load, load_passages, passages_hash
 from sere.files import check_writable, replaced
 from sere.journal import Journal
-from sere.policy import Policy
+from sere.policy import STOCK, Policy
 from sere.quality import Judge
 from sere.search import BUDGETS, Budget, BudgetError, Point, Tuner
 from sere.table import Table
@@ -83,7 +83,7 @@ def run(
         judge = Judge(model, layers, passages[:half], journal, False, "search")
         tuner = Tuner(table, judge, wanted, cost)
         by_batch = [_search(tuner, batch, per_layer) for batch in sorted(batches)]
-        chosen = _chosen(tuner, by_batch)
+        searched = chosen = _chosen(tuner, by_batch)
         with Journal(f"{output}.held-out.unfinished", settings) as other:
             unseen = Judge(model, layers, passages[half:], other, False, "check")
             checker = replace(tuner, judge=unseen)
@@ -95,6 +95,8 @@ def run(
         "cost": asdict(cost),
         "E": table.fingerprint.E,
         "policy": chosen.to_dict() if chosen else None,
+        "searched": searched.to_dict() if searched else None,
+        "passages": {"search": half, "check": len(passages) - half},
         "by_batch": by_batch,
         "held_out": [
             {
@@ -110,9 +112,10 @@ def run(
     report.save_json(output, result)
     plot(result, Path(output).with_suffix(".png"))
     print(as_text(result))
-    replace(table, policy=chosen).save(table_path)
+    replace(table, policy=chosen or STOCK).save(table_path)
     where = f"written: {output}, {Path(output).with_suffix('.png')}"
-    print(f"\n{where}; the policy is in {table_path}" if chosen else f"\n{where}")
+    what = "the policy" if chosen else "stock routing, as the choice,"
+    print(f"\n{where}; {what} is in {table_path}")
     return result
 
 
@@ -190,6 +193,12 @@ def as_text(result: dict[str, Any]) -> str:
     lines = [f"budget: {name} <= {limit:g} ({BUDGETS[name]})"]
     if not result["policy"]:
         lines.append("nothing keeps the budget and saves time: do not enable re-routing")
+        if result["searched"]:
+            lines.append(
+                f"(The search found {Policy.from_dict(result['searched']).brief()}, which the "
+                f"{result['passages']['check']} passages that it did not see do not confirm. Few "
+                "batches leave wide intervals: raise --samples to be sure.)"
+            )
         return "\n".join(lines)
     chosen_policy = Policy.from_dict(result["policy"])
     lines += [f"chosen: {chosen_policy.brief()}", ""]

@@ -53,7 +53,7 @@ def obstacle_to_one_union(config: Any, batches: Mapping[int, Any]) -> str | None
     """Why data-parallel ranks cannot vote together, or None; batches: as in `Policy`."""
     parallel = config.parallel_config
     obstacles = {
-        "there is one data-parallel rank, whose union is of all rows anyway": (
+        "there is one data-parallel rank, whose union is of all rows anyway: nothing to add": (
             parallel.data_parallel_size == 1
         ),
         "ranks may replay graphs, or compile, without one another; add enforce_eager=True "

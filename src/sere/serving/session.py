@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from sere.table import Table
 # The session hangs on vLLM's compilation config: the worker's own, and as long-lived as its layers.
 _ATTRIBUTE = "_sere_session"
 _CAP = "_sere_cap"  # in the front end, beside it
+_LOG = logging.getLogger("vllm.sere")
 
 
 class ServingError(RuntimeError):
@@ -243,6 +245,12 @@ def check_config(config: Any) -> None:
     table = Table.load(settings.table)
     check_policy(settings.policy, table)
     check_model(config, settings, table, table.fingerprint.layers)
+    if settings.policy.is_stock:
+        _LOG.warning(
+            "sere: NOTHING IS RE-ROUTED: the choice of `sere tune` in %s is stock routing at every "
+            "batch size; settings of your own take its place",
+            settings.table,
+        )
 
 
 def check_merge(config: Any, merge: bool) -> None:
@@ -286,7 +294,7 @@ def _check_ranks(config: Any, settings: Settings) -> None:
     if settings.union == "all" and (
         reason := obstacle_to_one_union(config, settings.policy.batches)
     ):
-        raise ServingError(f'sere cannot take "union": "all" here: {reason}; or remove "union"')
+        raise ServingError(f'sere cannot take "union": "all" here: {reason}. Or remove "union"')
     if settings.placement and (reason := obstacle_to_placement(config)):
         raise ServingError(f'sere cannot look at "placement" here: {reason}; or remove it')
 
