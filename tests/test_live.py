@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
-from sere.policy import Policy
+from sere.policy import STOCK, Policy
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.rows import RowClasses
@@ -126,6 +126,10 @@ def engine(table_path: Path) -> dict[str, Any]:
         "8 at S=1": batch(8),
         "off": ["rpc", "sere_policy", None],
         "8 at stock": batch(8),
+        "tuned to stock": ["rpc", "sere_policy", STOCK.to_dict()],
+        "reset again": ["rpc", "sere_reset"],
+        "8 tuned to stock": batch(8),
+        "stock stats": ["rpc", "sere_stats"],
     }
     sere = {"table": str(table_path), **ADAPTIVE}
     return dict(zip(steps, run_engine(list(steps.values()), sere=sere), strict=True))
@@ -139,6 +143,12 @@ def test_the_engine_does_what_its_batch_size_asks_for(engine: dict[str, Any]) ->
         logprobs[1] for _, logprobs in engine["8 at stock"]
     ]
     assert engine["8"] != engine["8 at S=1"]
+
+
+@pytest.mark.engine
+def test_a_choice_of_stock_routing_is_stock_routing(engine: dict[str, Any]) -> None:
+    assert engine["8 tuned to stock"] == engine["8 at stock"]
+    assert all(layer["steps"] == 0 for layer in engine["stock stats"][0].values())
 
 
 @pytest.mark.engine

@@ -257,6 +257,16 @@ def test_a_bench_of_something_else_is_refused(
         from_bench(path, layers, 2)
 
 
+def test_a_file_that_is_no_bench_is_refused_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    with pytest.raises(ValueError, match="no such file"):
+        from_bench(path, [], 2)
+    path.write_bytes(b"\xc0\x0b" * 50_000)
+    with pytest.raises(ValueError, match="is no result of a bench") as refused:
+        from_bench(path, [], 2)
+    assert len(str(refused.value)) < 300
+
+
 def test_one_batch_size_does_not_tell_rows_from_the_rest(model_dir: Path, tmp_path: Path) -> None:
     found = benched(model_dir, READING)
     found["results"] = [dict(found["results"][0], arms=2 * found["results"][0]["arms"])]
