@@ -109,6 +109,17 @@ def test_engines_states_and_fallbacks_are_shown() -> None:
     assert "the engine does not answer" in two
 
 
+def test_a_narrow_terminal_shows_every_figure_and_no_bars() -> None:
+    text = metrics(steps=30_000, fast=1_234_567)
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(top.picture("host:8000", view(Reading(text, 12.0)), wide=False))
+    said = captured.get()
+    assert "\u2026" not in said and "\u2588" not in said  # nothing is cut
+    for name in ("re-routed", "critical", "rows fast", "exact", "weight moved", "1,234,567"):
+        assert name in said
+
+
 @pytest.fixture
 def without_sere() -> Iterator[str]:
     """A server whose /metrics hold nothing of ours."""

@@ -15,11 +15,13 @@ from sere.scrape import LayerView, Reading, View, read, view
 
 _ACTIVE = len("  12.3 ->   12.3")
 _BAR = 24  # characters
+_WIDE = 110  # characters of a terminal that has room for bars
 
 
 def show(url: str, console: Console | None = None) -> None:
     """One picture of all that happened since the server started."""
-    (console or Console()).print(picture(url, view(read(url))))
+    console = console or Console()
+    console.print(picture(url, view(read(url)), wide=console.width >= _WIDE))
 
 
 def follow(url: str, interval: float) -> None:
@@ -28,7 +30,8 @@ def follow(url: str, interval: float) -> None:
     with Live(screen=True, auto_refresh=False) as screen:
         while True:
             now = read(url)
-            screen.update(picture(url, view(now, before)), refresh=True)
+            wide = screen.console.width >= _WIDE
+            screen.update(picture(url, view(now, before), wide=wide), refresh=True)
             before = now
             try:
                 time.sleep(interval)
@@ -36,18 +39,21 @@ def follow(url: str, interval: float) -> None:
                 return
 
 
-def picture(url: str, seen: View) -> RenderableType:
+def picture(url: str, seen: View, *, wide: bool = True) -> RenderableType:
     """What one reading shows; all layers together come first, as a terminal may be short."""
     several = len(seen.policies) > 1
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
     table.add_column("layer", no_wrap=True, min_width=5)
     table.add_column("active experts", no_wrap=True, min_width=_ACTIVE)
-    table.add_column("", no_wrap=True)  # what a narrow terminal gives up first
+    if wide:
+        table.add_column("", no_wrap=True)
     for name in ("re-routed", "critical", "rows fast", "exact", "weight moved", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in (_all(seen.layers), *seen.layers):
         style = "bold" if row.layer < 0 else ""
-        table.add_row(*_cells(row, several), style=style)
+        layer, active, *figures = _cells(row, several)
+        bar = [_bar(row)] if wide else []
+        table.add_row(layer, active, *bar, *figures, style=style)
     return Group(*_head(url, seen), Text(), table)
 
 
@@ -79,7 +85,7 @@ def _all(layers: list[LayerView]) -> LayerView:
     return LayerView(**{**means, "engine": -1, "layer": -1})
 
 
-def _cells(row: LayerView, several: bool) -> list[Text]:
+def _cells(row: LayerView, several: bool) -> list[str]:
     name = "all" if row.layer < 0 else str(row.layer)
     if several and row.layer >= 0:
         name = f"{row.engine}/{name}"
@@ -89,7 +95,7 @@ def _cells(row: LayerView, several: bool) -> list[Text]:
     shares = [_percent(row.rerouted), _percent(row.critical)]
     rows = [f"{row.fast:,.0f}", f"{row.exact:,.0f}"]
     checked = [_percent(row.surrendered), _percent(row.error)]
-    return [Text(name), Text(active), _bar(row), *map(Text, (*shares, *rows, *checked))]
+    return [name, active, *shares, *rows, *checked]
 
 
 def _bar(row: LayerView) -> Text:
