@@ -124,7 +124,7 @@ def _alone(own: dict[str, Any], rule: str) -> tuple[str, float] | tuple[None, No
 def _at(policy: dict[str, Any] | None, batch: int) -> str:
     """What the chosen policy does at a batch size."""
     chosen = Policy.from_dict(policy) if policy else None
-    here = chosen.for_bucket(chosen.bucket(batch)) if chosen else None
+    here = chosen.at(batch) if chosen else None
     return here.brief() if here else "stock"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, plot
+from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, plot, shares
 from sere.page.sources import Source
 
 _RIGHT = [[0, "#e4572e"], [0.5, "#e9b44c"], [1, "#2f7f86"]]
@@ -56,22 +56,10 @@ def _active(arm: dict[str, Any]) -> float:
 
 def _families(arms: list[dict[str, Any]]) -> Figure:
     families = list(arms[0]["exact_match_by_family"])
-    shares = [[arm["exact_match_by_family"][family] for arm in arms] for family in families]
-    figure = plot(height=max(300, 32 * len(families) + 90))
-    figure.add_heatmap(
-        z=shares,
-        x=[arm["name"] for arm in arms],
-        y=families,
-        zmax=1,
-        colorscale=_RIGHT,
-        texttemplate="%{z:.1%}",
-        hovertemplate="%{y}, %{x}: %{z:.2%}<extra></extra>",
-        xgap=2,
-        ygap=2,
-        colorbar={"tickformat": ".0%", "thickness": 12},
-    )
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
-    figure.update_xaxes(side="top", showgrid=False)
+    right = [[arm["exact_match_by_family"][family] for arm in arms] for family in families]
+    names = [arm["name"] for arm in arms]
+    figure = shares(right, names, families, row=32, digits=1, colorscale=_RIGHT)
+    figure.update_yaxes(automargin=True)
     return Figure(
         "Accuracy by kind of task",
         "Share of right answers: a row for every kind of task, a column for every policy.",

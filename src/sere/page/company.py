@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from plotly.subplots import make_subplots
-
-from sere.page.parts import GREY, LAYOUT, SCALE, Column, Figure, Grid, Section, colour, plot
+from sere.page.parts import GREY, SCALE, Column, Figure, Grid, Section, colour, panels, shares
 from sere.page.sources import Source
 
 _SHARES = (
@@ -54,14 +52,13 @@ def composition(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
 
 def _shares(arms: list[dict[str, Any]], sizes: list[str]) -> Figure:
     titles = [title for title, _ in _SHARES]
-    panels = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.05, subplot_titles=titles)
-    panels.update_layout(LAYOUT, hovermode="closest", height=380)
+    both = panels(titles, 0.05, shared_y=True, height=380)
     for number, arm in enumerate(arms):
         for column, (_, name) in enumerate(_SHARES, start=1):
-            shares, errors = zip(*(arm["sizes"][size][name] for size in sizes), strict=True)
-            panels.add_scatter(
+            values, errors = zip(*(arm["sizes"][size][name] for size in sizes), strict=True)
+            both.add_scatter(
                 x=sizes,
-                y=shares,
+                y=values,
                 error_y={"type": "data", "array": errors, "thickness": 1},
                 mode="lines+markers",
                 name=arm["name"],
@@ -72,14 +69,14 @@ def _shares(arms: list[dict[str, Any]], sizes: list[str]) -> Figure:
                 row=1,
                 col=column,
             )
-    panels.update_xaxes(title="requests decoded together", type="category")
-    panels.update_yaxes(tickformat=".0%", rangemode="tozero")
-    panels.update_yaxes(title="share of prompts", col=1)
+    both.update_xaxes(title="requests decoded together", type="category")
+    both.update_yaxes(tickformat=".0%", rangemode="tozero")
+    both.update_yaxes(title="share of prompts", col=1)
     return Figure(
         "Answers that depend on the batch",
         "0 % means that a request gets the same answer whatever it is decoded with. Bars: "
         "standard error over prompts.",
-        panels,
+        both,
     )
 
 
@@ -89,22 +86,9 @@ def trust(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     methods, pairs = list(agreement), list(next(iter(agreement.values())))
     first = methods[0]
     text, other = (agreement[first][pair]["same_replacement"] for pair in (pairs[0], pairs[1]))
-    figure = plot(height=max(300, 26 * len(pairs) + 90))
-    figure.add_heatmap(
-        z=[[agreement[method][pair]["same_replacement"] for method in methods] for pair in pairs],
-        x=methods,
-        y=pairs,
-        zmin=0,
-        zmax=1,
-        colorscale=SCALE,
-        texttemplate="%{z:.0%}",
-        hovertemplate="%{y}, %{x}: %{z:.1%}<extra></extra>",
-        xgap=2,
-        ygap=2,
-        colorbar={"tickformat": ".0%", "thickness": 12},
-    )
-    figure.update_xaxes(title="measure of similarity", side="top", showgrid=False)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    same = [[agreement[method][pair]["same_replacement"] for method in methods] for pair in pairs]
+    figure = shares(same, methods, pairs, row=26, digits=0, zmin=0, colorscale=SCALE)
+    figure.update_xaxes(title="measure of similarity")
     columns = [Column("texts")]
     for method in methods:
         columns += [Column(f"{method}: foretold, %", ".1f", 100), Column("seen, %", ".1f", 100)]

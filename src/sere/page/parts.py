@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 # Readable on white and on near-black alike; ours first.
 COLOURS = (
@@ -111,6 +112,49 @@ class Section:
 def plot(**layout: Any) -> go.Figure:
     """An empty plot in the page's style."""
     return go.Figure(layout={**LAYOUT, "margin": {**LAYOUT["margin"], "t": 20}, **layout})
+
+
+def panels(
+    titles: Sequence[str], spacing: float, *, shared_y: bool = False, **layout: Any
+) -> go.Figure:
+    """Empty plots side by side, each under its title; spacing: between them, of the whole width."""
+    found = make_subplots(
+        1,
+        len(titles),
+        shared_yaxes=shared_y,
+        horizontal_spacing=spacing,
+        subplot_titles=list(titles),
+    )
+    return found.update_layout(LAYOUT, hovermode="closest", **layout)
+
+
+def shares(
+    z: Sequence[Sequence[float]],
+    x: Sequence[str],
+    y: Sequence[str],
+    *,
+    row: int,
+    digits: int,
+    **heatmap: Any,
+) -> go.Figure:
+    """A heatmap of shares up to 1: a row, `row` pixels high, for each of y from the top down, and a
+    column for each of x; their percentages, with so many digits, stand in it."""
+    figure = plot(height=max(300, row * len(y) + 90))
+    figure.add_heatmap(
+        z=z,
+        x=x,
+        y=y,
+        zmax=1,
+        texttemplate=f"%{{z:.{digits}%}}",
+        hovertemplate=f"%{{y}}, %{{x}}: %{{z:.{digits + 1}%}}<extra></extra>",
+        xgap=2,
+        ygap=2,
+        colorbar={"tickformat": ".0%", "thickness": 12},
+        **heatmap,
+    )
+    figure.update_xaxes(side="top", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
 
 
 def colour(number: int) -> str:

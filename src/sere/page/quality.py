@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from sere import demo_model
-from sere.page.parts import GREY, LAYOUT, LOGARITHMIC, Column, Figure, Grid, Section, colour
+from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, panels
 from sere.page.sources import Source
 
 _COLUMNS = (
@@ -96,24 +95,17 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
     families = list(dict.fromkeys(arm.get("family", arm["name"]) for arm in arms[1:]))
     if _OURS in families:  # drawn last, on top; first colour
         families.sort(key=lambda family: family != _OURS)
-    panels = make_subplots(
-        1,
-        len(sizes),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        subplot_titles=[f"batch {size}" for size in sizes],
-    )
-    panels.update_layout(LAYOUT, hovermode="closest")
+    by_size = panels([f"batch {size}" for size in sizes], 0.04, shared_y=True)
     floor = _floor(arms, sizes)
     for column, size in enumerate(sizes, start=1):
         found = [(arm, arm["batches"][size]) for arm in arms]
         points = [(f["active"][0], max(f["kl"][0], floor)) for _, f in found[1:]]
         x, y = zip(*front(points), strict=True)
-        panels.add_scatter(x=x, y=y, **_FRONT, showlegend=column == 1, row=1, col=column)
+        by_size.add_scatter(x=x, y=y, **_FRONT, showlegend=column == 1, row=1, col=column)
         for number, family in enumerate(families):
             own = [(a, f) for a, f in found[1:] if a.get("family", a["name"]) == family]
             own.sort(key=lambda pair: pair[1]["active"][0])
-            panels.add_scatter(
+            by_size.add_scatter(
                 x=[f["active"][0] for _, f in own],
                 y=[max(f["kl"][0], floor) for _, f in own],
                 customdata=[
@@ -134,7 +126,7 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
                 row=1,
                 col=column,
             )
-        panels.add_vline(
+        by_size.add_vline(
             found[0][1]["active"][0],
             line={"dash": "dash", "width": 1, "color": GREY},
             annotation={"text": "stock", "font": {"size": 11}},
@@ -142,15 +134,15 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
             row=1,
             col=column,
         )
-    panels.update_xaxes(title="active experts per layer and step", rangemode="tozero")
-    panels.update_yaxes(LOGARITHMIC)
-    panels.update_yaxes(title="KL from stock, nats per token", col=1)
+    by_size.update_xaxes(title="active experts per layer and step", rangemode="tozero")
+    by_size.update_yaxes(LOGARITHMIC)
+    by_size.update_yaxes(title="KL from stock, nats per token", col=1)
     return Figure(
         "Pareto front: quality against active experts",
         "Further left: fewer experts are read. Further down: closer to stock. "
         "Dotted: what no other policy beats in both. Hover for the figures, click the legend to "
         "hide a kind.",
-        panels,
+        by_size,
     )
 
 
@@ -178,20 +170,14 @@ def _against_time(source: Source, others: Sequence[Source]) -> Iterable[Figure]:
 
 
 def _timed_panels(found: dict[int, list[tuple[float, dict[str, Any]]]], floor: float) -> go.Figure:
-    panels = make_subplots(
-        1,
-        len(found),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        subplot_titles=[f"batch {batch}" for batch in found],
-    )
-    panels.update_layout(LAYOUT, hovermode="closest", showlegend=False, margin_b=72)
+    titles = [f"batch {batch}" for batch in found]
+    by_size = panels(titles, 0.04, shared_y=True, showlegend=False, margin_b=72)
     for column, (batch, pairs) in enumerate(found.items(), start=1):
         here: dict[str, Any] = {"row": 1, "col": column}
         points = [(timed["tpot_ms"], max(kl, floor)) for kl, timed in pairs]
         x, y = zip(*front(points), strict=True)
-        panels.add_scatter(x=x, y=y, **_FRONT, **here)
-        panels.add_scatter(
+        by_size.add_scatter(x=x, y=y, **_FRONT, **here)
+        by_size.add_scatter(
             x=[x for x, _ in points],
             y=[y for _, y in points],
             customdata=[[timed["name"], kl] for kl, timed in pairs],
@@ -206,11 +192,11 @@ def _timed_panels(found: dict[int, list[tuple[float, dict[str, Any]]]], floor: f
             cliponaxis=False,
             **here,
         )
-        panels.update_xaxes(range=_wide([x for x, _ in points]), **here)
-    panels.update_xaxes(title="time per output token, ms")
-    panels.update_yaxes(LOGARITHMIC)
-    panels.update_yaxes(title="KL from stock, nats per token", col=1)
-    return panels
+        by_size.update_xaxes(range=_wide([x for x, _ in points]), **here)
+    by_size.update_xaxes(title="time per output token, ms")
+    by_size.update_yaxes(LOGARITHMIC)
+    by_size.update_yaxes(title="KL from stock, nats per token", col=1)
+    return by_size
 
 
 def _shade(timed: dict[str, Any], number: int) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from plotly.subplots import make_subplots
-
-from sere.page.parts import GREY, LAYOUT, Column, Figure, Grid, Section, colour
+from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, panels
 from sere.page.sources import Source
 
 _COLUMNS = (
@@ -75,10 +73,7 @@ def _finding(result: dict[str, Any]) -> str:
 
 def _speed(results: Sequence[dict[str, Any]]) -> Figure:
     """Left: speed-up. Right: milliseconds a token. Dotted: predicted."""
-    panels = make_subplots(
-        1, 2, horizontal_spacing=0.09, subplot_titles=["speed-up over stock", "time per token, ms"]
-    )
-    panels.update_layout(LAYOUT, hovermode="closest")
+    both = panels(["speed-up over stock", "time per token, ms"], 0.09)
     batches = [found["batch"] for found in results]
     for number, first in enumerate(results[0]["arms"]):
         arms = [found["arms"][number] for found in results]
@@ -88,28 +83,28 @@ def _speed(results: Sequence[dict[str, Any]]) -> Figure:
         if not stock:
             spread = [[abs(arm["speedup"] - x) for x in arm["speedup_interval_95"]] for arm in arms]
             low, high = (list(ends) for ends in zip(*spread, strict=True))
-            panels.add_scatter(
+            both.add_scatter(
                 y=[arm["speedup"] for arm in arms],
                 error_y={"type": "data", "array": high, "arrayminus": low, "thickness": 1},
                 **_measured(first["name"], "%{y:.2f}x", shown=False),
                 **{**shared, "row": 1, "col": 1},
             )
-            panels.add_scatter(
+            both.add_scatter(
                 y=[arm["predicted_speedup"] for arm in arms],
                 **_predicted(first["name"], "%{y:.2f}x"),
                 **{**shared, "line": {**style, "dash": "dot"}, "row": 1, "col": 1},
             )
-        panels.add_scatter(
+        both.add_scatter(
             y=[arm["tpot_ms"] for arm in arms],
             **_measured(first["name"], "%{y:.2f} ms", shown=True),
             **{**shared, "row": 1, "col": 2},
         )
-        panels.add_scatter(
+        both.add_scatter(
             y=[arm["predicted_ms"] for arm in arms],
             **_predicted(first["name"], "%{y:.2f} ms"),
             **{**shared, "line": {**style, "dash": "dot"}, "row": 1, "col": 2},
         )
-    panels.add_scatter(
+    both.add_scatter(
         x=[None],
         y=[None],
         mode="lines",
@@ -118,15 +113,15 @@ def _speed(results: Sequence[dict[str, Any]]) -> Figure:
         row=1,
         col=1,
     )
-    panels.add_hline(1, line={"width": 1, "color": GREY}, row=1, col=1)
+    both.add_hline(1, line={"width": 1, "color": GREY}, row=1, col=1)
     ticks = {"tickvals": batches, "ticktext": [str(batch) for batch in batches]}
-    panels.update_xaxes(title="requests decoded together", type="log", **ticks)
-    panels.update_yaxes(rangemode="tozero")
+    both.update_xaxes(title="requests decoded together", type="log", **ticks)
+    both.update_yaxes(rangemode="tozero")
     return Figure(
         "Speed-up and time per token against batch size",
         "Solid: measured, stock and re-routed taking turns in one engine; bars: 95 % interval. "
         "Dotted: the roofline, from the bytes that a step reads and what this machine can do.",
-        panels,
+        both,
     )
 
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plotly.subplots import make_subplots
-
-from sere.page.parts import GREY, LAYOUT, Column, Figure, Grid, Section, colour
+from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, panels
 from sere.page.sources import Source
 
 STOCK = "stock"
@@ -160,10 +158,7 @@ def _finding(runs: list[Run], stock: dict[tuple[float, float], float]) -> str:
 
 
 def _panels(runs: list[Run]) -> Figure:
-    panels = make_subplots(
-        1, 3, horizontal_spacing=0.07, subplot_titles=[title for title, _, _ in _PANELS]
-    )
-    panels.update_layout(LAYOUT, hovermode="closest", height=380)
+    three = panels([title for title, _, _ in _PANELS], 0.07, height=380)
     names = list(dict.fromkeys(run.name for run in runs))
     names.sort(key=lambda name: name.lower() != STOCK)
     coloured = [name for name in names if name.lower() != STOCK]
@@ -171,7 +166,7 @@ def _panels(runs: list[Run]) -> Figure:
         own = [run for run in runs if run.name == name]
         shade = colour(coloured.index(name)) if name in coloured else GREY
         for column, (title, figure, hover) in enumerate(_PANELS, start=1):
-            panels.add_scatter(
+            three.add_scatter(
                 x=[run.tick for run in own],
                 y=[getattr(run, figure) for run in own],
                 mode="lines+markers",
@@ -184,16 +179,16 @@ def _panels(runs: list[Run]) -> Figure:
                 col=column,
             )
     ticks = list(dict.fromkeys(run.tick for run in runs))
-    panels.update_xaxes(
+    three.update_xaxes(
         title="requests sent (inf: all at once)",
         type="category",
         categoryorder="array",
         categoryarray=ticks,
     )
-    panels.update_yaxes(rangemode="tozero")
+    three.update_yaxes(rangemode="tozero")
     return Figure(
         "Latency and throughput by rate of requests",
         "Medians of what clients saw. Lower is better on the left and in the middle, higher on the "
         "right; where requests come faster than they are answered, first tokens wait.",
-        panels,
+        three,
     )
