@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model
+from sere.serving.server import free_port
 from tests.engine_script import RESULT
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
@@ -83,9 +83,7 @@ def run_engine(
 def run_ranks(steps: list[list[list[Any]]], *, env: dict[str, str], **more: Any) -> list[list[Any]]:
     """As `run_engine`, with one engine for each of the lists of steps: the data-parallel ranks of
     one deployment, started as vLLM's offline example does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def run_rank(rank: int) -> list[Any]:
         place = {"RANK": rank, "RANK_LOCAL": rank, "SIZE": len(steps), "MASTER_PORT": port}

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -20,6 +19,7 @@ import pytest
 from sere.bench_setup import contender_of
 from sere.cli import parser
 from sere.policy import Policy
+from sere.serving.server import free_port
 from sere.serving.settings import Settings
 from sere.table import Table
 from tests.doc_blocks import blocks, complaints, script
@@ -122,12 +122,6 @@ def execute(commands: str, folder: Path) -> str:
                 os.killpg(running.pid, signal.SIGKILL)
     assert status == 0, log.read_text()[-4000:]
     return log.read_text()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from sere.serving import parallel
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.rows import RowClasses
+from sere.serving.server import free_port
 from sere.serving.session import ServingError, check_config
 from sere.serving.settings import Settings
 from sere.table import Table
@@ -266,9 +266,7 @@ def _batches(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def test_real_processes_route_as_one_batch() -> None:
     """Two processes and gloo; also where the host of one rank alone could have spared the step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = get_context("spawn")
     results = context.Queue()
     ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]

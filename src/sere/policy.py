@@ -184,6 +184,10 @@ class Policy:
         override = self.batches[bucket]
         return None if override is None else self._with_batch(override)
 
+    def at(self, rows: int) -> Policy | None:
+        """The policy of a step of that many decoded rows; None is stock routing."""
+        return self.for_bucket(self.bucket(rows))
+
     @property
     def is_stock(self) -> bool:
         """Whether it leaves every batch size to stock routing."""

@@ -114,7 +114,7 @@ class Tuner:
     ) -> Point:
         loss, upper = self.budget.loss(sums, stock)
         active, layers = figures(sums)["active"][0], len(self.table.layers)
-        routed = policy is not None and policy.for_bucket(policy.bucket(batch)) is not None
+        routed = policy is not None and policy.at(batch) is not None
         seconds = self.cost.seconds(active, batch, layers, routed=routed)
         return Point(policy, batch, active, loss, upper, seconds)
 
@@ -201,13 +201,12 @@ def composed(base: Policy, own: dict[int, Policy | None]) -> Policy:
     Below the smallest, `base` holds; stock, if that is stock."""
     batches: dict[int, dict[str, Any] | None] = {}
     before: dict[str, Any] | None = {}
+    smallest = min(own)
     for batch, policy in sorted(own.items()):
         override = None if policy is None else _override(base, policy)
         if override != before:
-            batches[batch] = override
+            batches[1 if batch == smallest and policy is None else batch] = override
         before = override
-    if own[min(own)] is None:
-        batches = {1: None, **{b: o for b, o in batches.items() if b != min(own)}}
     return replace(base, batches=batches)
 
 

@@ -104,7 +104,7 @@ def run(
                 "stock": _as_dict(stock),
                 "chosen": _as_dict(point),
                 "kept": point.within(wanted),
-                "enable": _re_routes(chosen, batch) and point.seconds < stock.seconds,
+                "enable": bool(chosen and chosen.at(batch)) and point.seconds < stock.seconds,
             }
             for batch, (stock, point) in zip(sorted(batches), held_out, strict=True)
         ],
@@ -166,7 +166,7 @@ def _confirmed(checker: Tuner, chosen: Policy | None, batches: Sequence[int]) ->
     """The choice, more cautious wherever passages that the search did not see say so."""
     if chosen is None:
         return None
-    own = {batch: chosen.for_bucket(chosen.bucket(batch)) for batch in batches}
+    own = {batch: chosen.at(batch) for batch in batches}
     return checker.together(replace(chosen, batches={}), own)[0]
 
 
@@ -177,10 +177,6 @@ def _in_common(base: Policy, own: Mapping[int, Policy | None]) -> Policy:
         return replace(base, S=max((policy.S for policy in wanted), default=1))
     taus = [policy.tau for policy in wanted if policy.tau is not None]
     return replace(base, tau=min(taus, default=0.0))
-
-
-def _re_routes(chosen: Policy | None, batch: int) -> bool:
-    return chosen is not None and chosen.for_bucket(chosen.bucket(batch)) is not None
 
 
 def _as_dict(point: Point) -> dict[str, Any]:
@@ -205,7 +201,7 @@ def as_text(result: dict[str, Any]) -> str:
     rows = []
     for own, found in zip(result["by_batch"], result["held_out"], strict=True):
         stock, chosen = found["stock"], found["chosen"]
-        here = chosen_policy.for_bucket(chosen_policy.bucket(found["batch"]))
+        here = chosen_policy.at(found["batch"])
         rows.append(
             [
                 str(found["batch"]),

@@ -107,10 +107,8 @@ def _route(
     counters: Tensor | None,
     votes: Tensor | None = None,
 ) -> Tensor:
-    run, plan = (
-        load(implementation_for(topk_ids.device)),
-        Plan(neighbours, errors, scales, settings),
-    )
+    run = load(implementation_for(topk_ids.device))
+    plan = Plan(neighbours, errors, scales, settings)
     return run(topk_ids, topk_weights, plan, rows, counters, votes)
 
 

@@ -130,6 +130,13 @@ class Server:
         }
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
 def serving(
     folder: str,
@@ -142,9 +149,7 @@ def serving(
     options: as for `vllm.LLM`. sere: the value in `additional_config`, None for stock vLLM.
     environment: by default this process's, and that policies can be switched.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = ["--model", folder, "--served-model-name", NAME, "--host", "127.0.0.1"]
     flags += ["--port", str(port), "--no-enable-prefix-caching", *_flags(options)]
     if sere is not None:
