@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sere.bench_setup import BenchError, Contender, Load, contender_of, experts_
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.journal import Journal
-from sere.policy import Policy, PolicyError
+from sere.policy import STOCK, Policy, PolicyError
 from sere.roofline import Roofline, Sizes
 from sere.serving.engine import Batch
 from sere.table import Table
@@ -170,6 +171,12 @@ def test_policies_are_read_with_merge_and_name(tmp_path: Path) -> None:
     ]:
         with pytest.raises(PolicyError, match=complaint):
             contender_of(text, tmp_path / "absent")
+
+
+def test_a_choice_of_stock_is_nothing_to_measure(table: Table, tmp_path: Path) -> None:
+    replace(table, policy=STOCK).save(tmp_path / "t")
+    with pytest.raises(PolicyError, match="nothing to compare with stock"):
+        contender_of("tuned", tmp_path / "t")
 
 
 def test_the_roofline_by_hand() -> None:

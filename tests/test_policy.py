@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sere.policy import Policy, PolicyError
+from sere.policy import STOCK, Policy, PolicyError
 
 FULL: dict[str, Any] = {
     "S": 1,
@@ -161,3 +161,11 @@ def test_a_batch_size_has_its_own_numbers_or_stock_routing() -> None:
     assert (eight.for_layer(2).S, eight.for_layer(2).tau) == (2, 0.7)
     assert Policy.from_json(policy.to_json()) == policy
     assert policy.brief() == "S=1 tau=0.02 per layer by batch"
+    assert policy.at(95) == eight and policy.at(300) is None
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_stock_as_a_policy_fits_every_model(K: int) -> None:
+    STOCK.check_against(K, 8)
+    assert STOCK.is_stock and all(STOCK.at(rows) is None for rows in (1, 2, 500))
+    assert not Policy(batches={8: None}).is_stock

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -17,7 +20,7 @@ from sere.calibrate import calibrate
 from sere.kernels import RowClass, reroute
 from sere.loading import load_tokenizer
 from sere.policy import Policy
-from sere.serving import contract, symbols
+from sere.serving import contract, symbols, vllm_plugin
 from sere.serving.contract import REROUTING
 from sere.serving.engine import check_plugin_allowed, prepare
 from sere.serving.session import ServingError, check_config, stage_of
@@ -281,6 +284,52 @@ def configure(options: dict[str, Any] | None = None, **sere: Any) -> Any:
     register()
     given = {**OPTIONS, **(options or {})}
     return EngineArgs(**given, additional_config={"sere": sere}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("additional", "named"),
+    [
+        ({"sear": {"S": 1}}, "'sear'"),
+        ({"Sere": {}}, "'Sere'"),
+        ({"table": "t", "S": 1}, "'table'"),
+        ({"other_plugin": 1}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_settings_that_nobody_would_read_are_noticed(
+    additional: dict[str, Any], named: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    vllm_plugin._say_misspelt.cache_clear()
+    with heard(caplog):
+        EngineArgs(**OPTIONS, additional_config=additional).create_engine_config()
+    said = [message for message in caplog.messages if "NOTHING IS RE-ROUTED" in message]
+    assert len(said) == (named is not None)
+    assert named is None or named in said[0]
+
+
+@pytest.mark.parametrize("batches", [{"1": None}, {"8": None}], ids=str)
+def test_a_policy_that_is_stock_at_every_size_is_said_to_be(
+    batches: dict[str, None], table_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with heard(caplog):
+        configure(table=str(table_path), S=1, batches=batches)
+    said = any("NOTHING IS RE-ROUTED" in message for message in caplog.messages)
+    assert said == ("1" in batches)
+
+
+@contextmanager
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """vLLM's loggers do not hand on to the root's, which `caplog` listens to."""
+    logger = logging.getLogger("vllm.sere")
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,11 @@ def contender_of(text: str, table: Path) -> Contender:
         policy = stored_policy(table)
         if policy is None:
             raise PolicyError(f"{table} carries no policy: run `sere tune`, or give JSON")
+        if policy.is_stock:
+            raise PolicyError(
+                f"the choice of `sere tune` in {table} is stock routing at every batch size: there "
+                "is nothing to compare with stock; give a policy as JSON"
+            )
         return Contender(TUNED, policy)
     rest = dict(settings_from_json(text))
     merge, name = rest.pop("merge", False), rest.pop("name", None)

@@ -173,6 +173,8 @@ def _table(path: str, folder: str | None) -> str:
     if table.policy is not None:
         table.policy.check_against(known.K, known.E)
         about += f", with a policy of `sere tune` ({table.policy.brief()})"
+        if table.policy.is_stock:
+            about += ": NOTHING IS RE-ROUTED unless settings of yours replace it"
     if folder is None or not Path(folder).is_dir():
         return about
     if not table.check_made_for(folder):

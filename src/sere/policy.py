@@ -340,5 +340,5 @@ def _checked_rho(value: Any) -> float:
     return float(value)
 
 
-STOCK = Policy(batches={1: None})
-"""Stock routing at every batch size, as a policy that a table can hold."""
+STOCK = Policy(S=1, batches={1: None})
+"""Stock routing at every batch size, as a policy that a table can hold; S fits every model."""

@@ -247,8 +247,8 @@ def check_config(config: Any) -> None:
     check_model(config, settings, table, table.fingerprint.layers)
     if settings.policy.is_stock:
         _LOG.warning(
-            "sere: NOTHING IS RE-ROUTED: the choice of `sere tune` in %s is stock routing at every "
-            "batch size; settings of your own take its place",
+            "sere: NOTHING IS RE-ROUTED: the policy is stock routing at every batch size. If none "
+            "was given, it is the choice of `sere tune` in %s, and settings of yours replace it",
             settings.table,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -112,6 +113,16 @@ class Settings:
             shadow=shadow,
             **flags,
         )
+
+
+def misspelt(additional: Any) -> str | None:
+    """What the user may have meant for the key "sere" of vLLM's additional_config, where that is
+    not there: a key like it, or settings that belong behind it."""
+    if not isinstance(additional, Mapping) or KEY in additional:
+        return None
+    names = {str(name).lower(): str(name) for name in additional}
+    near = difflib.get_close_matches(KEY, names, n=1)
+    return names[near[0]] if near else names.get("table")
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

@@ -34,6 +34,7 @@ from sere.serving.session import (
     given,
     open_session,
 )
+from sere.serving.settings import misspelt
 from sere.serving.symbols import (
     here,
     lacking,
@@ -95,6 +96,8 @@ def _checking(reason: str | None, original: Callable[..., None]) -> Callable[...
         original(config, *args, **kwargs)
         model = config.model_config
         asked = given(config)
+        if key := misspelt(config.additional_config):
+            _say_misspelt(key)
         if asked is None or model is None or model.is_submodel_config:
             return
         any_version = isinstance(asked, Mapping) and asked.get("any_version") is True
@@ -104,6 +107,15 @@ def _checking(reason: str | None, original: Callable[..., None]) -> Callable[...
         _export_metrics()
 
     return __post_init__
+
+
+@functools.cache
+def _say_misspelt(key: str) -> None:
+    _LOG.warning(
+        'sere: NOTHING IS RE-ROUTED: additional_config has %r and no "sere"; if that was meant, '
+        'write {"sere": {"table": ...}}',
+        key,
+    )
 
 
 def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
