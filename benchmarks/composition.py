@@ -98,13 +98,19 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="composition.json")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="bfloat16 shows stock's own rounding")
     arguments = parser.parse_args()
     check_writable(arguments.output)
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     tasks = examples(arguments.prompts, seed=11, split="held_out")
     prompts = [task.prompt for task in tasks]
-    settings = {"prompts": arguments.prompts, "rounds": arguments.rounds, "arms": list(ARMS)}
+    settings = {
+        "prompts": arguments.prompts,
+        "rounds": arguments.rounds,
+        "dtype": arguments.dtype,
+        "arms": list(ARMS),
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
         Journal(f"{arguments.output}.unfinished", settings) as journal,
@@ -115,7 +121,7 @@ def main() -> None:
             demo_model.PATH,
             table,
             batch=max(SIZES),
-            dtype="float32",
+            dtype=arguments.dtype,
             enforce_eager=True,
             max_model_len=128,
         )

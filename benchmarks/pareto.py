@@ -28,18 +28,17 @@ from sere.table import Table
 
 BATCHES = (8, 32)
 # Two-sided 95 % points of Student's t for few seeds.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 Settings = dict[str, Any]
+OURS, PAPER = "expected error", "paper (Frobenius)"
 ONE: Settings = {"S": 1, "min_active": 1}
 FAMILIES: dict[str, list[Settings]] = {
-    "paper (Frobenius)": [{"S": 1}, {"S": 2}, {"S": 3}],
+    PAPER: [{"S": 1}, {"S": 2}, {"S": 3}],
     "paper, quantile of rho": [{"S": 1, "rho_quantile": q} for q in (0.25, 0.5)],
     "random table": [{"S": S, "table": "random"} for S in (1, 2)],
     "weights table": [{"S": S, "table": "weights"} for S in (1, 2)],
-    "expected error": [
-        {**ONE, "tau": t} for t in (0.3, 0.1, 0.08, 0.065, 0.05, 0.035, 0.02, 0.01, 0.005)
-    ],
+    OURS: [{**ONE, "tau": t} for t in (0.3, 0.1, 0.08, 0.065, 0.05, 0.035, 0.02, 0.01, 0.005)],
     "expected error, keep weights": [{**ONE, "tau": t, "weights": "keep"} for t in (0.1, 0.02)],
     "expected error, fill similar": [{**ONE, "tau": t, "fill": "similar"} for t in (0.1, 0.02)],
     "expected error, ceiling": [{**ONE, "tau": 0, "max_active": m} for m in (6, 8, 10)],
@@ -50,7 +49,6 @@ FAMILIES: dict[str, list[Settings]] = {
     "skip": [{"rival": "skip", "beta": b} for b in (0.8, 0.5, 0.3)],
     "frequency": [{"rival": "frequency", "budget": m} for m in (16, 24)],
 }
-OURS = "expected error"
 FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
 
 
@@ -103,23 +101,46 @@ def summary(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def ours_at(arms: list[dict[str, Any]], batch: str, active: float) -> float | None:
-    """KL of the expected-error front at so many active experts, between its two nearest points on
-    a logarithmic scale; None beyond its ends."""
-    front = sorted(
-        (f["active"][0], math.log(f["kl"][0]))
-        for arm in arms
-        if arm["family"] == OURS and (f := arm["batches"][batch])
-    )
-    for (x, low), (y, high) in itertools.pairwise(front):
-        if x <= active <= y:
-            return math.exp(low + (high - low) * (active - x) / (y - x))
+def front(found: dict[str, Any], batch: str) -> list[tuple[float, float]]:
+    """(active experts, logarithm of the KL) of the expected-error rule, for one seed's figures."""
+    points = (found[str(settings)][batch] for settings in FAMILIES[OURS])
+    return sorted((f["active"], math.log(f["kl"])) for f in points)
+
+
+def between(points: list[tuple[float, float]], x: float) -> float | None:
+    """The line through sorted points, at x; None beyond its ends, but for a hundredth of x."""
+    x = min(max(x, points[0][0]), points[-1][0]) if _near_an_end(points, x) else x
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if left <= x <= right:
+            return low + (high - low) * (x - left) / (right - left)
     return None
 
 
-def as_text(arms: list[dict[str, Any]], batch: str) -> str:
+def _near_an_end(points: list[tuple[float, float]], x: float) -> bool:
+    return points[0][0] * 0.99 <= x <= points[-1][0] * 1.01
+
+
+def to_ours(
+    seeds: list[dict[str, Any]], name: str, batch: str
+) -> tuple[float, float, float] | None:
+    """How many times the KL of the expected-error rule's front an arm has at as many active
+    experts: geometric mean over seeds and the ends of its 95 % interval. Each seed is compared with
+    its own front, along a logarithmic scale. None where an arm is beyond the front's ends."""
+    logs = []
+    for found in seeds:
+        f = found[name][batch]
+        ours = between(front(found, batch), f["active"])
+        if ours is None or not f["kl"]:
+            return None
+        logs.append(math.log(f["kl"]) - ours)
+    middle, half = over_seeds(logs)
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+def as_text(result: dict[str, Any], batch: str) -> str:
     """Every figure with half of its 95 % interval; last, how many times what the expected-error
-    front loses at the same number of active experts."""
+    front loses at the same number of active experts, with the interval. Then the goals."""
+    arms, seeds = result["arms"], result["seeds"]
     lost = arms[0]["batches"][batch]["exact_match"][0]
     rows = []
     for arm in arms:
@@ -127,11 +148,52 @@ def as_text(arms: list[dict[str, Any]], batch: str) -> str:
         wrong = (lost - f["exact_match"][0], f["exact_match"][1])
         cells = [(f["active"], 1, 2), (f["kl"], 1000, 3), (wrong, 100, 2)]
         texts = [f"{scale * v:.{d}f} +-{scale * e:.{d}f}" for (v, e), scale, d in cells]
-        ours = ours_at(arms, batch, f["active"][0])
-        other = arm["family"] not in (OURS, "stock") and ours
-        rows.append([_brief(arm), *texts, f"{f['kl'][0] / ours:.1f}x" if other else ""])
+        rival = arm["family"] not in (OURS, "stock")
+        ours = to_ours(seeds, arm["name"], batch) if rival else None
+        rows.append(
+            [_brief(arm), *texts, "{:.1f}x ({:.1f} to {:.1f})".format(*ours) if ours else ""]
+        )
     head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "answers lost, %"]
-    return report.text_table([*head, "KL to ours"], rows)
+    table = report.text_table([*head, "KL to ours"], rows)
+    return "\n".join([table, *goals(result, batch)])
+
+
+def goals(result: dict[str, Any], batch: str) -> list[str]:
+    """What was to be reached, in words and numbers."""
+    ours, paper = _lost_at_half(result["seeds"], batch)
+    margin = over_seeds([a - b / 2 for a, b in zip(ours, paper, strict=True)])
+    texts = ["{:.2f} +-{:.2f}".format(*(100 * x for x in over_seeds(v))) for v in (ours, paper)]
+    compared = [
+        (_brief(arm), found)
+        for arm in result["arms"]
+        if arm["family"] not in (OURS, "stock")
+        and (found := to_ours(result["seeds"], arm["name"], batch))
+    ]
+    ahead = [name for name, (middle, _, _) in compared if middle < 1]
+    surely = [name for name, (_, _, high) in compared if high < 1]
+    behind = sum(low > 1 for _, (_, low, _) in compared)
+    return [
+        f"At half of stock's experts, answers lost, %: {texts[0]}; the paper's rule {texts[1]}; "
+        f"ours less half of the paper's {100 * margin[0]:.2f} +-{100 * margin[1]:.2f}",
+        f"Of {len(compared)} others at as many experts: {behind} lose more than ours, beyond the "
+        f"interval; less: {', '.join(ahead) or 'none'}; beyond the interval: "
+        f"{', '.join(surely) or 'none'}",
+    ]
+
+
+def _lost_at_half(seeds: list[dict[str, Any]], batch: str) -> tuple[list[float], list[float]]:
+    """By seed, the share of answers that the expected-error rule and the paper's lose where they
+    load half of stock's experts, along the lines through their points."""
+
+    def lost(found: dict[str, Any], family: str) -> float:
+        stock = found["stock"][batch]
+        points = [found[str(settings)][batch] for settings in FAMILIES[family]]
+        line = sorted((p["active"], stock["exact_match"] - p["exact_match"]) for p in points)
+        at_half = between(line, stock["active"] / 2)
+        assert at_half is not None, f"{family}: no points on both sides of half of stock's experts"
+        return at_half
+
+    return [lost(s, OURS) for s in seeds], [lost(s, PAPER) for s in seeds]
 
 
 def _brief(arm: dict[str, Any]) -> str:
@@ -187,10 +249,11 @@ def main() -> None:
             seeds.append(found)
     arms = summary(seeds)
     provenance = report.provenance()
-    report.save_json(arguments.output, {"provenance": provenance, "arms": arms, "seeds": seeds})
+    result = {"provenance": provenance, "arms": arms, "seeds": seeds}
+    report.save_json(arguments.output, result)
     plot(arms, Path(arguments.output).with_suffix(".png"))
     for batch in map(str, BATCHES):
-        print(as_text(arms, batch), "\n")
+        print(as_text(result, batch), "\n")
 
 
 if __name__ == "__main__":

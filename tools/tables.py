@@ -63,7 +63,7 @@ def speedup(stem: str, policy: str, batch: str) -> str:
 
 
 def policies(stem: str, batch: str) -> str:
-    return _fenced(pareto.as_text(result(stem)["arms"], batch))
+    return _fenced(pareto.as_text(result(stem), batch))
 
 
 def company(stem: str) -> str:
