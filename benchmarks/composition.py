@@ -27,6 +27,7 @@ from sere.generation import _agreeing
 from sere.journal import Journal
 from sere.policy import Policy
 from sere.quality import mean
+from sere.search import RULE_OF_THREE
 from sere.serving.engine import Engine
 from sere.tasks import examples, is_correct
 
@@ -78,6 +79,7 @@ def compared(runs: list[Answers], alone: Answers) -> dict[str, Any]:
 def as_text(result: dict[str, Any]) -> str:
     """A row for each policy, a column for each batch size."""
     sizes = list(result["arms"][0]["sizes"])
+    bound = RULE_OF_THREE / result["prompts"]
     parts = []
     for title, figure in (
         ("other answer in other company, %", "differs_by_company"),
@@ -86,17 +88,27 @@ def as_text(result: dict[str, Any]) -> str:
     ):
         rows = []
         for arm in result["arms"]:
-            cells = [arm["sizes"][size][figure] for size in sizes]
-            rows.append([arm["name"], *(f"{100 * v:.1f} +-{100 * e:.1f}" for v, e in cells)])
+            cells = [_cell(arm["sizes"][size][figure], figure, size, bound) for size in sizes]
+            rows.append([arm["name"], *cells])
         parts.append(report.text_table([title, *(f"batch {s}" for s in sizes)], rows))
     return "\n\n".join(parts)
+
+
+def _cell(share: tuple[float, float], figure: str, size: str, bound: float) -> str:
+    """Per cent with a standard error; where nothing differed, what it may be at most."""
+    if figure == "differs_by_company" and size == "1":
+        return "-"  # a batch of one has no company
+    value, error = share
+    if not value and figure != "right":
+        return f"0 (<{100 * bound:.1f})"
+    return f"{100 * value:.1f} +-{100 * error:.1f}"
 
 
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="composition.json")
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="bfloat16 shows stock's own rounding")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
-from sere.kernels.plan import Placement, Substitution
+from sere.kernels.plan import ERROR_FRACTION, Placement, Substitution
 from sere.policy import Policy, PolicyError
 from sere.serving import parallel
 from sere.serving.layer import ReroutedLayer
@@ -43,7 +43,7 @@ def listed(policy: Policy, placement: Placement | None, similarity: Tensor) -> l
     first: list[int] = plan.neighbours[0].tolist()
     for u, row in enumerate(plan.neighbours.tolist()):  # what is beside an expert is that expert's
         for place, v in enumerate(row):
-            lost = round(errors[u, v].item() * 2**15)
+            lost = round(errors[u, v].item() * ERROR_FRACTION)
             assert v < 0 or plan.errors[u, place].item() == min(lost, 2**16 - 1)
     return first
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
 from sere.kernels.implementations import load, load_vote
-from sere.kernels.plan import FRACTION, Substitution
+from sere.kernels.plan import ERROR_FRACTION, FRACTION, LOSS_FRACTION, Substitution
 from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, route
 from sere.kernels.reference import vote as specified_vote
 from sere.policy import Policy, PolicyError
@@ -61,7 +61,7 @@ def losses_of(similarity: Tensor, policy: Policy) -> Substitution:
     outputs = torch.randn(E, 6, generator=torch.Generator().manual_seed(E)).double() + 0.5
     gram = outputs @ outputs.T
     own = gram.diagonal()
-    return Substitution.of(gram, own.expand(E, E), own, scaled=policy.scales)
+    return Substitution.of(gram, own.expand(E, E), own, typical=4.0, scaled=policy.scales)
 
 
 def plan_of(similarity: Tensor, policy: Policy, K: int) -> Plan:
@@ -98,7 +98,8 @@ def by_hand(
             for k in range(K)
             if rows[t] not in (VOID, EXACT) and table[t][k] == u and weight[t][k] != 0
         ]
-        error = min(round(substitution.error[u, best_of(u, among)].item() * FRACTION), 65535)
+        lost = substitution.error[u, best_of(u, among)].item()
+        error = min(round(lost * ERROR_FRACTION), 65535)
         return max(shares, default=0) ** 2 * error // FRACTION
 
     def votes(t: int, s: int) -> set[int]:
@@ -127,7 +128,7 @@ def by_hand(
     if policy.tau is not None:
         secondary = {u for row in table for u in row if 0 <= u < E} - primary
         lost = {u: loss(u, primary) for u in secondary}
-        worth = [u for u in secondary if lost[u] > round(policy.tau * FRACTION**2)]
+        worth = [u for u in secondary if lost[u] > round(policy.tau * LOSS_FRACTION)]
         room = max((policy.max_active or E) - len(primary), 0)
         critical = set(sorted(worth, key=lambda u: (-lost[u], u))[:room])
         primary = primary | critical
@@ -234,35 +235,38 @@ def test_implementations_agree_on_ten_thousand_batches() -> None:
 
 
 # Three experts' outputs in the plane: 0 and 1 at a right angle, 2 between them and half as long.
-OUTPUTS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+OUTPUTS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.6, 0.8]], dtype=torch.float64)
 
 
 def expected_error(policy: Policy) -> Plan:
     gram = OUTPUTS @ OUTPUTS.T
     own = gram.diagonal()
-    substitution = Substitution.of(gram, own.expand(3, 3), own, scaled=policy.scales)
+    substitution = Substitution.of(gram, own.expand(3, 3), own, typical=4.0, scaled=policy.scales)
     return Plan.build(torch.eye(3), policy, K=2, substitution=substitution)
 
 
 def test_the_worked_example_of_expected_error() -> None:
-    """docs/method.md: expert 2 loses half its energy to 0 with the scale 1/2; a's share is 1/4."""
+    """docs/method.md: expert 1 stands in for 2 with the scale 0.4 and loses 0.36, which is 0.18 of
+    sqrt(1 * 4); a's share is 1/4."""
     ids, weights = (
         torch.tensor([[0, 2], [1, 0]], dtype=torch.int32),
         torch.tensor([[0.75, 0.25]] * 2),
     )
-    plan = expected_error(Policy(S=1, tau=0.04, min_active=1))
-    assert plan.neighbours.tolist() == [[2, 1], [2, 0], [0, 1]]
-    assert plan.errors.tolist() == [[FRACTION // 2, FRACTION]] * 2 + [[FRACTION // 2] * 2]
-    assert plan.scales.tolist() == [[1, 0], [1, 0], [0.5, 0.5]]
+    plan = expected_error(Policy(S=1, tau=0.012, min_active=1))
+    assert plan.neighbours.tolist() == [[2, 1], [2, 0], [1, 0]]
+    errors = torch.tensor([[0.64, 1], [0.36, 1], [0.18, 0.32]])
+    assert torch.equal(plan.errors, (errors * ERROR_FRACTION).round().int())
+    torch.testing.assert_close(plan.scales, torch.tensor([[1.2, 0], [1.6, 0], [0.4, 0.3]]))
     run_all(ids, weights, plan, None)
-    new_ids, new_weights = reroute(ids, weights, plan)  # the loss is 1/16 * 1/2 = 0.03125
-    assert new_ids.tolist() == [[0, 0], [1, 0]]
-    assert new_weights.tolist() == [[0.75, 0.125], [0.75, 0.25]]
-    strict = expected_error(Policy(S=1, tau=0.03, min_active=1))
+    new_ids, new_weights = reroute(ids, weights, plan)  # the loss is 1/16 * 0.18 = 0.01125
+    assert new_ids.tolist() == [[0, 1], [1, 0]]
+    torch.testing.assert_close(new_weights, torch.tensor([[0.75, 0.1], [0.75, 0.25]]))
+    strict = expected_error(Policy(S=1, tau=0.0111, min_active=1))
     assert torch.equal(reroute(ids, weights, strict)[0], ids)
-    equal = expected_error(Policy(S=1, tau=0.03125, min_active=1))
+    tau = plan.errors[2, 0].item() / ERROR_FRACTION / 16  # to the bit
+    equal = expected_error(Policy(S=1, tau=tau, min_active=1))
     assert torch.equal(reroute(ids, weights, equal)[0], new_ids)  # only what loses more is kept
-    kept = expected_error(Policy(S=1, tau=0.04, min_active=1, weights="keep"))
+    kept = expected_error(Policy(S=1, tau=0.012, min_active=1, weights="keep"))
     assert torch.equal(reroute(ids, weights, kept)[1], weights)
     plan.settings.copy_(kept.settings)  # the scales are there, but not asked for
     run_all(ids, weights, plan, None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +48,47 @@ def test_save_and_load_keep_every_field(tmp_path: Path, make_table: Callable[...
         for name in ("similarity", "gram", "load"):
             assert torch.equal(getattr(loaded.layers[index], name), getattr(layer, name))
         assert loaded.layers[index].tokens == layer.tokens
+
+
+def test_a_loss_counts_by_the_experts_own_energy_and_a_typical_ones() -> None:
+    """Eight experts, sixteen tokens, each expert chosen by two; from the definition."""
+    g = torch.Generator().manual_seed(0)
+    outputs = torch.randn(E, 16, 6, generator=g).double() * (
+        0.5 + torch.rand(E, 1, 1, generator=g).double()
+    )
+    chosen = [[u, u + E] for u in range(E)]
+
+    def substitution(loud: float) -> Any:
+        scaled = outputs * torch.tensor([loud] + [1.0] * (E - 1)).double()[:, None, None]
+        own = torch.stack([scaled[:, tokens] for tokens in chosen])  # [u, expert, token, H]
+        layer = LayerStatistics.without_text(torch.eye(E))
+        layer = dataclasses.replace(
+            layer,
+            tokens=16,
+            load=torch.full((E,), 1 / E),
+            directed=torch.einsum("uth,uvth->uv", own[range(E), range(E)], own) / 2,
+            directed_energy=own.square().sum((2, 3)) / 2,
+        )
+        return scaled, layer.substitution(scaled=True)
+
+    scaled, found = substitution(1.0)
+    energies = [scaled[u, chosen[u]].square().sum(1).mean().item() for u in range(E)]
+    typical = math.prod(energies) ** (1 / E)
+    for u, v in itertools.permutations(range(E), 2):
+        mine, theirs = scaled[u, chosen[u]], scaled[v, chosen[u]]
+        best = min(
+            ((mine - a * theirs).square().sum(1).mean().item(), a)
+            for a in torch.linspace(0, 3, 3001).tolist()
+        )
+        assert found.error[u, v].item() == pytest.approx(
+            best[0] / math.sqrt(energies[u] * typical), rel=1e-4
+        )
+        assert found.scale[u, v].item() == pytest.approx(best[1], abs=2e-3)
+    # A thousand times the output of one expert: it matters more, the others nearly as before.
+    _, louder = substitution(1000.0)
+    changed = louder.error / found.error
+    assert (changed[0, 1:] > 100).all() and (changed[1:, 1:] > 0.4)[~torch.eye(E - 1).bool()].all()
+    assert LayerStatistics.without_text(torch.eye(E)).substitution(scaled=True).error.max() == 0
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.2, 0.5, 0.999])

@@ -36,9 +36,9 @@ class Policy:
         others, in [0, 1): the threshold is that quantile of the experts' similarities to their
         nearest. Means the same in every layer, model and measure of similarity.
     tau: instead of rho, the loss that no single replacement may exceed, in [0, 2): the square of
-        the slot's share of its token's weights, times the share of the expert's output energy that
-        the stand-in does not reproduce (docs/method.md). Means the same in every layer and model;
-        experts that would lose more are loaded, the largest loss first.
+        the slot's share of its token's weights, times the energy of the expert's output that the
+        stand-in does not reproduce, in units that do not depend on the layer or model
+        (docs/method.md). Experts that would lose more are loaded, the largest loss first.
     min_active: S grows until the batch has this many primaries. None means K, so that a batch
         of one token is left exactly as it was.
     max_active: S shrinks (never below 1) until the batch has at most this many primaries.

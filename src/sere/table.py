@@ -29,6 +29,8 @@ FORMAT = 2
 FILE_NAME = "sere.table"
 # What reading a file that is no table, or no longer one, can end in.
 _UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError)
+# An expert of so little energy, as a share of the layer's largest, counts as this much.
+_SILENT = 1e-6
 _TENSORS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
 
 
@@ -74,12 +76,22 @@ class LayerStatistics:
         for an expert that no token chose, over all tokens."""
         seen = (self.directed_energy.diagonal() > 0)[:, None]
         energy = self.gram.diagonal()
+        own = torch.where(seen[:, 0], self.directed_energy.diagonal(), energy)
         return Substitution.of(
             torch.where(seen, self.directed, self.gram),
             torch.where(seen, self.directed_energy, energy[None, :]),
-            torch.where(seen[:, 0], self.directed_energy.diagonal(), energy),
+            own,
+            typical=_typical(own, self.load),
             scaled=scaled,
         )
+
+
+def _typical(energy: Tensor, load: Tensor) -> float:
+    """The geometric mean of the experts' energies, each as often as it is chosen: a few experts of
+    enormous output do not shift it. Both [E]."""
+    energy = energy.double()
+    audible = energy.clamp(min=max(energy.max().item() * _SILENT, torch.finfo(energy.dtype).tiny))
+    return (load.double() * audible.log()).sum().exp().item()
 
 
 @dataclass(frozen=True)

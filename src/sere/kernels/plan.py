@@ -19,8 +19,12 @@ OFF = 2**31 - 1
 NO_TOLERANCE = -1
 
 FRACTION = 2**15
-"""Shares and errors are whole numbers of 1 / FRACTION; losses and tau of 1 / FRACTION^2."""
-LARGEST_ERROR = 2 * FRACTION - 1  # keeps a loss within 31 bits; it is an error of nearly 200 %
+"""Shares are whole numbers of 1 / FRACTION."""
+ERROR_FRACTION = 2**13
+"""Errors are whole numbers of 1 / ERROR_FRACTION."""
+LARGEST_ERROR = 8 * ERROR_FRACTION - 1  # keeps a loss within 31 bits, whatever the share
+LOSS_FRACTION = FRACTION * ERROR_FRACTION
+"""Losses (share * share * error / FRACTION) and tau are whole numbers of 1 / LOSS_FRACTION."""
 
 
 SETTINGS_OFF = torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.int32, device="cpu")
@@ -29,7 +33,7 @@ SETTINGS_OFF = torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.i
 
 def settings_of(policy: Policy, K: int) -> Tensor:
     """`Plan.settings` under a layer's policy, on the CPU; K: experts per token of the model."""
-    tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * FRACTION**2)
+    tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * LOSS_FRACTION)
     ceiling = policy.max_active or NO_CEILING
     settings = [policy.S, policy.min_active or K, ceiling, tau, int(policy.scales)]
     return torch.tensor(settings, dtype=torch.int32, device="cpu")
@@ -42,12 +46,12 @@ class Plan:
     neighbours: [E, E-1] int32. Row u lists the other experts, best stand-in first (ties: one on
         u's own rank, see `Placement`, then the lowest id), without those below rho; -1 fills the
         rest.
-    errors: [E, E-1] int32, beside `neighbours`: the share of u's output energy that is lost when
-        this neighbour stands in, in units of 1 / FRACTION.
+    errors: [E, E-1] int32, beside `neighbours`: what is lost when this neighbour stands in, see
+        `Substitution`, in units of 1 / ERROR_FRACTION.
     scales: [E, E-1] float32, beside `neighbours`: what to multiply a weight with when u's slot goes
         to this neighbour.
-    settings: [5] int32: S, min_active, max_active, tau in units of 1 / FRACTION^2 (or
-        NO_TOLERANCE), and whether weights are scaled.
+    settings: [5] int32: S, min_active, max_active, tau in units of 1 / LOSS_FRACTION
+        (or NO_TOLERANCE), and whether weights are scaled.
     """
 
     neighbours: Tensor
@@ -94,11 +98,11 @@ class Plan:
             excluded = merit < _threshold(merit, policy)
         order = _order(merit, excluded, placement)[:, : E - 1]
         neighbours = order.masked_fill(excluded.gather(1, order), -1)
-        errors = (substitution.error.gather(1, order) * FRACTION).round().clamp(0, LARGEST_ERROR)
+        errors = (substitution.error.gather(1, order) * ERROR_FRACTION).round()
         scales = substitution.scale.gather(1, order)
         return cls(
             neighbours.to(torch.int32).contiguous(),
-            errors.to(torch.int32).contiguous(),
+            errors.clamp(0, LARGEST_ERROR).to(torch.int32).contiguous(),
             scales.float().contiguous(),
             settings_of(policy, K).to(similarity.device),
         )
@@ -142,7 +146,9 @@ class Placement:
 class Substitution:
     """What happens when expert v answers for u, [E, E] each, row u.
 
-    error: the share of u's output energy that is lost, 0 for a perfect stand-in.
+    error: the energy that is lost, in units of the geometric mean of u's own energy and a typical
+        expert's; 0 for a perfect stand-in. For a typical expert it is the share of its energy, 1
+        for one that is dropped; experts that say more or less lose more or less, by the root of it.
     scale: what v's output is to be multiplied with.
     """
 
@@ -150,17 +156,20 @@ class Substitution:
     scale: Tensor
 
     @classmethod
-    def of(cls, cross: Tensor, energy: Tensor, own: Tensor, *, scaled: bool) -> Substitution:
+    def of(
+        cls, cross: Tensor, energy: Tensor, own: Tensor, *, typical: float, scaled: bool
+    ) -> Substitution:
         """From second moments [E, E] over the tokens that count for u.
 
         cross: mean of <E_u(x), E_v(x)>. energy: mean of |E_v(x)|^2. own: [E], mean of |E_u(x)|^2.
+        typical: the energy of a typical expert of the layer.
         scaled: with the least-squares scale <E_u, E_v> / |E_v|^2, but never a negative one.
         """
         cross, energy, own = cross.double(), energy.double(), own.double()[:, None]
         tiny = torch.finfo(torch.float64).tiny
         scale = (cross / energy.clamp(min=tiny)).clamp(min=0) if scaled else torch.ones_like(cross)
         lost = own - 2 * scale * cross + scale**2 * energy
-        return cls((lost / own.clamp(min=tiny)).clamp(min=0), scale)
+        return cls((lost / (own * typical).clamp(min=tiny).sqrt()).clamp(min=0), scale)
 
 
 def _order(merit: Tensor, excluded: Tensor, placement: Placement | None) -> Tensor:

@@ -37,7 +37,7 @@ Rules 1 to 3 and the shares are a batch's `vote`: one number per expert, and the
 of several batches' votes is the vote of all their rows together. Data-parallel ranks that share
 theirs before they go on have the same primaries; each re-routes its own rows.
 
-Shares, errors and losses are whole numbers (see `FRACTION`): sums and comparisons then come out the
+Shares, errors and losses are whole numbers (see `plan.py`): sums and comparisons then come out the
 same in any order of the rows, on any machine. Where all scales are 1 the weights do not change by a
 bit. Two slots of a row may end up naming one expert: the mixture then adds both weights, which is
 exact.
@@ -246,7 +246,7 @@ def _kept(shares: Tensor, elected: Tensor, max_active: Tensor, tau: Tensor, plan
     if E == 1:
         return torch.zeros_like(elected)
     error = plan.errors.long().gather(1, place[:, None]).squeeze(1)
-    loss = (shares * shares * error) // FRACTION  # FRACTION^2 stands for 1
+    loss = (shares * shares * error) // FRACTION  # LOSS_FRACTION stands for 1
     candidate = ~elected & (target != torch.arange(E, device=target.device)) & (loss > tau)
     loss = loss.masked_fill(~candidate, -1)
     earlier = torch.ones(E, E, dtype=torch.bool, device=target.device).triu(1)
