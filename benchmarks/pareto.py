@@ -14,8 +14,12 @@ import itertools
 import math
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sere import demo_model, report
 from sere.arms import Arm, arm_of
@@ -23,10 +27,12 @@ from sere.calibrate import calibrate
 from sere.evaluate import load, load_passages
 from sere.files import check_writable, replaced
 from sere.journal import Journal
+from sere.moe import MoELayer
 from sere.quality import Judge, figures
 from sere.table import Table
 
 BATCHES = (8, 32)
+FIRST_SEED = 300  # of those that no decision was made by
 # Two-sided 95 % points of Student's t for few seeds.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -45,6 +51,9 @@ FAMILIES: dict[str, list[Settings]] = {
     OURS: [{**ONE, "tau": t} for t in TAUS],
     "expected error, keep weights": [{**ONE, "tau": t, "weights": "keep"} for t in (0.1, 0.02)],
     "expected error, fill similar": [{**ONE, "tau": t, "fill": "similar"} for t in (0.1, 0.02)],
+    "expected error, renormalised": [
+        {**ONE, "tau": t, "renormalise": True} for t in (1.9, 0.1, 0.05, 0.025)
+    ],
     "expected error, ceiling": [{**ONE, "tau": 0, "max_active": m} for m in (6, 8, 10)],
     "OEA": [{"rival": "oea", "k0": k} for k in (1, 2, 3)],
     "XShare": [{"rival": "xshare", "budget": m} for m in (6, 8, 10, 12, 14)],
@@ -56,8 +65,9 @@ FAMILIES: dict[str, list[Settings]] = {
 FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
 
 
-def one_seed(model: Any, layers: Any, seed: int, prompts: int, journal: Path) -> dict[str, Any]:
+def one_seed(seed: int, prompts: int, journal: Path) -> dict[str, Any]:
     """Figures by arm and batch size."""
+    model, layers = load(str(demo_model.PATH))
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: f"{folder}/{name}" for name in ("frobenius", "random", "weights")}
         for name, path in paths.items():
@@ -65,10 +75,7 @@ def one_seed(model: Any, layers: Any, seed: int, prompts: int, journal: Path) ->
         table = Table.load(paths["frobenius"])
         arms = [Arm("stock", None, table)]
         for settings in (s for family in FAMILIES.values() for s in family):
-            own = {**settings, "name": str(settings)}
-            if "table" in own:
-                own["table"] = paths[own["table"]]
-            arms.append(arm_of(own, table))
+            arms.append(_arm({**settings, "name": str(settings)}, paths, table))
     passages = load_passages(
         demo_model.NAME, str(demo_model.PATH), None, samples=prompts, prompt=1, length=1, seed=seed
     )
@@ -79,6 +86,24 @@ def one_seed(model: Any, layers: Any, seed: int, prompts: int, journal: Path) ->
         arm.name: {str(b): {f: figures(sums[arm.name][b])[f][0] for f in FIGURES} for b in BATCHES}
         for arm in arms
     }
+
+
+class Renormalised(Arm):
+    """A policy after which every row's weights are brought back to their sum: never served."""
+
+    def route(
+        self, layer: MoELayer, ids: Tensor, weights: Tensor, logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        new, scaled = super().route(layer, ids, weights.clone(), logits)
+        return new, scaled * (weights.sum(1, keepdim=True) / scaled.sum(1, keepdim=True))
+
+
+def _arm(settings: Settings, paths: dict[str, str], table: Table) -> Arm:
+    if "table" in settings:
+        settings["table"] = paths[settings["table"]]
+    renormalise = settings.pop("renormalise", False)
+    arm = arm_of(settings, table)
+    return Renormalised(arm.name, arm.rule, arm.table) if renormalise else arm
 
 
 def over_seeds(values: list[float]) -> tuple[float, float]:
@@ -209,7 +234,11 @@ def _brief(arm: dict[str, Any]) -> str:
     if arm["family"] == "stock":
         return "stock"
     settings = ast.literal_eval(arm["name"])
-    own = {k: v for k, v in settings.items() if k not in ("rival", "table", "min_active")}
+    own = {
+        k: v
+        for k, v in settings.items()
+        if k not in ("rival", "table", "min_active", "renormalise")
+    }
     if "tau" in own:
         own.pop("S")
     return " ".join([f"{arm['family']}:", *(f"{k}={v}" for k, v in own.items())])
@@ -220,7 +249,7 @@ def plot(arms: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(BATCHES)), map(str, BATCHES), strict=True):
-        for name, marker in zip(FAMILIES, "ov^sDPXphd*<>8.+", strict=True):
+        for name, marker in zip(FAMILIES, "ov^sDPXphd*<>8.+x", strict=True):
             points = sorted(
                 (arm["batches"][batch]["active"][0], arm["batches"][batch]["kl"][0])
                 for arm in arms
@@ -245,17 +274,23 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="pareto.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=1024, help="of each seed")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; a core is enough")
     arguments = parser.parse_args()
     check_writable(arguments.output)
-    model, layers = load(str(demo_model.PATH))
-    with Journal(f"{arguments.output}.unfinished", {"prompts": arguments.prompts}) as done:
-        seeds = []
-        for seed in range(100, 100 + arguments.seeds):
-            if (found := done.get(str(seed))) is None:
-                journal = Path(f"{arguments.output}.{seed}.unfinished")
-                found = one_seed(model, layers, seed, arguments.prompts, journal)
-                done.add(str(seed), found)
-            seeds.append(found)
+    numbers = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
+    key = {"prompts": arguments.prompts, "families": FAMILIES}
+    pool = ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"))
+    with Journal(f"{arguments.output}.unfinished", key) as done, pool:
+        running = {
+            pool.submit(
+                one_seed, seed, arguments.prompts, Path(f"{arguments.output}.{seed}.unfinished")
+            ): seed
+            for seed in numbers
+            if done.get(str(seed)) is None
+        }
+        for finished in as_completed(running):
+            done.add(str(running[finished]), finished.result())
+        seeds = [done.get(str(seed)) for seed in numbers]
     arms = summary(seeds)
     provenance = report.provenance()
     result = {"provenance": provenance, "arms": arms, "seeds": seeds}
