@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sere.decoding import scores_of
+from sere.decoding import RouterOutput
 from sere.kernels import Plan, reroute
 from sere.moe import MoELayer
 from sere.policy import Policy, settings_from_json
@@ -34,16 +34,21 @@ class Arm:
         return isinstance(self.rule, Rival)
 
     def route(
-        self, layer: MoELayer, ids: Tensor, weights: Tensor, logits: Tensor | None
+        self, layer: MoELayer, ids: Tensor, weights: Tensor, said: RouterOutput | None
     ) -> tuple[Tensor, Tensor]:
-        """Ids and weights [T, K] of one decode step, all rows of which are decoded."""
+        """Ids and weights [T, K] of one decode step, all rows of which are decoded.
+
+        said: of those rows, what the router says of all experts, if the rule `needs_logits`.
+        """
         if self.rule is None:
             return ids, weights
         if isinstance(self.rule, Policy):
             return reroute(ids, weights, self._plan(self.rule, layer, ids))
-        assert logits is not None
+        assert said is not None
         load = self.table.layers[layer.index].load.to(ids.device)
-        return self.rule.route(Routed(ids, weights, logits, scores_of(logits, ids, weights), load))
+        scores = said.scores(ids, weights)
+        ranks = said.ranks(scores, ids, weights)
+        return self.rule.route(Routed(ids, weights, said.logits, scores, ranks, load))
 
     def _plan(self, policy: Policy, layer: MoELayer, ids: Tensor) -> Plan:
         bucket = policy.bucket(len(ids))
@@ -68,8 +73,7 @@ def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
     own = table if path is None else Table.load(path)
     own.check_against(table.fingerprint)
     rule = Rival.from_dict(rest) if "rival" in rest else Policy.from_dict(rest)
-    if isinstance(rule, Policy):
-        rule.check_against(own.fingerprint.K, own.fingerprint.E)
+    rule.check_against(own.fingerprint.K, own.fingerprint.E)
     return Arm(name or _name(rule, path), rule, own)
 
 
