@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.decoding import Passage, Reading, Step, decoded, router_logits, scores_of
+from sere.decoding import Passage, Reading, RouterOutput, Step, decoded, router_logits
 from sere.kernels import reroute
 from sere.loading import load_model
 from sere.moe import LayerChange, MoELayer, moe_layers, routed
@@ -125,14 +125,16 @@ def test_the_router_is_found_and_read(model_dir: Path) -> None:
         return step.ids, step.weights
 
     reading = Reading(PASSAGES[3:4], 1)
-    with router_logits(model, layers) as logits, decoded(layers, reading, keep):
+    with router_logits(model, layers) as said, decoded(layers, reading, keep):
         reading.logits(model)
         for layer in layers:
             ids, weights = seen[layer.index]
-            own = logits[layer.index][reading.rows]
-            assert torch.equal(own.topk(2).indices.sort().values, ids.sort().values)
-            scores = scores_of(own, ids, weights)
-            assert torch.allclose(scores.sum(1), torch.ones(len(own)))
+            own = said[layer.index][reading.rows]
+            assert torch.equal(own.logits.topk(2).indices.sort().values, ids.sort().values)
+            scores = own.scores(ids, weights)
+            assert torch.allclose(scores.sum(1), torch.ones(len(ids)))
+            places = own.ranks(scores, ids, weights).gather(1, ids)
+            assert (places.sort().values == torch.arange(2)).all()
 
 
 def test_sigmoid_routers_are_told_from_softmax() -> None:
@@ -141,4 +143,5 @@ def test_sigmoid_routers_are_told_from_softmax() -> None:
         ids = scores.topk(3).indices
         picked = scores.gather(1, ids)
         for weights in (picked, picked / picked.sum(1, keepdim=True) * 2.5):
-            assert torch.equal(scores_of(logits, ids, weights), scores)
+            said = RouterOutput("layer", logits, torch.zeros(8))
+            assert torch.equal(said.scores(ids, weights), scores)
