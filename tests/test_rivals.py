@@ -226,6 +226,18 @@ def test_a_row_keeps_its_sum_of_weights_unless_told_to_keep_weights() -> None:
     ]
 
 
+def test_an_expert_whose_score_is_below_float32_still_answers() -> None:
+    """A softmax rounds it to 0, and a token may be left with no other."""
+    logits = torch.tensor([[0.0, -1.0, -200.0]])
+    ids = torch.tensor([[0, 1]])
+    weights = logits.softmax(-1).gather(1, ids)
+    router = RouterOutput("layer", logits, torch.zeros(3))
+    scores = router.scores(ids, weights)
+    ranks = router.ranks(scores, ids, weights)
+    b = Routed(ids, weights, logits, scores, ranks, load=torch.tensor([0.0, 0.0, 1.0]))
+    assert shares(*Rival("frequency", {"budget": 1}).route(b)) == [{2: pytest.approx(1)}]
+
+
 # --- routers of real models ---------------------------------------------------------------------
 
 
@@ -435,6 +447,11 @@ def test_what_nobody_would_read_is_refused(settings: dict[str, Any], complaint: 
 def test_more_than_the_model_has_is_refused(table: Table, rule: str, complaint: str) -> None:
     with pytest.raises(PolicyError, match=complaint):
         parse_arm(rule, table)
+
+
+def test_more_than_the_router_gives_is_refused_without_a_table() -> None:
+    with pytest.raises(PolicyError, match="k=4: expected at most the model's K=3"):
+        Rival("top_k", {"k": 4}).route(batch("softmax"))
 
 
 def test_a_table_without_text_names_no_popular_experts() -> None:
