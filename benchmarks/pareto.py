@@ -59,7 +59,9 @@ FAMILIES: dict[str, list[Settings]] = {
     "XShare": [{"rival": "xshare", "budget": m} for m in (6, 8, 10, 12, 14)],
     "Lynx": [{"rival": "lynx", "alpha": a, "beta": b} for a, b in ((4, 1), (2, 1), (3, 2), (1, 1))],
     "top-k": [{"rival": "top_k", "k": k} for k in (1, 2, 3)],
+    "top-k, keep weights": [{"rival": "top_k", "k": k, "weights": "keep"} for k in (1, 2)],
     "skip": [{"rival": "skip", "beta": b} for b in (0.8, 0.5, 0.3, 0.15)],
+    "skip, keep weights": [{"rival": "skip", "beta": b, "weights": "keep"} for b in (0.5, 0.3)],
     "frequency": [{"rival": "frequency", "budget": m} for m in (16, 24)],
 }
 FIGURES = ("active", "kl", "top1", "perplexity", "exact_match")
@@ -249,7 +251,7 @@ def plot(arms: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(BATCHES)), map(str, BATCHES), strict=True):
-        for name, marker in zip(FAMILIES, "ov^sDPXphd*<>8.+x", strict=True):
+        for name, marker in zip(FAMILIES, "ov^sDPXphd*<>8.+x12", strict=True):
             points = sorted(
                 (arm["batches"][batch]["active"][0], arm["batches"][batch]["kl"][0])
                 for arm in arms
