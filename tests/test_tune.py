@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from sere import report
+from sere.arms import Arm
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.cost import Cost, Step, fitted, from_bench, roofline
+from sere.decoding import Passage, Reading, decoded
 from sere.journal import Journal, JournalError
 from sere.loading import load_model
 from sere.moe import moe_layers
 from sere.policy import STOCK, Policy
-from sere.quality import Sums
+from sere.quality import Judge, Sums
 from sere.search import TAUS, Budget, BudgetError, Point, Tuner, _exchange, composed
 from sere.serving.settings import Settings
 from sere.table import Table
@@ -135,6 +137,40 @@ def test_a_loss_counts_with_its_error() -> None:
         Budget("exact_match", 0.01).check_passages(128)
     Budget("exact_match", 0.01).check_passages(300)
     Budget("kl", 0.01).check_passages(1)
+
+
+def written(model: Any, layers: Any, prompt: list[int], arm: Arm) -> list[int]:
+    """The prompt and what an arm answers alone, greedily, a token a pass."""
+    tokens = list(prompt)
+    for _ in range(3):
+        reading = Reading([Passage([*tokens, 0], len(prompt))], 1)
+        with decoded(layers, reading, lambda layer, s: arm.route(layer, s.ids, s.weights, None)):
+            tokens.append(int(reading.logits(model)[0, len(tokens) - 1].argmax()))
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def answered(tune: Any, model_dir: Path) -> Any:
+    """A judge of twenty answers, ten of them stock's own and ten a policy's; stock and policy."""
+    model = load_model(str(model_dir))
+    layers, table = moe_layers(model), Table.load(tune.folder / "t")
+    arms = Arm("stock", None, table), Arm("arm", Policy(S=1, rho_quantile=0.5, min_active=1), table)
+    prompts = [[5 + i, 40 + i, 60 + i] for i in range(10)]
+    answers = [written(model, layers, prompt, arm) for arm in arms for prompt in prompts]
+    passages = [Passage(tokens, 3) for tokens in answers]
+    journal = Journal(tune.folder / "answered", {})
+    return Judge(model, layers, passages, journal, False, "check"), arms
+
+
+def test_an_answer_that_is_newly_right_does_not_make_up_for_a_lost_one(answered: Any) -> None:
+    judge, arms = answered
+    sums = {name: found[1] for name, found in judge.measure(arms, [1]).items()}
+    own, others = judge.passages[:10], judge.passages[10:]
+    differ = sum(mine != theirs for mine, theirs in zip(own, others, strict=True))
+    assert 0 < differ < 10
+    assert [sum(s.exact for s in sums[name]) for name in ("stock", "arm")] == 2 * [20 - differ]
+    assert sum(s.lost_answers for s in sums["arm"]) == differ
+    assert not any(s.lost_answers for s in sums["stock"])
 
 
 def test_batch_sizes_share_one_policy_that_keeps_the_budget(tune: Any) -> None:

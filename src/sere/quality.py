@@ -35,8 +35,9 @@ class Sums:
     """What one batch under one arm adds up to.
 
     tokens: those whose logits a decode step made; nll, kl, top1 are sums over them, kl in nats from
-    stock to the arm. exact: continuations whose every token was the most likely one. steps: decode
-    steps; rows: their rows. prompt_difference: largest difference of a prompt's logits from stock.
+    stock to the arm. exact: continuations whose every token was the most likely one. lost_answers:
+    continuations that were so under stock and are not under the arm. steps: decode steps; rows:
+    their rows. prompt_difference: largest difference of a prompt's logits from stock.
     By layer index: active experts summed over steps, before and after; energy of the difference
     that the arm makes to the layer's output, and of the output itself.
     """
@@ -47,6 +48,7 @@ class Sums:
     top1: float = 0.0
     passages: int = 0
     exact: int = 0
+    lost_answers: int = 0
     steps: int = 0
     rows: int = 0
     prompt_difference: float = 0.0
@@ -181,13 +183,15 @@ def _add_passage(own: Sums, passage: Passage, logits: Tensor, stock: Tensor) -> 
     made = slice(passage.start - 1, len(passage.tokens) - 1)  # the first of these by prefill
     wanted = torch.tensor(passage.continuation, device=logits.device)
     mine, theirs = logits[made].log_softmax(-1), stock[made].log_softmax(-1)
-    likeliest = mine.argmax(-1)
+    likeliest, stocks = mine.argmax(-1), theirs.argmax(-1)
+    right = torch.equal(likeliest, wanted)
     own.passages += 1
-    own.exact += int(torch.equal(likeliest, wanted))
+    own.exact += int(right)
+    own.lost_answers += int(torch.equal(stocks, wanted) and not right)
     own.tokens += len(wanted) - 1
     own.nll -= mine[1:].gather(1, wanted[1:, None]).sum().item()
     own.kl += (theirs[1:].exp() * (theirs[1:] - mine[1:])).sum().item()
-    own.top1 += (likeliest == theirs.argmax(-1))[1:].sum().item()
+    own.top1 += (likeliest == stocks)[1:].sum().item()
 
 
 # --- figures ------------------------------------------------------------------------------------
