@@ -21,7 +21,7 @@ from sere.arms import Arm, parse_arm
 from sere.corpus import Corpus, read_pairs, read_texts
 from sere.decoding import Passage
 from sere.files import check_writable, replaced
-from sere.journal import Journal
+from sere.journal import Journal, contents
 from sere.loading import load_model, load_tokenizer
 from sere.moe import MoELayer, moe_layers
 from sere.policy import Policy
@@ -63,6 +63,7 @@ def run(
         "batches": list(batches),
         "passages": passages_hash(passages),
         "layer_error": layer_error,
+        **contents(folder, [arm.table for arm in arms]),
     }
     with Journal(f"{output}.unfinished", settings) as journal:
         judge = Judge(model, layers, passages, journal, layer_error)

@@ -5,10 +5,18 @@ A file of JSON lines beside the result-to-be: first what the work depends on, th
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch
+
+from sere.checkpoint import weight_hashes
+from sere.table import Table
 
 
 class JournalError(ValueError):
@@ -24,13 +32,14 @@ class Journal:
         Raises `JournalError` if the file holds pieces of other settings.
         """
         self.path = Path(path)
+        self._resumes = True
         self._pieces: dict[str, Any] = {}
         head = json.loads(json.dumps(settings))
         lines = self._lines()
         if lines and lines[0] != head:
             raise JournalError(
-                f"{self.path}: unfinished work with other settings; remove it, or repeat the "
-                "command that it was left by"
+                f"{self.path}: unfinished work with other settings ({_differing(lines[0], head)}); "
+                "remove it, or repeat the command that it was left by"
             )
         self._pieces = dict(lines[1:])
         self._file = self.path.open("a")
@@ -67,6 +76,10 @@ class Journal:
         self._pieces[piece] = result
         self._write([piece, result])
 
+    def forget(self) -> None:
+        """Keep nothing, however the work ends: it would end so again."""
+        self._resumes = False
+
     def __enter__(self) -> Journal:
         return self
 
@@ -77,5 +90,32 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if kind is None:
+        if kind is None or not self._resumes:
             self.path.unlink()
+
+
+def _differing(mine: Any, other: dict[str, Any]) -> str:
+    known = mine if isinstance(mine, dict) else {}
+    return ", ".join(key for key in {**known, **other} if known.get(key) != other.get(key))
+
+
+def contents(folder: str | Path, tables: Iterable[Table]) -> dict[str, Any]:
+    """What is measured depends on, beside its flags: a checkpoint's weights and tables, as hashes
+    for a journal to know them by. Where weights have none, it is None."""
+    tables = list(tables)
+    known = tables[0].fingerprint
+    return {
+        "weights": list(weight_hashes(folder, known.layers, known.E)),
+        "tables": [table_hash(table) for table in tables],
+    }
+
+
+def table_hash(table: Table) -> str:
+    """SHA-256 of all that re-routing reads in a table; not of the policy that it carries."""
+    about = {"fingerprint": asdict(table.fingerprint), "method": table.method}
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for layer in table.layers.values():
+        for value in vars(layer).values():
+            is_tensor = isinstance(value, torch.Tensor)
+            digest.update(value.numpy().tobytes() if is_tensor else repr(value).encode())
+    return digest.hexdigest()
