@@ -1,6 +1,8 @@
 """The search for the fastest policy within a budget of quality.
 
-A budget counts as kept if the upper end of the loss's one-sided 95 % interval is within it.
+A budget counts as kept if the upper end of the loss's one-sided 95 % interval is within it:
+Student's over batches, as rows of one batch share their experts; for lost answers, which are rare,
+at least Poisson's over answers.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from typing import Any
 from sere.arms import Arm
 from sere.cost import Cost
 from sere.policy import BATCH_KEYS, Policy
-from sere.quality import Judge, Sums, answers_lost, figures, mean
+from sere.quality import Judge, Sums, figures, mean
 from sere.table import Table
 
 TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.46
+QUANTILES = (0.75, 0.5, 0.25)  # of the paper's threshold
 _PER_LAYER = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the tau of all
-SURE = 1.645  # one-sided 95 %
-RULE_OF_THREE = 3.0  # ... of a share of which nothing was seen in n: 3 / n
+_GROUPS = 12  # of neighbouring layers, at most: each costs as many settings as there are above
+# One-sided 95 % of Student's t with 1 to 5 degrees of freedom, and of the normal distribution.
+_FEW, _NORMAL = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150), 1.6448536
 BUDGETS = {
     "kl": "nats per token from stock, on average",
     "top1": "share of tokens whose most likely next token changes",
@@ -29,6 +33,31 @@ BUDGETS = {
 
 class BudgetError(ValueError):
     """A budget that cannot be read or met."""
+
+
+def student(freedom: int) -> float:
+    """Upper 5 % point of Student's t (Abramowitz and Stegun, table 26.10 and formula 26.7.5)."""
+    if freedom <= len(_FEW):
+        return _FEW[freedom - 1]
+    z, n = _NORMAL, 4 * freedom
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 6
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 6
+    return z + (z**3 + z) / n + second / n**2 + third / n**3
+
+
+def most(seen: int) -> float:
+    """How many events may have been to be expected where so many were seen: the upper end of
+    Poisson's one-sided 95 % interval; 3 for none (the rule of three)."""
+
+    def so_few(expected: float) -> float:
+        logs = (i * math.log(expected) - expected - math.lgamma(i + 1) for i in range(seen + 1))
+        return sum(map(math.exp, logs))
+
+    low, high = float(seen), seen + 3 + 3 * math.sqrt(seen)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if so_few(middle) > 0.05 else (low, middle)
+    return high
 
 
 @dataclass(frozen=True)
@@ -52,24 +81,52 @@ class Budget:
         return cls(name, limit)
 
     def loss(self, found: Sequence[Sums], stock: Sequence[Sums]) -> tuple[float, float]:
-        """(loss, upper end of its interval) of an arm."""
+        """(loss, upper end of its interval) of an arm; answers are lost by those that stock gets
+        right, and none that is newly right makes up for one."""
         if self.name == "kl":
-            loss, error = mean([(part.kl, part.tokens) for part in found])
+            parts = [(part.kl, part.tokens) for part in found]
         elif self.name == "top1":
-            loss, error = mean([(part.tokens - part.top1, part.tokens) for part in found])
+            parts = [(float(part.tokens - part.top1), part.tokens) for part in found]
         else:
-            loss, error = answers_lost(found, stock)
-            least = RULE_OF_THREE / max(sum(part.passages for part in found), 1)
-            return loss, max(loss + SURE * (0.0 if math.isnan(error) else error), least)
-        return loss, loss + SURE * (0.0 if math.isnan(error) else error)
+            pairs = zip(found, stock, strict=True)
+            parts = [(float(mine.lost_answers), theirs.exact) for mine, theirs in pairs]
+        loss, error = mean(parts)
+        return loss, self.upper(loss, error, len(parts), round(sum(n for _, n in parts)))
+
+    def upper(self, loss: float, error: float, batches: int, of: int) -> float:
+        """Upper end of a loss's interval, which is infinite for a single batch.
+
+        error: its standard error over batches. of: how many tokens, or answers that stock gets
+        right, it is a share of.
+        """
+        if batches < 2 or not of:
+            return math.inf
+        upper = loss + student(batches - 1) * error
+        return max(upper, most(round(loss * of)) / of) if self.name == "exact_match" else upper
+
+    @property
+    def answers(self) -> int:
+        """How many right answers can keep the budget, if none is lost."""
+        return math.ceil(most(0) / self.limit) if self.name == "exact_match" else 0
 
     def check_passages(self, passages: int) -> None:
         """Raise `BudgetError` if so few could not keep it even with nothing lost."""
-        if self.name == "exact_match" and RULE_OF_THREE / passages > self.limit:
+        if passages < self.answers:
             raise BudgetError(
                 f"{passages} passages cannot show that less than {self.limit:g} of the answers are "
-                f"lost, even if none is: at least {math.ceil(RULE_OF_THREE / self.limit)} are "
-                "needed for the search, and as many for the check; raise --samples or the budget"
+                f"lost, even if none is: at least {self.answers} are needed for the search, and as "
+                "many for the check; raise --samples or the budget"
+            )
+
+    def check_answers(self, right: int, passages: int) -> None:
+        """Raise `BudgetError` if stock gets so few right that nothing could be lost or shown."""
+        if right < self.answers:
+            raise BudgetError(
+                f"{self.name}={self.limit:g}: stock routing gets {right} of {passages} passages "
+                f"right to the last token, and at least {self.answers} right ones are needed to "
+                "see what is lost. Exact match needs prompts with answers that the model gets "
+                'right, lines of {"prompt", "answer"}; raise --samples if it gets most of yours '
+                "right, else give a budget of kl or top1, which any text will do for"
             )
 
 
@@ -90,24 +147,34 @@ class Point:
 
 @dataclass
 class Tuner:
-    """Looks policies up; `search` and `held_out` never share a passage."""
+    """Looks policies up; `search` and `check` never share a passage."""
 
     table: Table
     judge: Judge
     budget: Budget
     cost: Cost
+    title: str = "search"
+    _tried: int = 0
+
+    def check_answers(self, batch: int) -> None:
+        """Raise `BudgetError` where the passages are none to lose answers of."""
+        stock = self._measured([Arm("stock", None, self.table)], batch)["stock"]
+        self.budget.check_answers(sum(s.exact for s in stock), sum(s.passages for s in stock))
 
     def points(self, policies: Sequence[Policy | None], batch: int) -> list[Point]:
         """Measured, in order; stock is measured along with them."""
         arms = [Arm(p.to_json() if p else "stock", p, self.table) for p in (None, *policies)]
-        unique = list({arm.name: arm for arm in arms}.values())
-        sums = self.judge.measure(unique, [batch])
-        stock = sums["stock"][batch]
-        names = [p.to_json() if p else "stock" for p in policies]
+        sums = self._measured(list({arm.name: arm for arm in arms}.values()), batch)
         return [
-            self._point(p, batch, sums[name][batch], stock)
-            for p, name in zip(policies, names, strict=True)
+            self._point(p, batch, sums[arm.name], sums["stock"])
+            for p, arm in zip(policies, arms[1:], strict=True)
         ]
+
+    def _measured(self, arms: list[Arm], batch: int) -> dict[str, list[Sums]]:
+        first, self._tried = self._tried + 1, self._tried + max(len(arms) - 1, 1)
+        which = f"settings {first} to {self._tried}" if len(arms) > 2 else f"setting {first}"
+        self.judge.title = f"{self.title}, batch {batch}, {which}"
+        return {name: found[batch] for name, found in self.judge.measure(arms, [batch]).items()}
 
     def _point(
         self, policy: Policy | None, batch: int, sums: list[Sums], stock: list[Sums]
@@ -118,18 +185,29 @@ class Tuner:
         seconds = self.cost.seconds(active, batch, layers, routed=routed)
         return Point(policy, batch, active, loss, upper, seconds)
 
-    def largest_tau(self, base: Policy, batch: int) -> tuple[Point | None, list[Point]]:
-        """The largest tau of `TAUS` within the budget, by bisection, and all that was measured."""
-        low, high, best, seen = 0, len(TAUS) - 1, None, []
+    def boldest(self, policies: Sequence[Policy], batch: int) -> tuple[Point | None, list[Point]]:
+        """Of policies, each bolder than the one before, the last within the budget, by bisection;
+        and all that was measured."""
+        low, high, best, seen = 0, len(policies) - 1, None, []
         while low <= high:
             middle = (low + high) // 2
-            (point,) = self.points([replace(base, tau=TAUS[middle])], batch)
+            (point,) = self.points([policies[middle]], batch)
             seen.append(point)
             if point.within(self.budget):
                 best, low = point, middle + 1
             else:
                 high = middle - 1
         return best, seen
+
+    def by_similarity(self, base: Policy, batch: int) -> list[Point]:
+        """The paper's rule: every S, and with a threshold where S alone loses too much."""
+        alone = self.points([replace(base, S=S) for S in range(1, self.table.fingerprint.K)], batch)
+        with_rho = [
+            [replace(point.policy, rho_quantile=quantile) for quantile in QUANTILES]
+            for point in alone
+            if point.policy and not point.within(self.budget)
+        ]
+        return [*alone, *(p for policies in with_rho for p in self.boldest(policies, batch)[1])]
 
     def together(
         self, base: Policy, own: dict[int, Policy | None]
@@ -169,24 +247,26 @@ class Tuner:
     def per_layer(self, found: Point) -> tuple[Point | None, list[Point]]:
         """A tau for each layer, faster than one for all within the same budget, if there is one.
 
-        Each layer is measured alone at some taus; the largest sum of savings for a sum of losses is
-        then a choice per layer at one exchange rate, which is lowered until the whole keeps the
-        budget when measured together.
+        Each layer (of many: each group of neighbours) is measured alone at some taus; the largest
+        sum of savings for a sum of losses is then a choice per group at one exchange rate, which is
+        lowered until the whole keeps the budget when measured together.
         """
         assert found.policy is not None and found.policy.tau is not None
         K, base = self.table.fingerprint.K, found.policy
-        taus = [min(base.tau * factor, 1.9) for factor in _PER_LAYER]  # type: ignore[operator]
+        taus = [round(min(base.tau * factor, 1.9), 6) for factor in _PER_LAYER]  # type: ignore[operator]
         layers = list(self.table.layers)
+        groups = neighbours(layers, _GROUPS)
 
-        def alone(layer: int, tau: float) -> Policy:
-            others = {i: {"S": K, "rho": 0.0} for i in layers if i != layer}
+        def alone(group: list[int], tau: float) -> Policy:
+            others = {i: {"S": K, "rho": 0.0} for i in layers if i not in group}
             return replace(base, tau=tau, layers=others)
 
-        policies = [alone(layer, tau) for layer in layers for tau in taus]
+        policies = [alone(group, tau) for group in groups for tau in taus]
         curves = self.points([None, *policies], found.batch)
         stock, best, seen = curves[0].active, None, []
         for share in (1.0, 0.7, 0.5, 0.35):
-            chosen = _exchange(layers, taus, curves[1:], stock, share * self.budget.limit)
+            rates = _exchange(taus, curves[1:], stock, share * self.budget.limit)
+            chosen = {i: tau for group, tau in zip(groups, rates, strict=True) for i in group}
             policy = replace(base, tau=min(chosen.values()), layers=_differing(chosen))
             (point,) = self.points([policy], found.batch)
             seen.append(point)
@@ -221,24 +301,30 @@ def _differing(chosen: dict[int, float]) -> dict[int, dict[str, float]]:
     return {layer: {"tau": tau} for layer, tau in chosen.items() if tau != common}
 
 
-def _exchange(
-    layers: list[int], taus: list[float], curves: list[Point], stock: float, budget: float
-) -> dict[int, float]:
-    """By layer the tau that saves most for its loss, at the rate that spends the budget."""
-    of = {layer: curves[i * len(taus) : (i + 1) * len(taus)] for i, layer in enumerate(layers)}
+def neighbours(layers: list[int], count: int) -> list[list[int]]:
+    """At most so many groups of layers that follow each other, of about one size."""
+    n = min(count, len(layers))
+    return [layers[i * len(layers) // n : (i + 1) * len(layers) // n] for i in range(n)]
 
-    def at(rate: float) -> tuple[dict[int, float], float]:
-        chosen, spent = {}, 0.0
-        for layer, points in of.items():
-            best = max(
-                range(len(taus)), key=lambda j: stock - points[j].active - rate * points[j].loss
-            )
-            chosen[layer] = taus[best]
-            spent += max(points[best].loss, 0.0)
-        return chosen, spent
+
+def _exchange(taus: list[float], curves: list[Point], stock: float, budget: float) -> list[float]:
+    """By group the tau that saves most for its loss, at the rate that spends the budget.
+
+    curves: of one group after the other, a point for each tau.
+    """
+    groups = [curves[i : i + len(taus)] for i in range(0, len(curves), len(taus))]
+
+    def at(rate: float) -> list[int]:
+        return [
+            max(range(len(taus)), key=lambda j: stock - own[j].active - rate * own[j].loss)
+            for own in groups
+        ]
+
+    def spent(chosen: list[int]) -> float:
+        return sum(max(own[j].loss, 0.0) for own, j in zip(groups, chosen, strict=True))
 
     low, high = -6.0, 12.0  # powers of ten
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(10**middle)[1] > budget else (low, middle)
-    return at(10**high)[0]
+        low, high = (middle, high) if spent(at(10**middle)) > budget else (low, middle)
+    return [taus[j] for j in at(10**high)]
