@@ -27,7 +27,7 @@ from sere.generation import _agreeing
 from sere.journal import Journal
 from sere.policy import Policy
 from sere.quality import mean
-from sere.search import RULE_OF_THREE
+from sere.search import most
 from sere.serving.engine import Engine
 from sere.tasks import examples, is_correct
 
@@ -79,7 +79,7 @@ def compared(runs: list[Answers], alone: Answers) -> dict[str, Any]:
 def as_text(result: dict[str, Any]) -> str:
     """A row for each policy, a column for each batch size."""
     sizes = list(result["arms"][0]["sizes"])
-    bound = RULE_OF_THREE / result["prompts"]
+    bound = most(0) / result["prompts"]
     parts = []
     for title, figure in (
         ("other answer in other company, %", "differs_by_company"),

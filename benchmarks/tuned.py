@@ -19,7 +19,7 @@ from typing import Any
 
 from sere import demo_model, report
 from sere.files import check_writable
-from sere.search import SURE
+from sere.search import Budget
 from sere.table import Table
 
 BATCHES = (1, 8, 32)
@@ -43,18 +43,29 @@ def measured(folder: Path, table: Path, batch: int, prompts: int) -> dict[str, A
     return {"batch": batch, "prompts": prompts, "stock": stock, "tuned": tuned}
 
 
+def lost(found: dict[str, Any], budget: Budget) -> tuple[float, float]:
+    """(loss, upper end of its interval) as the tuner reckons them: of the answers that stock gets
+    right; net where the engine's result does not tell them apart."""
+    prompts, figures = found["prompts"], found["tuned"]
+    right = round(found["stock"]["exact_match"][0] * prompts)
+    gross = figures.get("answers_lost_gross", figures["answers_lost"])
+    loss, error = (figure * prompts / max(right, 1) for figure in gross)
+    return loss, budget.upper(loss, error, -(-prompts // found["batch"]), right)
+
+
 def as_text(result: dict[str, Any]) -> str:
     """A row for each batch size."""
+    budget = Budget("exact_match", result["budget"])
     rows = []
     for found in result["engine"]:
-        lost, error = found["tuned"]["answers_lost"]
+        loss, upper = lost(found, budget)
         rows.append(
             [
                 str(found["batch"]),
                 f"{found['tuned']['active'][0]:.1f}",
                 f"{found['stock']['exact_match'][0]:.2%}",
                 f"{found['tuned']['exact_match'][0]:.2%}",
-                f"{lost:+.2%} (< {lost + SURE * error:.2%})",
+                f"{loss:.2%} (< {upper:.2%})",
                 f"{found['tuned']['same_as_stock'][0]:.2%}",
                 "yes" if found["kept"] else "NO",
             ]
@@ -71,21 +82,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1024)
     arguments = parser.parse_args()
     check_writable(arguments.output)
+    budget = Budget.parse(f"exact_match={arguments.budget}")
     with tempfile.TemporaryDirectory() as name:
         folder, table = Path(name), Path(name) / "sere.table"
         sere("calibrate", demo_model.NAME, "-o", str(table))
-        flags = ["--budget", f"exact_match={arguments.budget}", "--samples", "2048"]
+        flags = ["--budget", f"{budget.name}={budget.limit}", "--samples", "2048"]
         flags += ["--bandwidth", "20", "--tflops", "0.05"]  # about this machine's; not a GPU's
         flags += [word for batch in BATCHES for word in ("--batch", str(batch))]
         sere("tune", demo_model.NAME, str(table), *flags, "-o", str(folder / "tuning.json"))
         tuning = json.loads((folder / "tuning.json").read_text())
         engine = [measured(folder, table, batch, arguments.prompts) for batch in BATCHES]
     for found in engine:
-        lost, error = found["tuned"]["answers_lost"]
-        found["kept"] = lost + SURE * error <= arguments.budget
+        found["kept"] = lost(found, budget)[1] <= budget.limit
     result = {
         "provenance": report.provenance(),
-        "budget": arguments.budget,
+        "budget": budget.limit,
         "tuning": tuning,
         "engine": engine,
     }

@@ -67,8 +67,9 @@ def run(
     )
     if len(passages) < 4 * max(batches):
         raise BudgetError(
-            f"{len(passages)} passages for batches of {max(batches)}: at least "
-            f"{4 * max(batches)} are needed for an error estimate; raise --samples or lower --batch"
+            f"{len(passages)} passages for batches of {max(batches)}: at least {4 * max(batches)} "
+            "are needed, two batches to search on and two to check, as one has no error to tell; "
+            "raise --samples, bring more text or lower --batch"
         )
     half = len(passages) // (2 * max(batches)) * max(batches)
     wanted.check_passages(half)
