@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.pareto import summary
-from sere.generation import Written
+from sere.generation import Part, Written
 from sere.policy import Policy
 from sere.serving.engine import Batch
 
@@ -51,9 +51,8 @@ def generation() -> dict[str, Any]:
     mine = Batch(["12", "34"], [[1, 2], [3, 4]], 4, 1.0)
     theirs = Batch(["12", "35"], [[1, 2], [3, 5, 5]], 5, 1.0)
     for batch in ((mine, theirs), (mine, mine)):
-        stock.take(answers, batch[0], batch[0])
-        other.take(answers, batch[1], batch[0])
-        other.active.append((9.0, 2.0))
+        stock.parts.append(Part.of(answers, batch[0], batch[0], (12, 2)))
+        other.parts.append(Part.of(answers, batch[1], batch[0], (9, 2)))
     arms = [{"name": one.name, **one.figures(stock)} for one in (stock, other)]
     return {"batch": 2, "prompts": 4, "arms": arms, "provenance": {"date": "2026-01-02T00:00"}}
 

@@ -8,9 +8,12 @@ talks on).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tqdm import tqdm
 from sere import demo_model, report
 from sere.corpus import read_pairs
 from sere.files import check_writable
+from sere.journal import Journal
 from sere.policy import Policy
 from sere.quality import EvaluationError, mean
 from sere.serving.engine import Batch, Engine
@@ -28,41 +32,69 @@ from sere.tasks import examples
 
 
 @dataclass
-class Written:
-    """One policy's answers, summed a batch at a time.
+class Part:
+    """One batch under one policy: sums over its prompts.
 
-    Of each: (sum, prompts). right: answers that are exactly what was asked for. same: exactly what
-    stock wrote. length: tokens. kept: share of stock's answer before the first other token.
+    right: answers that are exactly what was asked for. lost: those that stock had right and this
+    has not. same: exactly what stock wrote. kept: share of stock's answer before the first other
+    token. length: tokens. active: active experts, summed over steps (layers x decode steps; under
+    `"rows": "all"` prefill's too).
     """
+
+    prompts: int
+    right: int
+    lost: int
+    same: int
+    kept: float
+    length: int
+    active: int
+    steps: int
+
+    @classmethod
+    def of(
+        cls, answers: Sequence[str], batch: Batch, stock: Batch, active: tuple[int, int]
+    ) -> Part:
+        """active: (active experts summed over layers and steps, how many that were)."""
+        right = list(map(_is_right, batch.texts, answers))
+        before = map(_is_right, stock.texts, answers)
+        pairs = list(zip(batch.token_ids, stock.token_ids, strict=True))
+        return cls(
+            prompts=len(answers),
+            right=sum(right),
+            lost=sum(was and not now for was, now in zip(before, right, strict=True)),
+            same=sum(mine == theirs for mine, theirs in pairs),
+            kept=sum(_agreeing(mine, theirs) for mine, theirs in pairs),
+            length=sum(len(mine) for mine, _ in pairs),
+            active=active[0],
+            steps=active[1],
+        )
+
+
+@dataclass
+class Written:
+    """What one policy wrote, a part for every batch."""
 
     name: str
     policy: Policy | None
-    right: list[tuple[float, float]] = field(default_factory=list)
-    same: list[tuple[float, float]] = field(default_factory=list)
-    length: list[tuple[float, float]] = field(default_factory=list)
-    kept: list[tuple[float, float]] = field(default_factory=list)
-    active: list[tuple[float, float]] = field(default_factory=list)
-
-    def take(self, answers: Sequence[str], batch: Batch, stock: Batch) -> None:
-        """Add one decoded batch."""
-        n = len(answers)
-        pairs = list(zip(batch.token_ids, stock.token_ids, strict=True))
-        self.right.append((sum(map(_is_right, batch.texts, answers)), n))
-        self.same.append((sum(mine == theirs for mine, theirs in pairs), n))
-        self.length.append((sum(len(mine) for mine, _ in pairs), n))
-        self.kept.append((sum(_agreeing(mine, theirs) for mine, theirs in pairs), n))
+    parts: list[Part] = field(default_factory=list)
 
     def figures(self, stock: Written) -> dict[str, Any]:
-        length, theirs = mean(self.length), mean(stock.length)
-        pairs = zip(self.right, stock.right, strict=True)
+        """Each as (value, standard error over batches), but for `length_drift`."""
+
+        def over(name: str, count: str = "prompts") -> tuple[float, float]:
+            return mean([(getattr(p, name), getattr(p, count)) for p in self.parts])
+
+        length, theirs = over("length"), mean([(p.length, p.prompts) for p in stock.parts])
+        pairs = zip(self.parts, stock.parts, strict=True)
         return {
-            "exact_match": mean(self.right),
-            "answers_lost": mean([(other - mine, n) for (mine, n), (other, _) in pairs]),
-            "same_as_stock": mean(self.same),
-            "kept": mean(self.kept),
+            "exact_match": over("right"),
+            "answers_lost": mean([(other.right - p.right, p.prompts) for p, other in pairs]),
+            "answers_lost_gross": over("lost"),
+            "same_as_stock": over("same"),
+            "kept": over("kept"),
             "length": length,
             "length_drift": length[0] / theirs[0] - 1,
-            "active": mean(self.active),
+            "active": over("active", "steps"),
         }
 
 
@@ -95,35 +127,35 @@ def run(
 ) -> dict[str, Any]:
     """Decode, compare, print; writes `output` (JSON).
 
-    data: {"prompt", "answer"} lines; by default the demo model's held-out tasks.
+    data: {"prompt", "answer"} lines; by default the demo model's held-out tasks. What was
+    interrupted resumes after its last whole batch.
     """
     check_writable(output)
     table = Table.load(table_path)
-    written = [Written("stock", None)]
-    for text in policies:
-        policy = Policy.from_json(text)
-        policy.check_against(table.fingerprint.K, table.fingerprint.E)
-        written.append(Written(policy.brief(), policy))
+    written = [Written("stock", None), *(_to_write(text, table) for text in policies)]
     if len({one.name for one in written}) < len(written):
         raise EvaluationError("the same policy is given twice")
     pairs = _pairs(model_name, data, samples, seed)
-    path = Path(table_path).absolute()
-    eager = not torch.cuda.is_available()  # compiling for a CPU takes a minute and changes nothing
-    engine = Engine(
-        demo_model.resolve(model_name), path, batch=batch, dtype=dtype, enforce_eager=eager
-    )
-    parts = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
-    for number, part in enumerate(tqdm(parts, "decode", unit="batch")):
-        prompts, answers = [p for p, _ in part], [a for _, a in part]
-        engine.set_policy(None)
-        stock = engine.generate(prompts, max_tokens)
-        written[0].take(answers, stock, stock)
-        others = written[1:]
-        for one in others[number % len(others) :] + others[: number % len(others)]:
-            engine.set_policy(one.policy)
-            engine.reset_stats()
-            one.take(answers, engine.generate(prompts, max_tokens), stock)
-            one.active.append(_active(engine))
+    settings = {
+        "model": model_name,
+        "table": table_path,
+        "policies": [one.policy.to_dict() for one in written if one.policy],
+        "batch": batch,
+        "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+        "max_tokens": max_tokens,
+        "dtype": dtype,
+    }
+    engine = _engine(model_name, table_path, batch, dtype)
+    with Journal(f"{output}.unfinished", settings) as journal:
+        for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
+            if (known := journal.get(str(number))) is None:
+                part = pairs[start : start + batch]
+                turned = written[number % len(written) :] + written[: number % len(written)]
+                found = _decoded(engine, turned, part, max_tokens, table.fingerprint.K)
+                known = {name: asdict(part) for name, part in found.items()}
+                journal.add(str(number), known)
+            for one in written:
+                one.parts.append(Part(**known[one.name]))
     result = {
         "provenance": report.provenance(),
         "model": model_name,
@@ -145,6 +177,56 @@ def run(
     return result
 
 
+def _to_write(text: str, table: Table) -> Written:
+    policy = Policy.from_json(text)
+    policy.check_against(table.fingerprint.K, table.fingerprint.E)
+    return Written(policy.brief(), policy)
+
+
+def _engine(model_name: str, table_path: str, batch: int, dtype: str) -> Engine:
+    """In this process: requests that travel to another reach the engine one by one, so that
+    prefill mixes with decoding and who decodes with whom is a matter of timing."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return Engine(
+        demo_model.resolve(model_name),
+        Path(table_path).absolute(),
+        batch=batch,
+        dtype=dtype,
+        # compiling for a CPU takes a minute and changes nothing
+        enforce_eager=not torch.cuda.is_available(),
+    )
+
+
+def _decoded(
+    engine: Engine,
+    written: Sequence[Written],
+    pairs: Sequence[tuple[str, str]],
+    max_tokens: int,
+    K: int,
+) -> dict[str, Part]:
+    """One batch of prompts under every policy, by name; stock's experts are counted in a second
+    run of it."""
+    prompts, answers = [p for p, _ in pairs], [a for _, a in pairs]
+    engine.set_policy(None)
+    stock = engine.generate(prompts, max_tokens)
+    parts = {}
+    for one in written:
+        engine.set_policy(_counted(one.policy, K))
+        engine.reset_stats()
+        batch = engine.generate(prompts, max_tokens)
+        parts[one.name] = Part.of(answers, batch if one.policy else stock, stock, _active(engine))
+    return parts
+
+
+def _counted(policy: Policy | None, K: int) -> Policy:
+    """The same routing, every step of it counted: stock routing counts nothing, S=K does."""
+    if policy is None:
+        return Policy(S=K)
+    off = {"S": K, "layers": {index: {"S": K} for index in policy.layers}}
+    own = {rows: off if given is None else given for rows, given in policy.batches.items()}
+    return replace(policy, batches=own)
+
+
 def _pairs(model_name: str, data: str | None, samples: int, seed: int) -> list[tuple[str, str]]:
     if data is not None:
         if pairs := read_pairs(data):
@@ -155,7 +237,7 @@ def _pairs(model_name: str, data: str | None, samples: int, seed: int) -> list[t
     return [(e.prompt, e.answer) for e in examples(samples, seed=seed, split="held_out")]
 
 
-def _active(engine: Engine) -> tuple[float, float]:
+def _active(engine: Engine) -> tuple[int, int]:
     """(active experts summed over layers and steps, how many that were)."""
     layers = engine.stats().values()
     return sum(c["active_after"] for c in layers), sum(c["steps"] for c in layers)
@@ -171,15 +253,16 @@ def as_text(result: dict[str, Any]) -> str:
     rows = [
         [
             arm["name"],
-            "-" if math.isnan(arm["active"][0]) else f"{arm['active'][0]:.1f}",
+            f"{arm['active'][0]:.2f}",
             share(arm["exact_match"]),
             share(arm["answers_lost"]),
+            share(arm["answers_lost_gross"]),
             share(arm["same_as_stock"]),
             f"{arm['length'][0]:.1f} ({arm['length_drift']:+.1%})",
         ]
         for arm in result["arms"]
     ]
     head = f"vLLM, batch {result['batch']}, {result['prompts']} prompts"
-    columns = [head, "active experts", "exact match", "answers lost"]
+    columns = [head, "active experts", "exact match", "answers lost", "lost, gross"]
     columns += ["same as stock", "tokens written"]
     return report.text_table(columns, rows)
