@@ -11,7 +11,7 @@ from torch import Tensor
 from sere.decoding import RouterOutput
 from sere.kernels import Plan, reroute
 from sere.moe import MoELayer
-from sere.policy import Policy, settings_from_json
+from sere.policy import Policy, PolicyError, settings_from_json
 from sere.rivals import Rival, Routed
 from sere.table import Table
 
@@ -20,13 +20,21 @@ from sere.table import Table
 class Arm:
     """A named rule and the table it reads.
 
-    rule: None is stock routing.
+    rule: None is stock routing. Raises `PolicyError` for a policy that re-routes prompts, which a
+    teacher-forced pass leaves alone.
     """
 
     name: str
     rule: Policy | Rival | None
     table: Table
     _plans: dict[tuple[int, int], Plan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, Policy) and self.rule.rows == "all":
+            raise PolicyError(
+                f'{self.name}: "rows": "all" re-routes prompts, and only the engine can: use '
+                '`sere evaluate --engine`, or leave "rows" out to measure decoding alone'
+            )
 
     @property
     def needs_logits(self) -> bool:
