@@ -101,7 +101,7 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="JSON",
         help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1}; may be repeated '
-        "(default: S of 2 and 1, tau of 0.02 and 0.1)",
+        "(default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
     )
 
 

@@ -53,6 +53,14 @@ def demo(output: str, prompts: int, batch: int, method: str, seed: int) -> None:
 _POLICIES = ('{"S": 2}', '{"S": 1}', '{"S": 1, "tau": 0.02}', '{"S": 1, "tau": 0.1}')
 
 
+def _policies_for(table: str) -> list[str]:
+    """The default: without tau where a table was made without text and knows no losses."""
+    from sere.table import Table
+
+    knows = all(layer.tokens for layer in Table.load(table).layers.values())
+    return [policy for policy in _POLICIES if knows or "tau" not in policy]
+
+
 def evaluate(
     policies: list[str] | None,
     batches: list[int] | None,
@@ -68,7 +76,7 @@ def evaluate(
     **flags: Any,
 ) -> None:
     """`sere evaluate MODEL TABLE --policy JSON ... --batch B ... [--engine | --tasks NAME,...]`."""
-    chosen = policies or list(_POLICIES)
+    chosen = policies or _policies_for(table)
     batch = (batches or [32])[0]
     if tasks:
         from sere import harness
