@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sere.decoding import Passage, Reading, RouterOutput, Step, decoded, router_logits
-from sere.kernels import reroute
+from sere.kernels import Plan, reroute
 from sere.loading import load_model
 from sere.moe import LayerChange, MoELayer, moe_layers, routed
 from sere.policy import Policy
 from sere.table import Table
+from tests.test_architectures import plan
+from tests.tiny_models import ARCHITECTURES, WITHOUT_LOGITS, tiny_model
 
+# Without logits; with a single expert, which S=1 cannot move; without the attention layers that
+# transformers' cache wants, tiny as they are.
+LEFT_OUT = {*WITHOUT_LOGITS, "zaya", "granitemoehybrid", "kimi_linear", "qwen4_exp"}
+# Qwen3 beside one of each kind of router and experts; with `-m matrix` all.
+COMMON = ("deepseek_v3", "gpt_oss", "mixtral", "llama4", "dbrx", "olmoe", "jetmoe")
+every = pytest.mark.parametrize(
+    "architecture",
+    [
+        a if a in COMMON else pytest.param(a, marks=pytest.mark.matrix)
+        for a in ARCHITECTURES
+        if a not in LEFT_OUT
+    ],
+)
 PASSAGES = [
     Passage([5, 9, 30, 41, 17, 60, 22], 2),
     Passage([44, 12, 70, 33, 8], 3),
@@ -40,10 +57,10 @@ def replacing(chosen: Pairs, seen: Pairs, place: int) -> LayerChange:
     return change
 
 
-def by_step(model: torch.nn.Module, table: Table, policy: Policy, batch: int) -> list[Tensor]:
+@torch.no_grad()
+def by_step(model: torch.nn.Module, plans: dict[int, Plan], batch: int) -> list[Tensor]:
     """Logits of every passage's continuation, with a cache, one token at a time for all."""
     layers = moe_layers(model)
-    plans = {layer.index: table.plan(layer.index, policy) for layer in layers}
     found: list[Tensor] = []
     for start in range(0, len(PASSAGES), batch):
         group = PASSAGES[start : start + batch]
@@ -79,21 +96,42 @@ def by_step(model: torch.nn.Module, table: Table, policy: Policy, batch: int) ->
     return found
 
 
+def whole(model: torch.nn.Module, reading: Reading) -> Tensor:
+    """Logits of all positions [passages, length, vocabulary]."""
+    with torch.no_grad():
+        output = model(input_ids=reading.ids, attention_mask=reading.mask, use_cache=False)
+    logits: Tensor = output.logits
+    return logits
+
+
+def strong_model(architecture: str) -> Any:
+    """Tiny, and its experts' outputs count."""
+    model = tiny_model(architecture)
+    if architecture == "jetmoe":  # the only one whose parameters are not named after experts
+        for layer in moe_layers(model):
+            for part in (layer.experts.input_linear, layer.experts.output_linear):
+                part.weight.data.mul_(30)
+    return model
+
+
+def rerouting(plans: dict[int, Plan]) -> Callable[[MoELayer, Step], tuple[Tensor, Tensor]]:
+    return lambda layer, step: reroute(step.ids, step.weights, plans[layer.index])
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_one_pass_equals_decoding_step_by_step(model_dir: Path, table: Table, batch: int) -> None:
     model = load_model(str(model_dir))
     policy = Policy(S=1, min_active=1)
     layers = moe_layers(model)
+    assert_as_by_step(model, {la.index: table.plan(la.index, policy) for la in layers}, batch)
+
+
+def assert_as_by_step(model: torch.nn.Module, plans: dict[int, Plan], batch: int) -> None:
     reading = Reading(PASSAGES, batch)
-
-    def route(layer: MoELayer, step: Step) -> tuple[Tensor, Tensor]:
-        return reroute(step.ids, step.weights, table.plan(layer.index, policy))
-
-    stock = reading.logits(model)
-    with decoded(layers, reading, route):
-        logits = reading.logits(model)
-    with torch.no_grad():
-        expected = by_step(model, table, policy, batch)
+    stock = whole(model, reading)
+    with decoded(moe_layers(model), reading, rerouting(plans)):
+        logits = whole(model, reading)
+    expected = by_step(model, plans, batch)
     changed = 0.0
     for i, passage in enumerate(PASSAGES):
         made = slice(passage.start - 1, len(passage.tokens) - 1)
@@ -102,14 +140,40 @@ def test_one_pass_equals_decoding_step_by_step(model_dir: Path, table: Table, ba
     assert changed > 1e-3  # otherwise nothing was compared
 
 
+@every
+def test_one_pass_equals_decoding_step_by_step_in_other_architectures(architecture: str) -> None:
+    model = strong_model(architecture)
+    assert_as_by_step(model, {layer.index: plan(layer) for layer in moe_layers(model)}, 3)
+
+
+@every
+def test_prompts_keep_every_bit_and_only_what_is_needed_meets_the_output_matrix(
+    architecture: str,
+) -> None:
+    model = strong_model(architecture)
+    layers = moe_layers(model)
+    plans = {layer.index: plan(layer) for layer in layers}
+    reading = Reading(PASSAGES, 3)
+    stays = decoded(layers, reading, lambda _, step: (step.ids, step.weights))
+    with stays:
+        everything, (stock, prompts) = whole(model, reading), reading.run(model)
+    assert stock.shape == (sum(len(p.continuation) for p in PASSAGES), everything.shape[-1])
+    assert torch.allclose(stock, everything.flatten(0, 1)[reading.made], atol=1e-5)
+    with decoded(layers, reading, rerouting(plans)):
+        rerouted, (logits, same) = whole(model, reading), reading.run(model)
+    assert torch.equal(same, prompts) and not torch.equal(logits, stock)
+    for i, passage in enumerate(PASSAGES):
+        assert torch.equal(rerouted[i, : passage.start], everything[i, : passage.start])
+
+
 def test_prompts_do_not_depend_on_the_decoded_rows_by_a_bit(model_dir: Path, table: Table) -> None:
     model = load_model(str(model_dir))
     layers = moe_layers(model)
     reading = Reading(PASSAGES, 5)
     with decoded(layers, reading, lambda _, step: (step.ids, step.weights)):
-        stock = reading.logits(model)
+        stock = whole(model, reading)
     with decoded(layers, reading, lambda _, step: (step.ids * 0, step.weights * 0.5)):
-        other = reading.logits(model)
+        other = whole(model, reading)
     for i, passage in enumerate(PASSAGES):
         assert torch.equal(stock[i, : passage.start], other[i, : passage.start])
     assert not torch.equal(stock, other)
@@ -126,7 +190,7 @@ def test_the_router_is_found_and_read(model_dir: Path) -> None:
 
     reading = Reading(PASSAGES[3:4], 1)
     with router_logits(model, layers) as said, decoded(layers, reading, keep):
-        reading.logits(model)
+        whole(model, reading)
         for layer in layers:
             ids, weights = seen[layer.index]
             own = said[layer.index][reading.rows]

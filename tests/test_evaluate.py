@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from sere.adapters import Mixture
 from sere.calibrate import calibrate
 from sere.cli import main
-from sere.decoding import Reading
 from sere.evaluate import load_passages, run
 from sere.loading import load_model
+from sere.policy import PolicyError
 from sere.quality import EvaluationError, mean
 from sere.table import TableError
 
@@ -56,11 +57,13 @@ def test_stock_has_the_models_own_perplexity(
     passages = load_passages(
         "x", str(model_dir), str(corpus_file), samples=12, prompt=4, length=12, seed=0
     )
-    logits = Reading(passages, 1).logits(load_model(str(model_dir)))
+    model = load_model(str(model_dir))
     losses = []
-    for i, passage in enumerate(passages):
+    for passage in passages:
+        with torch.no_grad():
+            logits = model(torch.tensor([passage.tokens])).logits[0]
         for at in range(passage.start, len(passage.tokens) - 1):
-            losses.append(-logits[i, at].log_softmax(-1)[passage.tokens[at + 1]].item())
+            losses.append(-logits[at].log_softmax(-1)[passage.tokens[at + 1]].item())
     stock = arm(result, "stock", 4)
     assert stock["perplexity"][0] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (stock["kl"][0], stock["top1"][0]) == (0, 1)
@@ -125,6 +128,74 @@ def test_interrupted_work_resumes_and_ends_with_the_same_figures(
     assert not (tiny.folder / "again.json.unfinished").exists()
 
 
+def test_passes_hold_whole_batches_within_a_bound_of_logits(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sere import quality
+
+    passes: list[int] = []
+    reading = quality.Reading
+
+    def counted(passages: Any, batch: int) -> Any:
+        passes.append(len(passages))
+        return reading(passages, batch)
+
+    monkeypatch.setattr(quality, "Reading", counted)
+    large = tiny("large.json", batches=[3, 5])
+    assert set(passes) == {11}
+    passes.clear()
+    monkeypatch.setattr(quality, "_LOGITS", 1)
+    small = tiny("small.json", batches=[3, 5])
+    assert set(passes) == {3, 2, 5, 1}  # a batch each; the last of either is smaller
+    for mine, theirs in zip(small["arms"], large["arms"], strict=True):
+        for batch, figures in mine["batches"].items():
+            same = theirs["batches"][batch]
+            assert figures["batches"] == same["batches"] == {"3": 4, "5": 3}[batch]
+            for name in ("active", "kl", "top1", "perplexity", "exact_match", "rows_per_step"):
+                assert figures[name] == pytest.approx(same[name], rel=1e-4, abs=1e-7), name
+
+
+def test_prompts_may_not_change_by_a_bit_where_experts_run_apart(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def drifting(_self: Mixture, inner: Any, _rows: Any) -> Any:
+        calls.append(1)
+        return lambda *given: inner(*given) * (1 + 1e-5 * len(calls))
+
+    monkeypatch.setattr(Mixture, "apart", drifting)
+    with pytest.raises(EvaluationError, match=r"the prompt's .* \(nothing is allowed"):
+        tiny("drift.json")
+    (tiny.folder / "drift.json.unfinished").unlink()
+    monkeypatch.setattr(Mixture, "runs_apart", False)
+    calls.clear()
+    capsys.readouterr()
+    result = tiny("drift.json")
+    largest = max(a["batches"]["4"]["prompt_difference"] for a in result["arms"])
+    assert 0 < largest < 1e-3
+    assert f"differ from stock by up to {largest:.1g}, by rounding" in capsys.readouterr().out
+
+
+def test_re_routing_prompts_is_for_the_engine(tiny: Any) -> None:
+    with pytest.raises(PolicyError, match="sere evaluate --engine"):
+        tiny("rows.json", policies=['{"S": 1, "rows": "all"}'])
+
+
+def test_a_table_made_without_text_has_defaults_of_its_own(
+    tiny: Any, model_dir: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    calibrate(str(model_dir), tmp_path / "t", method="weights", progress=False)
+    flags = ["--data", str(corpus_file), "--samples", "8", "--prompt", "4", "--batch", "4"]
+    names = {}
+    for folder in (tmp_path, tiny.folder):
+        output = tmp_path / "e.json"
+        assert main(["evaluate", str(model_dir), str(folder / "t"), *flags, "-o", str(output)]) == 0
+        names[folder] = [arm["name"] for arm in json.loads(output.read_text())["arms"]]
+    assert names[tmp_path] == ["stock", "S=2", "S=1"]
+    assert names[tiny.folder] == ["stock", "S=2", "S=1", "S=1 tau=0.02", "S=1 tau=0.1"]
+
+
 def test_errors_are_those_of_whole_batches() -> None:
     value, error = mean([(1.0, 2.0), (3.0, 2.0)])
     assert value == 1 and error == pytest.approx(0.5)
@@ -156,6 +227,12 @@ def test_the_table_and_the_plot_are_written(tiny: Any, capsys: pytest.CaptureFix
     tiny("shown.json")
     printed = capsys.readouterr().out
     assert "batch 4" in printed and "S=1 tau=0.05" in printed and "+-" in printed
+    errors = arm(tiny("shown.json"), "S=1 min_active=1", 4)["output_error_by_layer"]
+    layer, (worst, _) = max(errors.items(), key=lambda item: item[1][0])
+    mean_ = sum(error for error, _ in errors.values()) / len(errors)
+    line = printed.split("batch 4: experts' output error, % of energy")[1].splitlines()[2]
+    assert f"{100 * mean_:.2f}" in line and f"{100 * worst:.2f} +-" in line
+    assert line.startswith("S=1 min_active=1") and line.endswith(f"(layer {layer})")
     assert (tiny.folder / "shown.png").stat().st_size > 10_000
     assert torch.tensor(json.loads((tiny.folder / "shown.json").read_text())["K"]) == 2
 

@@ -114,6 +114,9 @@ _CLASSES = {
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
 }
 
+# Those of them that do not say what comes next, or need an encoder's input to.
+WITHOUT_LOGITS = {*_CLASSES} - {"mistral4"}
+
 
 def tiny_model(architecture: str, seed: int = 0) -> Any:
     """Random float32 weights, E=6 and K=2 where the architecture permits, ready for inference."""

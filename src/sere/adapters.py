@@ -24,7 +24,10 @@ Forward = Callable[..., Any]
 
 
 class Adapter(ABC):
-    """hooked: the module whose forward is replaced. E: number of routed experts."""
+    """hooked: the module whose forward is replaced. E: number of routed experts. runs_apart:
+    whether `apart` can do what it says."""
+
+    runs_apart = False
 
     def __init__(self, hooked: nn.Module, E: int) -> None:
         self.hooked, self.E = hooked, E
@@ -34,7 +37,7 @@ class Adapter(ABC):
         """One expert on every token, with weight 1: hidden [n, H] -> [n, H]."""
 
     def apart(self, inner: Forward, rows: Tensor) -> Forward:
-        """A forward like `inner` that runs `rows` by themselves, where the module allows it."""
+        """A forward like `inner` that runs `rows` by themselves, if `runs_apart`."""
         return inner
 
     @abstractmethod
@@ -44,6 +47,8 @@ class Adapter(ABC):
 
 class Mixture(Adapter):
     """`experts(hidden, ids, weights)`: 58 architectures."""
+
+    runs_apart = True
 
     def __init__(self, experts: nn.Module) -> None:
         counts = ("num_routed_experts", "num_experts")  # longcat_flash has identity experts besides

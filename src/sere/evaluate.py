@@ -155,30 +155,52 @@ def passages_hash(passages: Sequence[Passage]) -> str:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """A table for each batch size, with standard errors."""
-
-    def cell(figure: tuple[float, float], digits: int, factor: float = 1) -> str:
-        value, error = (factor * x for x in figure)
-        return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +-{error:.{digits}f}")
-
+    """Tables for each batch size, with standard errors: quality, then what the arms do to the
+    layers' outputs; and how far prompts are off, where they are."""
     parts = []
     for batch in result["arms"][0]["batches"]:
-        rows = []
-        for arm in result["arms"]:
-            f = arm["batches"][batch]
-            rows.append(
-                [
-                    arm["name"],
-                    cell(f["active"], 2),
-                    cell(f["kl"], 3, 1000),
-                    cell(f["top1"], 2, 100),
-                    cell(f["perplexity"], 4),
-                    cell(f["exact_match"], 2, 100),
-                ]
+        found = {arm["name"]: arm["batches"][batch] for arm in result["arms"]}
+        parts += [_quality_table(batch, found), *_error_table(batch, found)]
+        if difference := max(f["prompt_difference"] for f in found.values()):
+            parts.append(
+                f"batch {batch}: prompts' logits differ from stock by up to {difference:.1g}, by "
+                "rounding: this architecture cannot run their rows apart from decoded ones"
             )
-        head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity"]
-        parts.append(report.text_table([*head, "exact match, %"], rows))
     return "\n\n".join(parts)
+
+
+def _cell(figure: Sequence[float], digits: int, factor: float = 1) -> str:
+    value, error = (factor * x for x in figure)
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +-{error:.{digits}f}")
+
+
+def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [
+            name,
+            _cell(f["active"], 2),
+            _cell(f["kl"], 3, 1000),
+            _cell(f["top1"], 2, 100),
+            _cell(f["perplexity"], 4),
+            _cell(f["exact_match"], 2, 100),
+        ]
+        for name, f in found.items()
+    ]
+    head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity"]
+    return report.text_table([*head, "exact match, %"], rows)
+
+
+def _error_table(batch: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Energy of the difference to stock's output of a layer, as a share of that output's."""
+    rows = []
+    for name, f in found.items():
+        errors = f["output_error_by_layer"]
+        if any(error for error, _ in errors.values()):
+            layer, worst = max(errors.items(), key=lambda item: item[1][0])
+            mean = sum(error for error, _ in errors.values()) / len(errors)
+            rows.append([name, f"{100 * mean:.2f}", f"{_cell(worst, 2, 100)} (layer {layer})"])
+    head = [f"batch {batch}: experts' output error, % of energy", "mean of layers", "worst layer"]
+    return [report.text_table(head, rows)] if rows else []
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

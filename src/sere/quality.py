@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sere.arms import Arm
-from sere.decoding import Passage, Reading, Step, decoded, router_logits
+from sere.decoding import Passage, Reading, Step, decoded, output_matrix, router_logits
 from sere.journal import Journal
 from sere.moe import MoELayer
 
-# Passages per forward pass, or one batch where that is more.
+# Passages per forward pass, and bytes of their logits; or one batch where that is more.
 _TOGETHER = 128
+_LOGITS = 2**30
 # How far prefill may be off where an architecture cannot run its prompts' rows apart.
 _ROUNDING = 1e-3
 
@@ -58,6 +59,14 @@ class Sums:
     energy: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Stock:
+    """What `Reading.run` gives under stock routing."""
+
+    logits: Tensor
+    prompts: Tensor
+
+
 @dataclass
 class Judge:
     """Measures arms on passages; what is finished is in the journal and not measured again."""
@@ -68,7 +77,7 @@ class Judge:
     journal: Journal
     layer_error: bool = True
     title: str = "evaluate"
-    _stock: tuple[int, int, Tensor] | None = None
+    _stock: tuple[int, int, _Stock] | None = None
 
     def measure(
         self, arms: Sequence[Arm], batches: Sequence[int]
@@ -77,11 +86,15 @@ class Judge:
 
         Raises `EvaluationError` if an arm changes what stock computes for the prompts.
         """
-        size = max(batches) * max(1, _TOGETHER // max(batches))
-        starts = range(0, len(self.passages), size)
-        work = [(start, batch, arm) for start in starts for batch in batches for arm in arms]
+        sizes = {batch: self._together(batch) for batch in batches}
+        chunks = sorted(
+            (start, size, batch)
+            for batch, size in sizes.items()
+            for start in range(0, len(self.passages), size)
+        )
+        work = [(*chunk, arm) for chunk in chunks for arm in arms]
         sums: dict[str, dict[int, list[Sums]]] = {a.name: {b: [] for b in batches} for a in arms}
-        for start, batch, arm in tqdm(work, self.title, leave=self.title == "evaluate"):
+        for start, size, batch, arm in tqdm(work, self.title, leave=self.title == "evaluate"):
             piece = f"{start}+{size}/{batch}/{arm.name}"
             if (known := self.journal.get(piece)) is None:
                 chunk = list(self.passages[start : start + size])
@@ -90,17 +103,26 @@ class Judge:
             sums[arm.name][batch] += [Sums(**part) for part in known]
         return sums
 
+    def _together(self, batch: int) -> int:
+        """Passages per forward pass: whole batches."""
+        longest = max(len(passage.continuation) for passage in self.passages)
+        config: Any = self.model.config
+        vocabulary: int = config.get_text_config().vocab_size
+        fit: int = min(_TOGETHER, _LOGITS // (4 * vocabulary * longest))
+        return batch * max(1, fit // batch)
+
     def _measured(self, chunk: list[Passage], start: int, arm: Arm, batch: int) -> list[Sums]:
         if self._stock is None or self._stock[:2] != (start, len(chunk)):
+            self._stock = None  # two would not fit
             self._stock = start, len(chunk), _stock(self.model, self.layers, chunk)
         stock = self._stock[2]
         return _measured(self.model, self.layers, chunk, arm, batch, stock, self.layer_error)
 
 
-def _stock(model: nn.Module, layers: list[MoELayer], passages: list[Passage]) -> Tensor:
+def _stock(model: nn.Module, layers: list[MoELayer], passages: list[Passage]) -> _Stock:
     reading = Reading(passages, len(passages))
     with decoded(layers, reading, lambda _, step: (step.ids, step.weights)):
-        return reading.logits(model)
+        return _Stock(*reading.run(model))
 
 
 def _measured(
@@ -109,7 +131,7 @@ def _measured(
     passages: list[Passage],
     arm: Arm,
     batch: int,
-    stock: Tensor,
+    stock: _Stock,
     layer_error: bool,
 ) -> list[Sums]:
     reading = Reading(passages, batch)
@@ -133,18 +155,42 @@ def _measured(
         return new
 
     with _seen_logits(model, layers, arm) as seen, decoded(layers, reading, route):
-        logits = reading.logits(model)
-    for i, passage in enumerate(passages):
-        difference = (logits[i, : passage.start] - stock[i, : passage.start]).abs().max().item()
-        if not difference < _ROUNDING:
-            raise EvaluationError(
-                f"{arm.name}: the prompt's logits differ from stock by up to {difference:.2g}; "
-                "decode rows must not touch them"
-            )
+        logits, prompts = reading.run(model)
+    differences = _differences(model, passages, prompts, stock.prompts)
+    _check_prompts(arm, layers, torch.tensor(differences).max().item())
+    lengths = [len(passage.continuation) for passage in passages]
+    pairs = zip(torch.split(logits, lengths), torch.split(stock.logits, lengths), strict=True)
+    for i, (passage, pair) in enumerate(zip(passages, pairs, strict=True)):
         own = sums[i // batch]
-        own.prompt_difference = max(own.prompt_difference, difference)
-        _add_passage(sums[i // batch], passage, logits[i], stock[i])
+        own.prompt_difference = max(own.prompt_difference, differences[i])
+        _add_passage(own, passage, *pair)
     return sums
+
+
+def _differences(
+    model: nn.Module, passages: list[Passage], mine: Tensor, stock: Tensor
+) -> list[float]:
+    """By passage, the largest difference of its prompt's logits; of what the output matrix is given
+    [prompts, H], as equal inputs have equal logits."""
+    if torch.equal(mine, stock):
+        return [0.0] * len(passages)
+    head, lengths = output_matrix(model), [passage.start for passage in passages]
+    with torch.no_grad():
+        return [
+            (head(a).float() - head(b).float()).abs().max().item()
+            for a, b in zip(torch.split(mine, lengths), torch.split(stock, lengths), strict=True)
+        ]
+
+
+def _check_prompts(arm: Arm, layers: list[MoELayer], difference: float) -> None:
+    """Prompts' rows run apart in every layer whose experts allow it: not a bit may differ then."""
+    exact = all(layer.adapter.runs_apart for layer in layers)
+    if not difference <= (0 if exact else _ROUNDING):
+        raise EvaluationError(
+            f"{arm.name}: the prompt's logits differ from stock by up to {difference:.2g} "
+            f"({'nothing' if exact else f'{_ROUNDING:g}'} is allowed here); decode rows must not "
+            "touch them: please report which model this is"
+        )
 
 
 def _seen_logits(model: nn.Module, layers: list[MoELayer], arm: Arm) -> Any:
@@ -180,9 +226,9 @@ def _add_errors(
 
 
 def _add_passage(own: Sums, passage: Passage, logits: Tensor, stock: Tensor) -> None:
-    made = slice(passage.start - 1, len(passage.tokens) - 1)  # the first of these by prefill
+    """logits, stock: [continuation, vocabulary], the first row by prefill."""
     wanted = torch.tensor(passage.continuation, device=logits.device)
-    mine, theirs = logits[made].log_softmax(-1), stock[made].log_softmax(-1)
+    mine, theirs = logits.log_softmax(-1), stock.log_softmax(-1)
     likeliest, stocks = mine.argmax(-1), theirs.argmax(-1)
     right = torch.equal(likeliest, wanted)
     own.passages += 1
