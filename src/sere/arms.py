@@ -32,8 +32,8 @@ class Arm:
     def __post_init__(self) -> None:
         if isinstance(self.rule, Policy) and self.rule.rows == "all":
             raise PolicyError(
-                f'{self.name}: "rows": "all" re-routes prompts, and only the engine can: use '
-                '`sere evaluate --engine`, or leave "rows" out to measure decoding alone'
+                f'{self.name}: "rows": "all" re-routes prompts, which this pass leaves alone: use '
+                '`sere evaluate --engine` or --tasks, or leave "rows" out'
             )
 
     @property
