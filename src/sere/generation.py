@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sere import demo_model, report
 from sere.corpus import read_pairs
 from sere.files import check_writable
-from sere.journal import Journal
+from sere.journal import Journal, contents
 from sere.policy import Policy
 from sere.quality import EvaluationError, mean
 from sere.serving.engine import Batch, Engine
@@ -144,6 +144,7 @@ def run(
         "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "max_tokens": max_tokens,
         "dtype": dtype,
+        **contents(demo_model.resolve(model_name), [table]),
     }
     engine = _engine(model_name, table_path, batch, dtype)
     with Journal(f"{output}.unfinished", settings) as journal:
