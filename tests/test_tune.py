@@ -215,7 +215,7 @@ def written(model: Any, layers: Any, prompt: list[int], arm: Arm) -> list[int]:
     for _ in range(3):
         reading = Reading([Passage([*tokens, 0], len(prompt))], 1)
         with decoded(layers, reading, lambda layer, s: arm.route(layer, s.ids, s.weights, None)):
-            tokens.append(int(reading.logits(model)[0, len(tokens) - 1].argmax()))
+            tokens.append(int(reading.run(model)[0][-1].argmax()))
     return tokens
 
 
