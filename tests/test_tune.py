@@ -571,6 +571,14 @@ def test_what_is_left_off_is_stored_as_stock(tune: Any) -> None:
     assert chosen_somewhere
 
 
+def test_work_that_ends_before_its_first_piece_leaves_no_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with pytest.raises(ValueError, match="wrong"), Journal(path, {"a": 1}):
+        raise ValueError("wrong")
+    with Journal(path, {"a": 2}):
+        pass
+
+
 def test_a_journal_survives_a_torn_line_and_knows_its_work(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     with pytest.raises(KeyboardInterrupt), Journal(path, {"a": 1}) as journal:

@@ -90,7 +90,7 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if kind is None or not self._resumes:
+        if kind is None or not self._resumes or not self._pieces:
             self.path.unlink()
 
 

@@ -255,13 +255,6 @@ def mean(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return ratio, math.sqrt(spread) / count
 
 
-def answers_lost(parts: Sequence[Sums], stock: Sequence[Sums]) -> tuple[float, float]:
-    """Share of passages that were exact under stock and no longer are (net), and its standard
-    error: paired, as both decode the same passages."""
-    pairs = zip(parts, stock, strict=True)
-    return mean([(theirs.exact - mine.exact, mine.passages) for mine, theirs in pairs])
-
-
 def figures(parts: Sequence[Sums]) -> dict[str, Any]:
     """What is reported of one arm at one batch size; every figure as [value, standard error]."""
 
