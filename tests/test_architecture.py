@@ -27,6 +27,9 @@ LAYERS: list[set[str]] = [
         "calibrate",
         "tune",
         "harness",
+        "harness_hf",
+        "harness_vllm",
+        "harness_tasks",
         "generation",
         "bench",
         "inspect",
@@ -68,7 +71,7 @@ MAY_SERVE = {
     "demo",
     "doctor",
     "generation",
-    "harness",
+    "harness_vllm",
     "serving",
 }
 VLLM_LINES, LINES = 450, 360

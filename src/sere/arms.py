@@ -42,16 +42,23 @@ class Arm:
         return isinstance(self.rule, Rival)
 
     def route(
-        self, layer: MoELayer, ids: Tensor, weights: Tensor, said: RouterOutput | None
+        self,
+        layer: MoELayer,
+        ids: Tensor,
+        weights: Tensor,
+        said: RouterOutput | None,
+        counters: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Ids and weights [T, K] of one decode step, all rows of which are decoded.
 
         said: of those rows, what the router says of all experts, if the rule `needs_logits`.
+        counters: what a policy adds its figures to (see `sere.kernels.reroute`).
         """
         if self.rule is None:
             return ids, weights
         if isinstance(self.rule, Policy):
-            return reroute(ids, weights, self._plan(self.rule, layer, ids))
+            plan = self._plan(self.rule, layer, ids)
+            return reroute(ids, weights, plan, counters=counters)
         assert said is not None
         load = self.table.layers[layer.index].load.to(ids.device)
         scores = said.scores(ids, weights)

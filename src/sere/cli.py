@@ -91,10 +91,21 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--task-folder", metavar="FOLDER", help="tasks of your own (YAML files)")
     parser.add_argument(
-        "--backend", default="vllm", choices=("vllm", "hf"), help="what --tasks runs on"
+        "--backend", choices=("vllm", "hf"), help="what --tasks runs on (default: vllm)"
     )
     parser.add_argument("--limit", type=_positive, help="examples of each task, at most")
-    parser.add_argument("--dtype", default="auto", help="of the vLLM engine")
+    parser.add_argument(
+        "--fewshot",
+        type=_whole,
+        metavar="N",
+        help="solved examples in each prompt (default: each task's own)",
+    )
+    _switch(parser, "--chat", "prompts go through the model's chat template")
+    _switch(
+        parser, "--allow-unsafe-code", "run programs that the model writes (HumanEval, MBPP), here"
+    )
+    _switch(parser, "--score-as-decode", "tokens of given answers are decode steps (--backend hf)")
+    parser.add_argument("--dtype", help="of the vLLM engine (default: the model's own)")
     parser.add_argument(
         "--policy",
         dest="policies",
@@ -192,10 +203,15 @@ def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
         "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
     )
     parser.add_argument("-o", "--output", default=output, metavar="FILE")
-    parser.add_argument("--samples", type=_positive, default=512, help="passages, at most")
-    parser.add_argument("--prompt", type=_positive, default=64, help="tokens a text begins with")
-    parser.add_argument("--length", type=_positive, default=64, help="tokens of a text to decode")
+    parser.add_argument("--samples", type=_positive, help="passages, at most (default: 512)")
+    parser.add_argument("--prompt", type=_positive, help="tokens a text begins with (default: 64)")
+    parser.add_argument("--length", type=_positive, help="tokens of a text to decode (default: 64)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _switch(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
+    """A flag that is None unless given, so that it can be refused where nobody reads it."""
+    parser.add_argument(name, action="store_true", default=None, help=meaning)
 
 
 def _batch_flag(parser: argparse.ArgumentParser) -> None:
@@ -313,6 +329,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 1")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 0")
     return value
 
 

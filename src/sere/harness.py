@@ -7,24 +7,20 @@ with the operator hooked in. Only decoding is re-routed: tasks that score given 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib import import_module, metadata
-from pathlib import Path
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sere import demo_model, report
-from sere.evaluate import load
 from sere.files import check_writable
-from sere.kernels import COUNTERS, RowClass, new_counters
-from sere.moe import rerouted
+from sere.harness_hf import Transformers
+from sere.harness_tasks import Selection, select
+from sere.harness_vllm import Vllm
+from sere.loading import load_tokenizer
 from sere.policy import Policy
 from sere.quality import EvaluationError
-from sere.serving.engine import prepare
-from sere.serving.settings import KEY
 from sere.table import Table
 
 
@@ -37,34 +33,51 @@ def run(
     tasks: Sequence[str],
     backend: str = "vllm",
     batch: int = 32,
-    folder: str | None = None,
+    task_folder: str | None = None,
     limit: int | None = None,
-    dtype: str = "auto",
+    fewshot: int | None = None,
+    chat: bool = False,
+    allow_unsafe_code: bool = False,
+    score_as_decode: bool = False,
+    dtype: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run the tasks, print a table, write `output` (JSON).
 
-    tasks: names that the harness knows, or those of YAML files in `folder`.
-    Raises `EvaluationError` for tasks that nobody knows.
+    tasks: names that the harness knows, or those of YAML files in `task_folder`. fewshot: examples
+    in each prompt (default: each task's own). chat: prompts go through the chat template, examples
+    as turns of it. score_as_decode: see `sere.harness_hf`. dtype: of vLLM's engine.
+    Raises `EvaluationError` for what cannot be run as asked, before a model is loaded.
     """
     check_writable(output)
+    _check_backend(backend, dtype=dtype, score_as_decode=score_as_decode)
     table = Table.load(table_path)
     chosen: list[tuple[str, Policy | None]] = [("stock", None)]
     for text in policies:
         policy = Policy.from_json(text)
         policy.check_against(table.fingerprint.K, table.fingerprint.E)
         chosen.append((policy.brief(), policy))
-    manager = _task_manager(tasks, folder)
-    model_folder = demo_model.resolve(model_name)
-    arms: _Vllm | _Transformers
+    selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
+    folder = demo_model.resolve(model_name)
+    table.check_made_for(folder)
+    if chat and load_tokenizer(folder).chat_template is None:
+        raise EvaluationError(f"{model_name}: its tokenizer has no chat template: leave --chat out")
+    arms: Vllm | Transformers
     if backend == "vllm":
-        arms = _Vllm(model_folder, table_path, batch, dtype, seed)
+        arms = Vllm(folder, table_path, batch, dtype or "auto", seed)
     else:
-        arms = _Transformers(model_folder, table, batch)
+        arms = Transformers(folder, table, batch, score_as_decode=score_as_decode)
+    settings = {
+        "limit": limit,
+        "num_fewshot": fewshot,
+        "apply_chat_template": chat,
+        "fewshot_as_multiturn": chat,
+        "confirm_run_unsafe_code": allow_unsafe_code,
+    }
     runs = []
     for name, rule in chosen:
         with arms.policy(rule):
-            found = _evaluated(arms.lm, tasks, manager, limit, seed)
+            found = _evaluated(arms.lm, selection, seed, settings, score_as_decode)
         found["slots_rerouted"] = arms.rerouted()
         runs.append({"name": name, "rule": rule.to_dict() if rule else None, **found})
     result = {
@@ -73,6 +86,10 @@ def run(
         "backend": backend,
         "batch": batch,
         "limit": limit,
+        "fewshot": fewshot,
+        "chat": chat,
+        "score_as_decode": score_as_decode,
+        "groups": selection.leaves,
         "arms": runs,
     }
     report.save_json(output, result)
@@ -81,187 +98,144 @@ def run(
     return result
 
 
-def _task_manager(tasks: Sequence[str], folder: str | None) -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
+def _check_backend(backend: str, *, dtype: str | None, score_as_decode: bool) -> None:
+    if backend == "hf" and dtype is not None:
         raise EvaluationError(
-            f"--tasks needs lm-evaluation-harness ({error}): pip install 'sere[eval]'"
-        ) from error
-    if folder is not None and not Path(folder).is_dir():
-        raise EvaluationError(f"{folder}: no such folder of tasks")
-    manager = TaskManager(include_path=folder)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise EvaluationError(
-            f"unknown tasks {', '.join(unknown)}: see `lm-eval ls tasks`, or name the folder of "
-            "yours with --task-folder"
+            "--dtype is of the vLLM engine, and --backend hf computes in the checkpoint's (on CPUs "
+            "in float32): leave --dtype out"
         )
-    return manager
+    if backend == "vllm" and score_as_decode:
+        raise EvaluationError(
+            "--score-as-decode needs --backend hf: vLLM reads given answers as part of the prompt"
+        )
 
 
 def _evaluated(
-    lm: Any, tasks: Sequence[str], manager: Any, limit: int | None, seed: int
+    lm: Any, selection: Selection, seed: int, settings: dict[str, Any], score_as_decode: bool
 ) -> dict[str, Any]:
-    """Metrics by task, length of what was written, and whether the task decodes at all."""
+    """By task, and by group where it can be: metrics, their errors, what was written, and whether
+    anything is decoded at all."""
     from lm_eval import simple_evaluate
 
     found = simple_evaluate(
         model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
+        tasks=selection.roots,
+        task_manager=selection.manager,
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,
         fewshot_random_seed=seed,
         bootstrap_iters=0,
+        **settings,
     )
-    samples = found["samples"]
+    results, samples = found["results"], found["samples"]
+    metrics = {name: _numbers(results.get(name, {})) for name in [*selection.groups, *samples]}
+    errors = {task: _standard_errors(samples[task], metrics[task]) for task in samples}
+    writes = {task: c["output_type"] == "generate_until" for task, c in found["configs"].items()}
     return {
-        "metrics": {
-            task: {
-                name: value
-                for name, value in metrics.items()
-                if isinstance(value, int | float) and "stderr" not in name and name != "sample_len"
-            }
-            for task, metrics in found["results"].items()
-        },
-        "errors": {task: _standard_errors(samples[task]) for task in samples},
-        "decodes": {
-            task: config["output_type"] == "generate_until"
-            for task, config in found["configs"].items()
-        },
-        "answers": {task: [_text_of(sample) for sample in samples[task]] for task in samples},
+        "metrics": {name: numbers for name, numbers in metrics.items() if numbers},
+        "errors": errors | _errors_of_groups(selection, results, errors),
+        "decodes": {task: score_as_decode or writing for task, writing in writes.items()},
+        "answers": {task: _answers(samples[task]) for task in samples if writes[task]},
     }
 
 
-def _standard_errors(samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Of every metric that is a number for each sample."""
+def _numbers(results: dict[str, Any]) -> dict[str, float]:
+    """By "metric,filter"."""
+    return {
+        name: value
+        for name, value in results.items()
+        if isinstance(value, int | float) and "stderr" not in name and name != "sample_len"
+    }
+
+
+def _standard_errors(samples: list[dict[str, Any]], metrics: dict[str, float]) -> dict[str, float]:
+    """By "metric,filter", of every metric that is the mean of a number for each document.
+
+    samples: the harness logs one for each document and filter.
+    """
     errors: dict[str, float] = {}
-    for metric in samples[0].get("metrics", []):
-        values = [sample[metric] for sample in samples if metric in sample]
+    for key, mean in metrics.items():
+        metric, _, own = key.partition(",")
+        values = [s[metric] for s in samples if s["filter"] == own and metric in s]
         if len(values) > 1 and all(isinstance(v, int | float) for v in values):
-            errors[metric] = (torch.tensor(values).double().std() / len(values) ** 0.5).item()
+            each = torch.tensor(values).double()
+            if math.isclose(each.mean().item(), mean, rel_tol=1e-6, abs_tol=1e-9):
+                errors[key] = (each.std() / len(values) ** 0.5).item()
     return errors
 
 
-def _text_of(sample: dict[str, Any]) -> str:
-    response = sample["resps"][0][0]
-    return response if isinstance(response, str) else ""
+def _errors_of_groups(
+    selection: Selection, results: dict[str, Any], errors: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """As the harness pools its own, which it left out."""
+    told = {
+        task: {**results[task], **{key.replace(",", "_stderr,", 1): e for key, e in own.items()}}
+        for task, own in errors.items()
+    }
+    pooled = {}
+    for name, group in selection.groups.items():
+        found = group.aggregate(told).items()
+        pooled[name] = {
+            key.replace("_stderr,", ",", 1): value
+            for key, value in found
+            if "_stderr," in key and isinstance(value, float)
+        }
+    return pooled
 
 
-class _Vllm:
-    """The harness's vLLM model with re-routing loaded."""
-
-    def __init__(self, folder: str, table: str, batch: int, dtype: str, seed: int) -> None:
-        prepare()
-        from lm_eval.api.registry import get_model
-
-        _name_vllm()
-        self.lm: Any = get_model("vllm")(
-            pretrained=folder,
-            dtype=dtype,
-            seed=seed,
-            batch_size="auto",  # all requests at once: the engine makes the batches
-            max_num_seqs=batch,
-            enable_prefix_caching=False,
-            additional_config={KEY: {"table": str(Path(table).absolute())}},
-        )
-
-    @contextmanager
-    def policy(self, policy: Policy | None) -> Iterator[None]:
-        settings = policy.to_dict() if policy else None
-        self.lm.model.collective_rpc("sere_policy", args=(settings,))
-        self.lm.model.collective_rpc("sere_reset")
-        yield
-
-    def rerouted(self) -> int:
-        """Slots that were re-routed since the policy was set."""
-        stats = self.lm.model.collective_rpc("sere_stats")[0]
-        return sum(layer["slots_rerouted"] for layer in stats.values())
-
-
-def _name_vllm() -> None:
-    """vLLM's CPU build is installed under another name than the harness asks for."""
-    known = metadata.version
-
-    def version(distribution_name: str) -> str:
-        try:
-            return known(distribution_name)
-        except metadata.PackageNotFoundError:
-            return known(f"{distribution_name}-cpu") + "+cpu"
-
-    metadata.version = version
-    try:
-        import_module("lm_eval.models.vllm_causallms")  # keeps the function that it finds
-    finally:
-        metadata.version = known
-
-
-class _Transformers:
-    """The harness's transformers model; a step that feeds one token per sequence is decoding."""
-
-    def __init__(self, folder: str, table: Table, batch: int) -> None:
-        from lm_eval.api.registry import get_model
-
-        self._model, self._layers = load(folder)
-        self._table = table
-        self._shape = torch.Size()
-        self._counters = new_counters(self._model.device)
-        self._model.register_forward_pre_hook(self._note, with_kwargs=True)
-        self.lm: Any = get_model("hf")(pretrained=self._model, tokenizer=folder, batch_size=batch)
-
-    def _note(self, _module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids: Tensor = named["input_ids"] if "input_ids" in named else arguments[0]
-        self._shape = ids.shape
-
-    def policy(self, policy: Policy | None) -> Any:
-        if policy is None:
-            self._counters.zero_()
-            return nullcontext()
-        plans = {i: self._table.plan(i, policy).to(self._model.device) for i in self._table.layers}
-        self._counters.zero_()
-
-        def rows() -> Tensor:
-            decoding = policy.rows == "all" or self._shape[1] == 1
-            kind = RowClass.FAST if decoding else RowClass.EXACT
-            return torch.full((self._shape.numel(),), int(kind), dtype=torch.int8).to(
-                self._model.device
-            )
-
-        return rerouted(self._layers, plans, rows, self._counters)
-
-    def rerouted(self) -> int:
-        """Slots that were re-routed since the policy was set."""
-        return int(self._counters[COUNTERS.index("slots_rerouted")])
+def _answers(samples: list[dict[str, Any]]) -> list[str]:
+    """What was written, once for each document: filters read the same text."""
+    first = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    return [str(s["resps"][0][0]) for s in first]
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """A row for each metric, a column for each policy; then how long and how equal answers are."""
-    arms = result["arms"]
-    stock = arms[0]
+    """A row for each metric, a column for each policy, the tasks of a group below it; for what is
+    in no group, how long and how equal answers are."""
+    arms, groups = result["arms"], result.get("groups", {})
+    metrics = arms[0]["metrics"]
+    inside = {task for tasks in groups.values() for task in tasks}
     rows = []
-    for task, metrics in stock["metrics"].items():
-        for metric in metrics:
-            cells = [_cell(arm, task, metric) for arm in arms]
-            rows.append([f"{task} {metric.removesuffix(',none')}", *cells])
-        if not stock["decodes"].get(task, True):
-            rows.append([f"{task}: scores prompts, which are not re-routed", *[""] * len(arms)])
-            continue
-        theirs = stock["answers"].get(task, [])
-        same, drift = [], []
-        for arm in arms:
-            mine = arm["answers"][task]
-            same.append(f"{sum(map(str.__eq__, mine, theirs)) / len(theirs):.2%}")
-            total = sum(map(len, theirs))
-            drift.append(f"{sum(map(len, mine)) / total - 1:+.2%}" if total else "-")
-        rows += [[f"{task} same answer as stock", *same], [f"{task} length drift", *drift]]
+    for name in dict.fromkeys([*groups, *metrics]):
+        for metric in metrics.get(name, {}):
+            cells = [_cell(arm, name, metric) for arm in arms]
+            rows.append([f"{name} {metric.removesuffix(',none')}", *cells])
+        if name not in inside:
+            rows += _beside_stock(name, groups.get(name, [name]), arms)
     rows.append(["slots re-routed", *(str(arm["slots_rerouted"]) for arm in arms)])
     head = f"lm-evaluation-harness, {result['backend']}, batch {result['batch']}"
+    if (shots := result.get("fewshot")) is not None:
+        head += f", {shots} examples"
+    if result.get("chat"):
+        head += ", chat template"
     return report.text_table([head, *(arm["name"] for arm in arms)], rows)
 
 
+def _beside_stock(
+    name: str, tasks: Sequence[str], arms: Sequence[dict[str, Any]]
+) -> list[list[str]]:
+    """Rows about a task, or about all tasks of a group together."""
+    stock, rows = arms[0], []
+    if not all(stock["decodes"].get(task, True) for task in tasks):
+        note = "scores prompts, which are not re-routed"
+        if any((arm["rule"] or {}).get("rows") == "all" for arm in arms):
+            note = 'scores prompts, which "rows": "all" alone re-routes'
+        rows.append([f"{name}: {note}", *[""] * len(arms)])
+    writing = [t for t in tasks if stock["decodes"].get(t, True) and stock["answers"].get(t)]
+    if not writing:
+        return rows
+    theirs = [text for task in writing for text in stock["answers"][task]]
+    total = sum(map(len, theirs))
+    same, drift = [], []
+    for arm in arms:
+        mine = [text for task in writing for text in arm["answers"][task]]
+        same.append(f"{sum(map(str.__eq__, mine, theirs)) / len(theirs):.2%}")
+        drift.append(f"{sum(map(len, mine)) / total - 1:+.2%}" if total else "-")
+    return [*rows, [f"{name} same answer as stock", *same], [f"{name} length drift", *drift]]
+
+
 def _cell(arm: dict[str, Any], task: str, metric: str) -> str:
-    error = arm["errors"].get(task, {}).get(metric.split(",")[0])
+    own = arm["errors"].get(task, {})
+    error = own.get(metric, own.get(metric.split(",")[0]))  # by metric alone in older results
     return f"{arm['metrics'][task][metric]:.4f}" + (f" +-{error:.4f}" if error else "")

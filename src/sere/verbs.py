@@ -61,50 +61,83 @@ def _policies_for(table: str) -> list[str]:
     return [policy for policy in _POLICIES if knows or "tau" not in policy]
 
 
+# Which flags each way of evaluating reads, of those that not all of them read.
+_READ = {
+    "sere evaluate": ("data", "samples", "prompt", "length"),
+    "--engine": ("data", "samples", "length", "dtype"),
+    "--tasks": (
+        "task_folder",
+        "backend",
+        "limit",
+        "fewshot",
+        "chat",
+        "allow_unsafe_code",
+        "score_as_decode",
+        "dtype",
+    ),
+}
+
+
 def evaluate(
     policies: list[str] | None,
     batches: list[int] | None,
     model: str,
     table: str,
     output: str,
+    seed: int,
     engine: bool,
     tasks: str | None,
-    task_folder: str | None,
-    backend: str,
-    limit: int | None,
-    dtype: str,
     **flags: Any,
 ) -> None:
     """`sere evaluate MODEL TABLE --policy JSON ... --batch B ... [--engine | --tasks NAME,...]`."""
+    if tasks and engine:
+        raise ValueError(
+            "--tasks and --engine are two ways to evaluate: choose one (--tasks runs on vLLM's "
+            "engine unless --backend says otherwise)"
+        )
+    way = "--tasks" if tasks else "--engine" if engine else "sere evaluate"
+    given = _given(flags)
+    _check_read(way, given)
     chosen = policies or _policies_for(table)
-    batch = (batches or [32])[0]
+    if way == "sere evaluate":
+        from sere.evaluate import run
+
+        sizes = batches or [1, 8, 32]
+        run(model, table, output, policies=chosen, batches=sizes, seed=seed, **given)
+        return
+    if batches and len(batches) > 1:
+        raise ValueError(
+            f"{way} runs at one batch size: give --batch once, not {len(batches)} times"
+        )
+    common: dict[str, Any] = {
+        "policies": chosen,
+        "batch": (batches or [32])[0],
+        "seed": seed,
+    }
     if tasks:
         from sere import harness
 
-        names = tasks.split(",")
-        own = {"folder": task_folder, "limit": limit, "dtype": dtype, "seed": flags["seed"]}
-        harness.run(
-            model, table, output, policies=chosen, tasks=names, backend=backend, batch=batch, **own
-        )
-    elif engine:
+        harness.run(model, table, output, tasks=tasks.split(","), **common, **given)
+    else:
         from sere import generation
 
-        kept = {name: flags[name] for name in ("data", "samples", "seed")}
-        longest = flags["length"]
-        generation.run(
-            model,
-            table,
-            output,
-            policies=chosen,
-            batch=batch,
-            max_tokens=longest,
-            dtype=dtype,
-            **kept,
-        )
-    else:
-        from sere.evaluate import run
+        if "length" in given:
+            given["max_tokens"] = given.pop("length")
+        generation.run(model, table, output, **common, **given)
 
-        run(model, table, output, policies=chosen, batches=batches or [1, 8, 32], **flags)
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Without what was left out, so that what is called fills it in."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _check_read(way: str, given: dict[str, Any]) -> None:
+    ignored = [name for name in given if name not in _READ[way]]
+    if ignored:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        readers = [other for other in _READ if set(ignored) <= set(_READ[other])]
+        hint = f"; {' and '.join(readers)} would" if readers else ""
+        raise ValueError(f"{way} does not read {names}{hint}: leave out what is not meant")
 
 
 def tune(
@@ -125,7 +158,7 @@ def tune(
         ("expert_bytes", expert_mb, 1e6),
     )
     device = {name: value * unit for name, value, unit in given if value is not None}
-    run(model, table, batches=batches or [1, 8, 32], device=device, **flags)
+    run(model, table, batches=batches or [1, 8, 32], device=device, **_given(flags))
 
 
 def report(folder: str, output: str) -> None:

@@ -140,7 +140,7 @@ def harness(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """Tasks of lm-evaluation-harness: a row for each metric, a column for each policy."""
     result, arms = source.content, source.content["arms"]
     rows = [
-        [task, metric.split(",")[0], *(_metric(arm, task, metric) for arm in arms)]
+        [task, metric.removesuffix(",none"), *(_metric(arm, task, metric) for arm in arms)]
         for task, metrics in arms[0]["metrics"].items()
         for metric in metrics
     ]
@@ -169,7 +169,7 @@ def _scores(arms: list[dict[str, Any]]) -> str:
     """Of the first metric: stock's, and the one furthest from it."""
     task, metrics = next(iter(arms[0]["metrics"].items()))
     metric, stock = next(iter(metrics.items()))
-    name = f"{task}, {metric.split(',')[0]}"
+    name = f"{task}, {metric.removesuffix(',none')}"
     if len(arms) == 1:
         return f"{name}: {stock:.4f}."
     far = max(arms[1:], key=lambda arm: abs(arm["metrics"][task][metric] - stock))
@@ -179,4 +179,6 @@ def _scores(arms: list[dict[str, Any]]) -> str:
 
 
 def _metric(arm: dict[str, Any], task: str, metric: str) -> tuple[float, float | None]:
-    return arm["metrics"][task][metric], arm["errors"].get(task, {}).get(metric.split(",")[0])
+    own = arm["errors"].get(task, {})
+    error = own.get(metric, own.get(metric.split(",")[0]))  # by metric alone in older results
+    return arm["metrics"][task][metric], error
