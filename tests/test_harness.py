@@ -9,11 +9,13 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lm_eval
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -74,6 +76,14 @@ metric_list:
 """
 ONE = '{"S": 1, "min_active": 1}'
 OFF = '{"S": 4}'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def indexed_once() -> Iterator[None]:
+    """To know its tasks the harness reads thousands of files: for all tests here but once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", cache(lm_eval.tasks.TaskManager))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -251,15 +261,15 @@ def decoded_alone(prompt: str, table: Table, policy: Policy, stock_steps: int) -
     counters = new_counters()
     plans = {index: table.plan(index, policy) for index in table.layers}
     tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-    cache, written = None, []
+    past, written = None, []
     with torch.no_grad():
         while True:
             hook = nullcontext()
             if len(written) > stock_steps:
                 hook = rerouted(layers, plans, lambda: None, counters)
             with hook:
-                output = model(tokens, past_key_values=cache, use_cache=True)
-            tokens, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+                output = model(tokens, past_key_values=past, use_cache=True)
+            tokens, past = output.logits[:, -1:].argmax(-1), output.past_key_values
             if tokens.item() == tokenizer.eos_token_id:
                 break
             written.append(tokens.item())
@@ -298,10 +308,10 @@ def test_a_given_answer_scores_what_decoding_it_would(folder: Path, answer: str)
     plans = {index: table.plan(index, policy) for index in table.layers}
     told, best = 0.0, []
     with torch.no_grad():
-        cache = model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+        past = model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
         with rerouted(layers, plans, lambda: None):
             for fed, token in zip([prompt[-1], *wanted[:-1]], wanted, strict=True):
-                output = model(torch.tensor([[fed]]), past_key_values=cache, use_cache=True)
+                output = model(torch.tensor([[fed]]), past_key_values=past, use_cache=True)
                 logits = output.logits[0, -1].log_softmax(-1)
                 told += logits[token].item()
                 best.append(logits.argmax().item() == token)
