@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sere.corpus import Corpus, CorpusError, read_texts
+from sere.corpus import Corpus, CorpusError, read_pairs, read_texts
 
 
 def encode(text: str) -> list[int]:
@@ -102,3 +102,17 @@ def test_the_seed_decides_and_the_hash_tells() -> None:
     assert one.hash != other.hash
     assert corpus(TEXTS, seed=1, length=98).hash == one.hash  # no text was long enough to be cut
     assert corpus(TEXTS, seed=1, length=9).hash != one.hash
+
+
+@pytest.mark.parametrize(
+    "second",
+    ['{"prompt": "a"}', '{"prompt": "a", "answer": ""}', '{"prompt": 5, "answer": "b"}', "torn {"],
+    ids=str,
+)
+def test_a_pair_that_is_none_is_named_by_its_line(second: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f'{{"prompt": "1+1", "answer": "2"}}\n\n{second}\n')
+    with pytest.raises(CorpusError, match=r"pairs\.jsonl:3: expected .*prompt.*, got"):
+        read_pairs(path)
+    path.write_text('{"text": "no pair"}\n')
+    assert read_pairs(path) == []

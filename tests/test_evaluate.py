@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from sere.adapters import Mixture
+from sere.arms import served_policy
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.evaluate import load_passages, run
 from sere.loading import load_model
-from sere.policy import PolicyError
+from sere.policy import Policy, PolicyError
 from sere.quality import EvaluationError, mean
 from sere.table import TableError
 
@@ -176,6 +177,12 @@ def test_prompts_may_not_change_by_a_bit_where_experts_run_apart(
     assert f"differ from stock by up to {largest:.1g}, by rounding" in capsys.readouterr().out
 
 
+def test_rivals_are_not_for_the_engine() -> None:
+    with pytest.raises(PolicyError, match="'oea' .*leave out --engine and --tasks"):
+        served_policy('{"rival": "oea", "k0": 1}')
+    assert served_policy('{"S": 1}') == Policy(S=1)
+
+
 def test_re_routing_prompts_is_for_the_engine(tiny: Any) -> None:
     with pytest.raises(PolicyError, match="sere evaluate --engine"):
         tiny("rows.json", policies=['{"S": 1, "rows": "all"}'])
@@ -212,7 +219,7 @@ def test_prompts_and_answers_from_a_file(model_dir: Path, tmp_path: Path) -> Non
 def test_what_would_mean_nothing_is_refused(
     tiny: Any, capsys: pytest.CaptureFixture[str], model_dir: Path
 ) -> None:
-    with pytest.raises(EvaluationError, match="one name"):
+    with pytest.raises(EvaluationError, match=r"are called .*name one of them"):
         tiny(policies=['{"S": 1}', '{"S": 1}'])
     with pytest.raises(EvaluationError, match="lower --prompt"):
         tiny(prompt=500)

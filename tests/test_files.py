@@ -52,3 +52,14 @@ def test_an_output_that_cannot_be_written_is_refused_with_the_reason(
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="not writable"):
         check_writable(tmp_path / "file")
+
+
+def test_a_result_may_not_replace_what_it_is_made_from(tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    table.write_bytes(b"much work")
+    (tmp_path / "link").symlink_to(table)
+    for output in (table, tmp_path / "." / "table", tmp_path / "link"):
+        with pytest.raises(FileExistsError, match="what the result is made from"):
+            check_writable(output, None, tmp_path / "absent", table)
+    check_writable(tmp_path / "other", table, None)
+    check_writable(table)

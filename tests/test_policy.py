@@ -37,6 +37,7 @@ def test_round_trip_keeps_every_field() -> None:
     ("settings", "complaint"),
     [
         ({"rhoo": 0.1}, "did you mean 'rho'"),
+        ({"s": 1}, "did you mean 'S'"),
         ({"max_activ": 8}, "did you mean 'max_active'"),
         ({"xyzzy": 1}, "known keys: S, rho"),
         ({"rho": "high"}, "rho='high'.*number"),

@@ -81,6 +81,17 @@ def parse_arm(text: str, table: Table) -> Arm:
     return arm_of(settings_from_json(text), table)
 
 
+def served_policy(text: str) -> Policy:
+    """A policy that an engine can follow, from JSON; `PolicyError` for a rival."""
+    settings = settings_from_json(text)
+    if "rival" in settings:
+        raise PolicyError(
+            f"{settings['rival']!r} is another paper's rule, measured in one pass and never "
+            "decoded with: leave out --engine and --tasks"
+        )
+    return Policy.from_dict(settings)
+
+
 def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
     """See `parse_arm`."""
     rest = dict(settings)

@@ -28,7 +28,11 @@ _VERB = "verb"
 
 def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
-    parser.add_argument("--data", metavar="FILE", help="text: .txt, .jsonl or .parquet")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="text: paragraphs of .txt, a text a line of .jsonl, or .parquet",
+    )
     parser.add_argument("-o", "--output", default="table.safetensors", metavar="FILE")
     parser.add_argument(
         "--method",
@@ -111,7 +115,9 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
         dest="policies",
         action="append",
         metavar="JSON",
-        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1}; may be repeated '
+        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1} (no rivals with '
+        '--engine and --tasks); in one pass also "name": "mine" and "table": "other.table"; may be '
+        "repeated "
         "(default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
     )
 
@@ -317,7 +323,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = getattr(import_module(module), function)(**arguments)
     except KeyboardInterrupt:
-        print("sere: interrupted; no output was written", file=sys.stderr)
+        print(
+            "sere: interrupted; no output was written. Where an .unfinished file stands beside it, "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"sere: error: {error}", file=sys.stderr)
@@ -326,10 +336,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 1")
-    return value
+    return int(text)
 
 
 def _whole(text: str) -> int:

@@ -89,14 +89,30 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     path = Path(path)
     if path.suffix != ".jsonl" or not path.is_file():
         return []
-    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = path.read_text("utf-8").splitlines()
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered or not _is_pair(numbered[0][1]):
+        return []
+    return [_pair(line, f"{path}:{number}") for number, line in numbered]
+
+
+def _is_pair(line: str) -> bool:
     try:
-        records = [json.loads(line) for line in lines]
-        if not records or not {"prompt", "answer"} <= set(records[0]):
-            return []
-        return [(record["prompt"], record["answer"]) for record in records]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CorpusError(f"{path}: not a {{prompt, answer}} object a line ({error})") from error
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and {"prompt", "answer"} <= set(record)
+
+
+def _pair(line: str, where: str) -> tuple[str, str]:
+    record = json.loads(line) if _is_pair(line) else {}
+    prompt, answer = record.get("prompt"), record.get("answer")
+    if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
+        raise CorpusError(
+            f'{where}: expected {{"prompt": "...", "answer": "..."}} as on the first line, neither '
+            f"of them empty, got {line[:80]}"
+        )
+    return prompt, answer
 
 
 def _paragraphs(path: Path) -> Iterator[str]:

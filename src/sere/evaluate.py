@@ -45,11 +45,14 @@ def run(
     layer_error: bool = True,
 ) -> dict[str, Any]:
     """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot."""
-    check_writable(output)
+    check_writable(output, table_path, data)
     table = Table.load(table_path)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
-    if len({arm.name for arm in arms}) < len(arms):
-        raise EvaluationError("two policies have one name; give them names of their own")
+    names = [arm.name for arm in arms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise EvaluationError(
+            f'two policies are called {twice[0]!r}: name one of them, {{"name": "mine", ...}}'
+        )
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
     model, layers = load(folder)

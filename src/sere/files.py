@@ -31,9 +31,13 @@ def replaced(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise `OSError` now, before hours of work, if `path` cannot be written later."""
+def check_writable(path: str | Path, *inputs: str | Path | None) -> None:
+    """Raise `OSError` now, before hours of work, if `path` cannot be written later, or is one of
+    the files that the work reads."""
     path = Path(path)
+    for given in inputs:
+        if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
+            raise FileExistsError(f"{path} is what the result is made from: choose another output")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file inside it")
     if not path.parent.is_dir():

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sere import demo_model, report
+from sere.arms import served_policy
 from sere.corpus import read_pairs
 from sere.files import check_writable
 from sere.journal import Journal, contents
@@ -130,7 +131,7 @@ def run(
     data: {"prompt", "answer"} lines; by default the demo model's held-out tasks. What was
     interrupted resumes after its last whole batch.
     """
-    check_writable(output)
+    check_writable(output, table_path, data)
     table = Table.load(table_path)
     written = [Written("stock", None), *(_to_write(text, table) for text in policies)]
     if len({one.name for one in written}) < len(written):
@@ -179,7 +180,7 @@ def run(
 
 
 def _to_write(text: str, table: Table) -> Written:
-    policy = Policy.from_json(text)
+    policy = served_policy(text)
     policy.check_against(table.fingerprint.K, table.fingerprint.E)
     return Written(policy.brief(), policy)
 

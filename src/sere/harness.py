@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sere import demo_model, report
+from sere.arms import served_policy
 from sere.files import check_writable
 from sere.harness_hf import Transformers
 from sere.harness_tasks import Selection, select
@@ -49,12 +50,12 @@ def run(
     as turns of it. score_as_decode: see `sere.harness_hf`. dtype: of vLLM's engine.
     Raises `EvaluationError` for what cannot be run as asked, before a model is loaded.
     """
-    check_writable(output)
+    check_writable(output, table_path)
     _check_backend(backend, dtype=dtype, score_as_decode=score_as_decode)
     table = Table.load(table_path)
     chosen: list[tuple[str, Policy | None]] = [("stock", None)]
     for text in policies:
-        policy = Policy.from_json(text)
+        policy = served_policy(text)
         policy.check_against(table.fingerprint.K, table.fingerprint.E)
         chosen.append((policy.brief(), policy))
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)

@@ -289,8 +289,11 @@ def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str
     """Raise `PolicyError` for a key that nobody would read, with the nearest known one."""
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            alike = {name.lower(): name for name in known}
+            near = difflib.get_close_matches(str(key).lower(), alike, n=1)
+            hint = (
+                f"did you mean {alike[near[0]]!r}?" if near else f"known keys: {', '.join(known)}"
+            )
             raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
 
 

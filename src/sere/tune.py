@@ -10,6 +10,7 @@ then it goes into the table for serving to find. What was found so far survives 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def run(
     if bench and device:
         raise ValueError(f"{bench} was measured: --bench leaves nothing for {_FLAGS} to say")
     wanted = Budget.parse(budget)
-    check_writable(output)
+    check_writable(output, table_path, data, bench)
     check_writable(table_path)
     table = Table.load(table_path)
     folder = demo_model.resolve(model_name)
@@ -242,9 +243,18 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _why_not(result: dict[str, Any]) -> str:
+    limit = result["settings"]["budget"]["limit"]
+    points = [p for found in result["by_batch"] for p in found["points"]]
+    if any(point["upper"] <= limit for point in points):
+        return "what keeps the budget saves no time"
+    least = min((point["upper"] for point in points), default=math.nan)
+    return f"nothing that was tried keeps the budget (the least loss is below {least:.2g})"
+
+
 def _choice(result: dict[str, Any], name: str) -> list[str]:
     if not result["policy"]:
-        lines = ["nothing keeps the budget and saves time: do not enable re-routing"]
+        lines = [f"{_why_not(result)}: do not enable re-routing"]
         if result["searched"]:
             lines.append(
                 f"(The search found {Policy.from_dict(result['searched']).brief()}, which the "
