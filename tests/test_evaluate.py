@@ -178,7 +178,7 @@ def test_prompts_may_not_change_by_a_bit_where_experts_run_apart(
 
 
 def test_rivals_are_not_for_the_engine() -> None:
-    with pytest.raises(PolicyError, match="'oea' .*leave out --engine and --tasks"):
+    with pytest.raises(PolicyError, match=r"'oea' .*leave out --engine and --tasks"):
         served_policy('{"rival": "oea", "k0": 1}')
     assert served_policy('{"S": 1}') == Policy(S=1)
 
