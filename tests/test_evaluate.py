@@ -19,7 +19,7 @@ from sere.evaluate import load_passages, run
 from sere.loading import load_model
 from sere.policy import Policy, PolicyError
 from sere.quality import EvaluationError, mean
-from sere.table import TableError
+from sere.table import Table, TableError
 
 POLICIES = ['{"S": 2, "name": "off"}', '{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05}']
 POLICIES += ['{"rival": "top_k", "k": 1}']
@@ -177,10 +177,10 @@ def test_prompts_may_not_change_by_a_bit_where_experts_run_apart(
     assert f"differ from stock by up to {largest:.1g}, by rounding" in capsys.readouterr().out
 
 
-def test_rivals_are_not_for_the_engine() -> None:
+def test_rivals_are_not_for_the_engine(table: Table) -> None:
     with pytest.raises(PolicyError, match=r"'oea' .*leave out --engine and --tasks"):
-        served_policy('{"rival": "oea", "k0": 1}')
-    assert served_policy('{"S": 1}') == Policy(S=1)
+        served_policy('{"rival": "oea", "k0": 1}', table)
+    assert served_policy('{"S": 1}', table) == Policy(S=1)
 
 
 def test_re_routing_prompts_is_for_the_engine(tiny: Any) -> None:

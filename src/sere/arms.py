@@ -81,15 +81,18 @@ def parse_arm(text: str, table: Table) -> Arm:
     return arm_of(settings_from_json(text), table)
 
 
-def served_policy(text: str) -> Policy:
-    """A policy that an engine can follow, from JSON; `PolicyError` for a rival."""
+def served_policy(text: str, table: Table) -> Policy:
+    """A policy that an engine can follow, from JSON; `PolicyError` for a rival, or for one that
+    makes no sense for the table's model."""
     settings = settings_from_json(text)
     if "rival" in settings:
         raise PolicyError(
             f"{settings['rival']!r} is another paper's rule, measured in one pass and never "
             "decoded with: leave out --engine and --tasks"
         )
-    return Policy.from_dict(settings)
+    policy = Policy.from_dict(settings)
+    policy.check_against(table.fingerprint.K, table.fingerprint.E)
+    return policy
 
 
 def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:

@@ -117,8 +117,7 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1} (no rivals with '
         '--engine and --tasks); in one pass also "name": "mine" and "table": "other.table"; may be '
-        "repeated "
-        "(default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
+        "repeated (default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
     )
 
 
@@ -336,16 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 1")
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= {least}")
     return int(text)
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= 0")
-    return value
 
 
 def _seconds(text: str) -> float:

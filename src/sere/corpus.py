@@ -89,30 +89,31 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     path = Path(path)
     if path.suffix != ".jsonl" or not path.is_file():
         return []
-    lines = path.read_text("utf-8").splitlines()
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered or not _is_pair(numbered[0][1]):
-        return []
-    return [_pair(line, f"{path}:{number}") for number, line in numbered]
+    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
+    records = ((number, line, _pair_of(line)) for number, line in lines if line.strip())
+    pairs: list[tuple[str, str]] = []
+    for number, line, record in records:
+        if record is None and not pairs:
+            return []
+        prompt, answer = record or (None, None)
+        if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
+            raise CorpusError(
+                f'{path}:{number}: expected {{"prompt": "...", "answer": "..."}} as on the first '
+                f"line, neither of them empty, got {line[:80]}"
+            )
+        pairs.append((prompt, answer))
+    return pairs
 
 
-def _is_pair(line: str) -> bool:
+def _pair_of(line: str) -> tuple[Any, Any] | None:
+    """A line's prompt and answer, if it has both."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
-        return False
-    return isinstance(record, dict) and {"prompt", "answer"} <= set(record)
-
-
-def _pair(line: str, where: str) -> tuple[str, str]:
-    record = json.loads(line) if _is_pair(line) else {}
-    prompt, answer = record.get("prompt"), record.get("answer")
-    if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
-        raise CorpusError(
-            f'{where}: expected {{"prompt": "...", "answer": "..."}} as on the first line, neither '
-            f"of them empty, got {line[:80]}"
-        )
-    return prompt, answer
+        return None
+    if not (isinstance(record, dict) and {"prompt", "answer"} <= set(record)):
+        return None
+    return record["prompt"], record["answer"]
 
 
 def _paragraphs(path: Path) -> Iterator[str]:

@@ -180,8 +180,7 @@ def run(
 
 
 def _to_write(text: str, table: Table) -> Written:
-    policy = served_policy(text)
-    policy.check_against(table.fingerprint.K, table.fingerprint.E)
+    policy = served_policy(text, table)
     return Written(policy.brief(), policy)
 
 

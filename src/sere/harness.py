@@ -55,8 +55,7 @@ def run(
     table = Table.load(table_path)
     chosen: list[tuple[str, Policy | None]] = [("stock", None)]
     for text in policies:
-        policy = served_policy(text)
-        policy.check_against(table.fingerprint.K, table.fingerprint.E)
+        policy = served_policy(text, table)
         chosen.append((policy.brief(), policy))
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
     folder = demo_model.resolve(model_name)
