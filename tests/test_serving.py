@@ -230,7 +230,8 @@ def test_engine_modes(mode: str, table_path: Path, without_plugin: list[Any]) ->
         # Tensor-parallel ranks find the same, and would fall back together.
         assert rank == told[0] or mode == "pipeline parallel"
         for figures in rank["shadow"].values():
-            assert figures["checks"] > 0 < figures["error"] < 1
+            # Not the latest error: it is 0 where the last step happens to move no token.
+            assert 0 < figures["error_sum"] < figures["checks"]
     generated = sum(len(tokens) for tokens, _ in on)
     for layer in (layer for rank in stats for layer in rank.values()):
         assert layer["rows_fast"] == generated - len(PROMPTS)
