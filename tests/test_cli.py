@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 
@@ -155,6 +156,18 @@ def test_calibrate_then_inspect(
     assert main(arguments) == 0
     assert "critical at rho=0" in capsys.readouterr().out
     assert png.exists() == ("--plot" in arguments)
+
+
+def test_compared_tables_of_two_models_are_said_to_be(
+    make_table: Callable[..., Table], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(tmp_path / name) for name in ("one", "same", "other")]
+    for path, router in zip(paths, ("a" * 64, "a" * 64, "b" * 64), strict=True):
+        make_table(router_hash=router).save(path)
+    assert main(["inspect", paths[0], "--compare", paths[1]]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["inspect", paths[0], "--compare", paths[2]]) == 0
+    assert "two models, which differ in router weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rho", ["nan", "-1"])

@@ -243,6 +243,30 @@ def test_the_table_and_the_plot_are_written(tiny: Any, capsys: pytest.CaptureFix
     assert torch.tensor(json.loads((tiny.folder / "shown.json").read_text())["K"]) == 2
 
 
+def test_batches_that_are_never_full_are_noticed(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = tiny("small.json", policies=POLICIES[:1], batches=[4])["passages"]
+    assert "never full" not in capsys.readouterr().out
+    tiny("small.json", policies=POLICIES[:1], batches=[count, 16])
+    notes = [line for line in capsys.readouterr().out.splitlines() if "never full" in line]
+    assert notes == [f"batch 16 was never full: {count} passages in all; for more, raise --samples"]
+
+
+def test_a_model_with_other_experts_per_token_is_refused(
+    tiny: Any, model_dir: Path, tmp_path: Path
+) -> None:
+    """Its weights are the table's: only the configuration says otherwise."""
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 3}))
+    options = {"data": str(tiny.folder / "text.txt"), "policies": POLICIES[:1], "batches": [2]}
+    (tiny.folder / "text.txt").write_text("one and two make three and four\n\n" * 20)
+    with pytest.raises(TableError, match=r"made for 2 experts per token and the .*to 3"):
+        run(str(other), str(tiny.folder / "t"), str(tmp_path / "e"), prompt=4, length=8, **options)
+
+
 def test_a_table_of_other_weights_is_refused(
     tiny: Any, model_dir: Path, tmp_path: Path, corpus_file: Path
 ) -> None:

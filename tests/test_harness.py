@@ -397,6 +397,10 @@ TASKS = ["--tasks", "choose"]
         ([*TASKS, "--batch", "1", "--batch", "8"], "--tasks runs at one batch size"),
         ([*TASKS, "--backend", "hf", "--dtype", "float32"], "leave --dtype out"),
         ([*TASKS, "--score-as-decode"], "--score-as-decode needs --backend hf"),
+        (
+            ["--tasks", "two_filters", "--backend", "hf", "--score-as-decode"],
+            "changes nothing: two_filters only write",
+        ),
         ([*TASKS, "--chat"], "no chat template"),
         ([*TASKS, "--fewshot", "2"], "choose says num_fewshot: 0"),
         (["--engine", "--limit", "3"], "--engine does not read --limit; --tasks would"),

@@ -13,7 +13,7 @@ from sere.kernels import Plan, reroute
 from sere.moe import MoELayer
 from sere.policy import Policy, PolicyError, settings_from_json
 from sere.rivals import Rival, Routed
-from sere.table import Table
+from sere.table import Table, TableError
 
 
 @dataclass
@@ -56,6 +56,11 @@ class Arm:
         """
         if self.rule is None:
             return ids, weights
+        if ids.shape[1] != self.table.fingerprint.K:
+            raise TableError(
+                f"the table was made for {self.table.fingerprint.K} experts per token and the "
+                f"model routes each to {ids.shape[1]}: run `sere calibrate` on the model as it is"
+            )
         if isinstance(self.rule, Policy):
             plan = self._plan(self.rule, layer, ids)
             return reroute(ids, weights, plan, counters=counters)

@@ -169,6 +169,7 @@ def as_text(result: dict[str, Any]) -> str:
                 f"batch {batch}: prompts' logits differ from stock by up to {difference:.1g}, by "
                 "rounding: this architecture cannot run their rows apart from decoded ones"
             )
+        parts += report.not_full(int(batch), result["passages"], "passages")
     return "\n\n".join(parts)
 
 

@@ -266,4 +266,5 @@ def as_text(result: dict[str, Any]) -> str:
     head = f"vLLM, batch {result['batch']}, {result['prompts']} prompts"
     columns = [head, "active experts", "exact match", "answers lost", "lost, gross"]
     columns += ["same as stock", "tokens written"]
-    return report.text_table(columns, rows)
+    table = report.text_table(columns, rows)
+    return "\n\n".join([table, *report.not_full(result["batch"], result["prompts"], "prompts")])

@@ -58,6 +58,11 @@ def run(
         policy = served_policy(text, table)
         chosen.append((policy.brief(), policy))
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
+    if score_as_decode and not selection.scores:
+        raise EvaluationError(
+            f"--score-as-decode changes nothing: {', '.join(selection.tasks)} only write answers, "
+            "which are decoded anyway: leave it out"
+        )
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
     if chat and load_tokenizer(folder).chat_template is None:

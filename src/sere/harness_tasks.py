@@ -32,6 +32,12 @@ class Selection:
         }
 
     @property
+    def scores(self) -> bool:
+        """Whether any task scores given answers."""
+        types = (task.get_config("output_type") for task in self.tasks.values())
+        return any(each != "generate_until" for each in types)
+
+    @property
     def roots(self) -> list[Any]:
         """What is in no group, and the groups that are in no other."""
         inner = {each.name for group in self.groups.values() for each in group.get_all_groups()}

@@ -44,6 +44,13 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
+def not_full(batch: int, count: int, what: str) -> list[str]:
+    """A note where there was too little to fill one batch; else nothing."""
+    if count >= batch:
+        return []
+    return [f"batch {batch} was never full: {count} {what} in all; for more, raise --samples"]
+
+
 def save_json(path: str | Path, result: Any) -> None:
     """Write a result atomically, for programs."""
     with replaced(path) as temporary:

@@ -31,7 +31,11 @@ def inspect(table: str, rho: float, plot: str | None, compare: str | None, json:
     if compare:
         from sere import compare as comparison
 
-        found = comparison.compare(loaded, Table.load(compare))
+        other = Table.load(compare)
+        found = comparison.compare(loaded, other)
+        if differences := loaded.fingerprint.differences(other.fingerprint):
+            what = ", ".join(difference.split(":")[0] for difference in differences)
+            print(f"these are tables of two models, which differ in {what}", file=sys.stderr)
         print(_json(found) if json else comparison.as_text(found))
     else:
         print(_json(inspection.report(loaded, rho)) if json else inspection.as_text(loaded, rho))
