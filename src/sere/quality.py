@@ -69,7 +69,10 @@ class _Stock:
 
 @dataclass
 class Judge:
-    """Measures arms on passages; what is finished is in the journal and not measured again."""
+    """Measures arms on passages; what is finished is in the journal and not measured again.
+
+    first: the place of the first passage among all that share the journal.
+    """
 
     model: nn.Module
     layers: list[MoELayer]
@@ -77,6 +80,7 @@ class Judge:
     journal: Journal
     layer_error: bool = True
     title: str = "evaluate"
+    first: int = 0
     _stock: tuple[int, int, _Stock] | None = None
 
     def measure(
@@ -95,7 +99,7 @@ class Judge:
         work = [(*chunk, arm) for chunk in chunks for arm in arms]
         sums: dict[str, dict[int, list[Sums]]] = {a.name: {b: [] for b in batches} for a in arms}
         for start, size, batch, arm in tqdm(work, self.title, leave=self.title == "evaluate"):
-            piece = f"{start}+{size}/{batch}/{arm.name}"
+            piece = f"{self.first + start}+{size}/{batch}/{arm.name}"
             if (known := self.journal.get(piece)) is None:
                 chunk = list(self.passages[start : start + size])
                 known = [asdict(part) for part in self._measured(chunk, start, arm, batch)]

@@ -82,19 +82,15 @@ def run(
         "method": table.method,
         **contents(folder, [table]),
     }
-    with (
-        Journal(f"{output}.unfinished", settings) as journal,
-        Journal(f"{output}.held-out.unfinished", settings) as other,
-    ):
+    with Journal(f"{output}.unfinished", settings) as journal:
         tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
-        unseen = Judge(model, layers, passages[half:], other, False)
+        unseen = Judge(model, layers, passages[half:], journal, False, first=half)
         checker = replace(tuner, judge=unseen, title="check")
         try:
             for one in (tuner, checker):
                 one.check_answers(max(batches))
         except BudgetError:
             journal.forget()
-            other.forget()
             raise
         result = {
             "provenance": report.provenance(),
