@@ -286,7 +286,8 @@ def test_answers_are_those_of_demo_and_generation(results: Path, data: dict[str,
     for row, arm in zip(
         section(data, "e.json")["grids"][0]["rows"], load(results, "e.json")["arms"], strict=True
     ):
-        names = ("active", "exact_match", "same_as_stock", "kept", "length", "length_drift")
+        names = ["active", "exact_match", "answers_lost", "answers_lost_gross"]
+        names += ["same_as_stock", "kept", "length", "length_drift"]
         assert row == [arm["name"], *(arm[name] for name in names)]
     (row,) = section(data, "f.json")["grids"][0]["rows"]
     assert row == ["sums", "exact_match", [0.97, 0.01], [0.9612345, 0.01]]

@@ -8,6 +8,17 @@ from typing import Any
 from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, plot, shares
 from sere.page.sources import Source
 
+_WRITTEN = {
+    "name": Column("policy"),
+    "active": Column("active experts", ".2f"),
+    "exact_match": Column("exact match, %", ".2f", 100),
+    "answers_lost": Column("answers lost, %", ".2f", 100),
+    "answers_lost_gross": Column("lost, gross, %", ".2f", 100),
+    "same_as_stock": Column("same as stock, %", ".2f", 100),
+    "kept": Column("same up to, %", ".2f", 100),
+    "length": Column("tokens written", ".2f"),
+    "length_drift": Column("length drift, %", "+.2f", 100),
+}
 _RIGHT = [[0, "#e4572e"], [0.5, "#e9b44c"], [1, "#2f7f86"]]
 
 
@@ -89,16 +100,8 @@ def _layers(arms: list[dict[str, Any]], E: int) -> Figure:
 def generation(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """What vLLM writes freely: right, the same as stock, longer or shorter."""
     result, arms = source.content, source.content["arms"]
-    columns = [
-        Column("policy"),
-        Column("active experts", ".2f"),
-        Column("exact match, %", ".2f", 100),
-        Column("same as stock, %", ".2f", 100),
-        Column("same up to, %", ".2f", 100),
-        Column("tokens written", ".2f"),
-        Column("length drift, %", "+.2f", 100),
-    ]
-    names = ("active", "exact_match", "same_as_stock", "kept", "length", "length_drift")
+    # Of the figures that an arm has: older results tell less of lost answers.
+    columns = {name: column for name, column in _WRITTEN.items() if name in arms[0]}
     figure = plot(height=320, barmode="group")
     for number, (name, title) in enumerate(
         [("exact_match", "exact match"), ("same_as_stock", "same as stock")]
@@ -129,8 +132,8 @@ def generation(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
         [
             Grid(
                 f"{result['prompts']} prompts, batch {result['batch']}; after ±: standard error",
-                columns,
-                [[arm["name"], *(arm[name] for name in names)] for arm in arms],
+                list(columns.values()),
+                [[arm[name] for name in columns] for arm in arms],
             )
         ],
     )
