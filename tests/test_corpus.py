@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sere.corpus import Corpus, CorpusError, read_pairs, read_texts
+from sere.corpus import Corpus, CorpusError, encoder, read_pairs, read_texts
+from sere.loading import load_tokenizer
 
 
 def encode(text: str) -> list[int]:
@@ -34,7 +35,31 @@ def test_json_lines_of_every_kind(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yes"}]}
     records = [{"text": "a", "id": 1}, "b", {"content": "c"}, {"prompt": "d"}, chat]
     path.write_text("\n\n".join(json.dumps(record) for record in records))
-    assert read_texts(path) == ["a", "b", "c", "d", "hi\nyes"]
+    assert read_texts(path) == ["a", "b", "c", "d", chat["messages"]]
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+STRICT = "{{ raise_exception('a system message must come first') }}"
+
+
+def test_a_chat_is_read_as_it_is_served(model_dir: Path) -> None:
+    """Through the template of a tokenizer that has one; else line by line."""
+    tokenizer: Any = load_tokenizer(str(model_dir))
+    encode = encoder(tokenizer)
+    assert encode(CHAT) == encode("hi\nyes")
+    tokenizer.chat_template = TEMPLATE
+    assert encode(CHAT) == encode("<user>hi<assistant>yes")
+    assert encode("hi\nyes") != encode(CHAT)
+    tokenizer.chat_template = STRICT
+    with pytest.raises(CorpusError, match=r"does not take .*hi.*: a system message must come"):
+        encode(CHAT)
+
+
+def test_chats_without_a_word_are_no_texts() -> None:
+    empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": None}]
+    with pytest.raises(CorpusError, match="no text in it"):
+        Corpus.from_texts([empty], lambda _: [1], source="file", samples=1, length=5, seed=0)
 
 
 def test_rows_of_a_parquet_file(tmp_path: Path) -> None:

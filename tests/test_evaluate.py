@@ -16,7 +16,7 @@ from sere.arms import served_policy
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.evaluate import load_passages, run
-from sere.loading import load_model
+from sere.loading import load_model, load_tokenizer
 from sere.policy import Policy, PolicyError
 from sere.quality import EvaluationError, mean
 from sere.table import Table, TableError
@@ -214,6 +214,30 @@ def test_prompts_and_answers_from_a_file(model_dir: Path, tmp_path: Path) -> Non
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     passages = load_passages("x", str(model_dir), str(data), samples=9, prompt=1, length=1, seed=0)
     assert [(len(p.tokens), p.start) for p in passages] == [(10, 8), (5, 2)]
+
+
+def test_prompts_begin_as_an_engine_has_them_begin(
+    model_dir: Path, corpus_file: Path, tmp_path: Path
+) -> None:
+    """With the token that the tokenizer puts before a text, once; answers and end without it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer: Any = load_tokenizer(str(model_dir))
+    first = tokenizer.pad_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", first)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "ab", "answer": "cd"}\n')
+    (pair,) = load_passages("x", str(tmp_path), str(data), samples=9, prompt=1, length=1, seed=0)
+    plain = tokenizer("abcd").input_ids
+    assert pair.tokens == [*plain, tokenizer.eos_token_id] and pair.start == 3
+    assert plain[0] == first and first not in plain[1:]
+    (text, *_) = load_passages(
+        "x", str(tmp_path), str(corpus_file), samples=3, prompt=4, length=8, seed=0
+    )
+    assert text.tokens[0] == first and first not in text.tokens[1:]
 
 
 def test_what_would_mean_nothing_is_refused(

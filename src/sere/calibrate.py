@@ -7,6 +7,7 @@ result is the same to the bit. Padding never counts.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from sere import __version__, demo_model, null_models
 from sere.checkpoint import Fingerprint, weight_hashes
-from sere.corpus import Corpus, read_texts
+from sere.corpus import Corpus, Text, encoder, read_texts
 from sere.files import check_writable
 from sere.loading import exceeds_memory, load_model, load_tokenizer
 from sere.moe import MoELayer, moe_layers, observed
@@ -90,10 +91,9 @@ def calibrate(
         table.save(output)
         return table
     texts = _texts(folder, data, samples, seed)
-    tokenizer = load_tokenizer(folder)
     corpus = Corpus.from_texts(
         texts,
-        lambda text: list(tokenizer(text, add_special_tokens=True)["input_ids"]),
+        encoder(load_tokenizer(folder)),
         source=str(data) if data else "the demo model's own task generator",
         samples=samples,
         length=length,
@@ -210,7 +210,7 @@ def _check_untuned(output: str | Path) -> None:
         )
 
 
-def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> list[str]:
+def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> Sequence[Text]:
     if data is not None:
         return read_texts(data)
     if folder != str(demo_model.PATH):

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+# A text, or a chat: its messages, {"role", "content"} each.
+Text: TypeAlias = str | list[dict[str, Any]]
 
 _TEXT_FIELDS = ("text", "content", "prompt")
 
@@ -42,8 +45,8 @@ class Corpus:
     @classmethod
     def from_texts(
         cls,
-        texts: list[str],
-        encode: Callable[[str], list[int]],
+        texts: Sequence[Text],
+        encode: Callable[[Text], list[int]],
         *,
         source: str,
         samples: int,
@@ -55,7 +58,7 @@ class Corpus:
 
         Raises `CorpusError` if there are no texts, or fewer than `samples` (unless allowed).
         """
-        texts = [text for text in texts if text.strip()]
+        texts = [text for text in texts if _plain(text).strip()]
         if not texts:
             raise CorpusError(f"{source}: no text in it")
         if len(texts) < samples and not allow_fewer:
@@ -70,8 +73,38 @@ class Corpus:
         return cls(sequences, source, length, seed)
 
 
-def read_texts(path: str | Path) -> list[str]:
-    """The texts of a file: paragraphs of .txt, a text per line of .jsonl or row of .parquet."""
+def encoder(tokenizer: Any) -> Callable[[Text], list[int]]:
+    """Tokens as an engine makes them of a prompt: special ones that begin a text included; a chat
+    through the tokenizer's template, or as its contents, line by line, where it has none."""
+
+    def encode(text: Text) -> list[int]:
+        if isinstance(text, str) or tokenizer.chat_template is None:
+            return list(tokenizer(_plain(text))["input_ids"])
+        return list(tokenizer(_templated(tokenizer, text), add_special_tokens=False)["input_ids"])
+
+    return encode
+
+
+def _templated(tokenizer: Any, chat: Text) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except TemplateError as error:
+        raise CorpusError(
+            f"the tokenizer's chat template does not take {str(chat)[:80]}: {error}"
+        ) from error
+
+
+def _plain(text: Text) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(str(message.get("content") or "") for message in text)
+
+
+def read_texts(path: str | Path) -> list[Text]:
+    """The texts of a file: paragraphs of .txt; a text, or a chat as "messages", per line of .jsonl
+    or row of .parquet."""
     path = Path(path)
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
@@ -116,11 +149,11 @@ def _pair_of(line: str) -> tuple[Any, Any] | None:
     return record["prompt"], record["answer"]
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
+def _paragraphs(path: Path) -> Iterator[Text]:
     yield from (part.strip() for part in path.read_text("utf-8").split("\n\n") if part.strip())
 
 
-def _json_lines(path: Path) -> Iterator[str]:
+def _json_lines(path: Path) -> Iterator[Text]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -132,7 +165,7 @@ def _json_lines(path: Path) -> Iterator[str]:
             yield _text_of(record, f"{path}:{number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
+def _parquet_rows(path: Path) -> Iterator[Text]:
     from pyarrow import parquet
 
     for batch in parquet.ParquetFile(path).iter_batches():
@@ -140,7 +173,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
             yield _text_of(record, str(path))
 
 
-def _text_of(record: Any, where: str) -> str:
+def _text_of(record: Any, where: str) -> Text:
     if isinstance(record, str):
         return record
     if isinstance(record, dict):
@@ -149,6 +182,6 @@ def _text_of(record: Any, where: str) -> str:
                 return str(record[field])
         messages = record.get("messages")
         if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-            return "\n".join(str(message.get("content", "")) for message in messages)
+            return messages
     keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
     raise CorpusError(f"{where}: no text field ({', '.join(_TEXT_FIELDS)} or messages); has {keys}")

@@ -18,7 +18,7 @@ import torch
 
 from sere import demo_model, report
 from sere.arms import Arm, parse_arm
-from sere.corpus import Corpus, read_pairs, read_texts
+from sere.corpus import Corpus, encoder, read_pairs, read_texts
 from sere.decoding import Passage
 from sere.files import check_writable, replaced
 from sere.journal import Journal, contents
@@ -120,10 +120,7 @@ def load_passages(
     """What to decode: held-out tasks of the demo model; or a file's {"prompt", "answer"} lines; or
     its texts, `prompt` tokens each to begin with and at most `length` to be decoded."""
     tokenizer = load_tokenizer(folder)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
+    encode = encoder(tokenizer)
     if data is None:
         if model_name != demo_model.NAME:
             raise EvaluationError(
@@ -133,8 +130,12 @@ def load_passages(
     else:
         pairs = read_pairs(data)[:samples]
     if pairs:
-        end = [tokenizer.eos_token_id]
-        encoded = [(encode(question), encode(answer) + end) for question, answer in pairs]
+        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False).input_ids
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = [
+            (encode(question), answer + end)
+            for (question, _), answer in zip(pairs, answers, strict=True)
+        ]
         return [Passage(q + a, len(q)) for q, a in encoded if q and len(a) > 1]
     assert data is not None
     corpus = Corpus.from_texts(
