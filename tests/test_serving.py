@@ -229,9 +229,11 @@ def test_engine_modes(mode: str, table_path: Path, without_plugin: list[Any]) ->
     for rank in told:
         # Tensor-parallel ranks find the same, and would fall back together.
         assert rank == told[0] or mode == "pipeline parallel"
-        for figures in rank["shadow"].values():
-            # Not the latest error: it is 0 where the last step happens to move no token.
-            assert 0 < figures["error_sum"] < figures["checks"]
+        # Some checks find no token moved: which requests meet in a step is a matter of timing.
+        checks, errors = (
+            [layer[name] for layer in rank["shadow"].values()] for name in ("checks", "error_sum")
+        )
+        assert "shadow" not in sere or (all(checks) and 0 < sum(errors) < sum(checks))
     generated = sum(len(tokens) for tokens, _ in on)
     for layer in (layer for rank in stats for layer in rank.values()):
         assert layer["rows_fast"] == generated - len(PROMPTS)

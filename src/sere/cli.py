@@ -139,7 +139,7 @@ def _tune_flags(parser: argparse.ArgumentParser) -> None:
         "--bench",
         metavar="FILE",
         help="what `sere bench` measured of this model where you serve: time is what it says "
-        "(default: what the next three say)",
+        "(default: what the next four say)",
     )
     parser.add_argument(
         "--bandwidth",
@@ -157,6 +157,12 @@ def _tune_flags(parser: argparse.ArgumentParser) -> None:
         "--tflops",
         type=float,
         help="that the expert kernels reach where you serve (default: 400)",
+    )
+    parser.add_argument(
+        "--route-us",
+        type=float,
+        metavar="US",
+        help="what re-routing adds to a layer (default: 5, about a launch in a CUDA graph)",
     )
 
 

@@ -57,7 +57,10 @@ def roofline(
     """
     parameters = sum(p.numel() for p in layer.experts.parameters()) / layer.E
     size = expert_bytes or 2 * parameters
-    source = f"from {size / 1e6:.3g} MB an expert, {bandwidth / 1e9:.4g} GB/s, {flops:.3g} flop/s"
+    source = (
+        f"from {size / 1e6:.3g} MB an expert, {bandwidth / 1e9:.4g} GB/s, {flops:.3g} flop/s, "
+        f"{route * 1e6:.3g} us to re-route"
+    )
     return Cost(size / bandwidth, size * K / flops, route, 0.0, source)
 
 

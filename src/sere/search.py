@@ -2,7 +2,9 @@
 
 A budget counts as kept if the upper end of the loss's one-sided 95 % interval is within it:
 Student's over batches, as rows of one batch share their experts; for lost answers, which are rare,
-at least Poisson's over answers.
+at least Poisson's over answers. Most of a KL comes from a few batches, and the next may be among
+them: three more as bad as the worst are reckoned with (what n batches did not show may be in 3 of
+n), and likewise for changed tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from scipy import stats
 
 from sere.arms import Arm
 from sere.cost import Cost
@@ -22,8 +26,8 @@ TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.4
 QUANTILES = (0.75, 0.5, 0.25)  # of the paper's threshold
 _PER_LAYER = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the tau of all
 _GROUPS = 12  # of neighbouring layers, at most: each costs as many settings as there are above
-# One-sided 95 % of Student's t with 1 to 5 degrees of freedom, and of the normal distribution.
-_FEW, _NORMAL = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150), 1.6448536
+CONFIDENCE = 0.95
+ENOUGH = 128  # batches: with fewer, rare bad ones may be unseen, and intervals too short
 BUDGETS = {
     "kl": "nats per token from stock, on average",
     "top1": "share of tokens whose most likely next token changes",
@@ -35,29 +39,10 @@ class BudgetError(ValueError):
     """A budget that cannot be read or met."""
 
 
-def student(freedom: int) -> float:
-    """Upper 5 % point of Student's t (Abramowitz and Stegun, table 26.10 and formula 26.7.5)."""
-    if freedom <= len(_FEW):
-        return _FEW[freedom - 1]
-    z, n = _NORMAL, 4 * freedom
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 6
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 6
-    return z + (z**3 + z) / n + second / n**2 + third / n**3
-
-
 def most(seen: int) -> float:
     """How many events may have been to be expected where so many were seen: the upper end of
     Poisson's one-sided 95 % interval; 3 for none (the rule of three)."""
-
-    def so_few(expected: float) -> float:
-        logs = (i * math.log(expected) - expected - math.lgamma(i + 1) for i in range(seen + 1))
-        return sum(map(math.exp, logs))
-
-    low, high = float(seen), seen + 3 + 3 * math.sqrt(seen)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if so_few(middle) > 0.05 else (low, middle)
-    return high
+    return float(stats.chi2.ppf(CONFIDENCE, 2 * seen + 2)) / 2
 
 
 @dataclass(frozen=True)
@@ -91,51 +76,68 @@ class Budget:
             pairs = zip(found, stock, strict=True)
             parts = [(float(mine.lost_answers), theirs.exact) for mine, theirs in pairs]
         loss, error = mean(parts)
-        return loss, self.upper(loss, error, len(parts), round(sum(n for _, n in parts)))
+        worst = max((each for each, _ in parts), default=0.0)
+        return loss, self.upper(loss, error, len(parts), round(sum(n for _, n in parts)), worst)
 
-    def upper(self, loss: float, error: float, batches: int, of: int) -> float:
+    def upper(self, loss: float, error: float, batches: int, of: int, worst: float = 0.0) -> float:
         """Upper end of a loss's interval, which is infinite for a single batch.
 
         error: its standard error over batches. of: how many tokens, or answers that stock gets
-        right, it is a share of.
+        right, it is a share of. worst: what the worst batch adds to it, before it is a share.
         """
         if batches < 2 or not of:
             return math.inf
-        upper = loss + student(batches - 1) * error
-        return max(upper, most(round(loss * of)) / of) if self.name == "exact_match" else upper
+        upper = loss + float(stats.t.ppf(CONFIDENCE, batches - 1)) * error
+        if self.name == "exact_match":
+            return max(upper, most(round(loss * of)) / of)
+        least = 1.0 if self.name == "top1" else 0.0  # a whole token changes
+        return upper + most(0) * max(worst, least) / of
 
     @property
-    def answers(self) -> int:
-        """How many right answers can keep the budget, if none is lost."""
-        return math.ceil(most(0) / self.limit) if self.name == "exact_match" else 0
+    def needed(self) -> int:
+        """How many right answers, or tokens, can keep the budget, if none is lost."""
+        return 0 if self.name == "kl" else math.ceil(most(0) / self.limit)
 
     def check_passages(self, passages: int) -> None:
         """Raise `BudgetError` if so few could not keep it even with nothing lost."""
-        if passages < self.answers:
+        if self.name == "exact_match" and passages < self.needed:
             raise BudgetError(
                 f"{passages} passages cannot show that less than {self.limit:g} of the answers are "
-                f"lost, even if none is: at least {self.answers} are needed for the search, and as "
+                f"lost, even if none is: at least {self.needed} are needed for the search, and as "
                 "many for the check; raise --samples or the budget"
             )
 
     def check_answers(self, right: int, passages: int) -> None:
         """Raise `BudgetError` if stock gets so few right that nothing could be lost or shown."""
-        if right < self.answers:
+        if self.name == "exact_match" and right < self.needed:
             raise BudgetError(
                 f"{self.name}={self.limit:g}: stock routing gets {right} of {passages} passages "
-                f"right to the last token, and at least {self.answers} right ones are needed to "
+                f"right to the last token, and at least {self.needed} right ones are needed to "
                 "see what is lost. Exact match needs prompts with answers that the model gets "
                 'right, lines of {"prompt", "answer"}; raise --samples if it gets most of yours '
                 "right, else give a budget of kl or top1, which any text will do for"
             )
 
+    def check_tokens(self, tokens: int) -> None:
+        """Raise `BudgetError` if so few could not keep it even if none of them changed."""
+        if self.name == "top1" and tokens < self.needed:
+            raise BudgetError(
+                f"{tokens} decoded tokens cannot show that less than {self.limit:g} of them "
+                f"change, even if none does: at least {self.needed} are needed for the search, and "
+                "as many for the check; raise --samples, --length or the budget"
+            )
+
 
 @dataclass(frozen=True)
 class Point:
-    """One policy at one batch size: what it loses, what it reads, how long a step takes."""
+    """One policy at one batch size: what it loses, what it reads, how long a step takes.
+
+    rows: of a step, on average, which is fewer than `batch` as answers end before others.
+    """
 
     policy: Policy | None
     batch: int
+    rows: float
     active: float
     loss: float
     upper: float
@@ -156,10 +158,11 @@ class Tuner:
     title: str = "search"
     _tried: int = 0
 
-    def check_answers(self, batch: int) -> None:
-        """Raise `BudgetError` where the passages are none to lose answers of."""
+    def check_stock(self, batch: int) -> None:
+        """Raise `BudgetError` where the passages are too few, or none to lose answers of."""
         stock = self._measured([Arm("stock", None, self.table)], batch)["stock"]
         self.budget.check_answers(sum(s.exact for s in stock), sum(s.passages for s in stock))
+        self.budget.check_tokens(sum(s.tokens for s in stock))
 
     def points(self, policies: Sequence[Policy | None], batch: int) -> list[Point]:
         """Measured, in order; stock is measured along with them."""
@@ -180,10 +183,11 @@ class Tuner:
         self, policy: Policy | None, batch: int, sums: list[Sums], stock: list[Sums]
     ) -> Point:
         loss, upper = self.budget.loss(sums, stock)
-        active, layers = figures(sums)["active"][0], len(self.table.layers)
+        found, layers = figures(sums), len(self.table.layers)
+        active, rows = found["active"][0], found["rows_per_step"][0]
         routed = policy is not None and policy.at(batch) is not None
-        seconds = self.cost.seconds(active, batch, layers, routed=routed)
-        return Point(policy, batch, active, loss, upper, seconds)
+        seconds = self.cost.seconds(active, rows, layers, routed=routed)
+        return Point(policy, batch, rows, active, loss, upper, seconds)
 
     def boldest(self, policies: Sequence[Policy], batch: int) -> tuple[Point | None, list[Point]]:
         """Of policies, each bolder than the one before, the last within the budget, by bisection;
@@ -278,16 +282,15 @@ class Tuner:
 
 def composed(base: Policy, own: dict[int, Policy | None]) -> Policy:
     """`base` with `batches`; what one batch size has in common with the next smaller is said once.
-    Below the smallest, `base` holds; stock, if that is stock."""
-    batches: dict[int, dict[str, Any] | None] = {}
-    before: dict[str, Any] | None = {}
-    smallest = min(own)
+    Below the smallest, of which nothing is known, routing is stock."""
+    batches: dict[int, dict[str, Any] | None] = {1: None}
+    before: dict[str, Any] | None = None
     for batch, policy in sorted(own.items()):
         override = None if policy is None else _override(base, policy)
         if override != before:
-            batches[1 if batch == smallest and policy is None else batch] = override
+            batches[batch] = override
         before = override
-    return replace(base, batches=batches)
+    return replace(base, batches={b: o for b, o in batches.items() if (b, o) != (1, {})})
 
 
 def _override(base: Policy, policy: Policy) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sere.files import check_writable, replaced
 from sere.journal import Journal, contents
 from sere.policy import STOCK, Policy
 from sere.quality import Judge
-from sere.search import BUDGETS, TAUS, Budget, BudgetError, Point, Tuner
+from sere.search import BUDGETS, ENOUGH, TAUS, Budget, BudgetError, Point, Tuner
 from sere.table import Table
 
 
@@ -88,7 +88,7 @@ def run(
         checker = replace(tuner, judge=unseen, title="check")
         try:
             for one in (tuner, checker):
-                one.check_answers(max(batches))
+                one.check_stock(max(batches))
         except BudgetError:
             journal.forget()
             raise
@@ -111,7 +111,7 @@ def run(
     return result
 
 
-_FLAGS = "--bandwidth, --expert-mb and --tflops"
+_FLAGS = "--bandwidth, --expert-mb, --tflops and --route-us"
 RULES = ("error", "paper")
 _MARKS = {"o": "expected error", "^": "the paper's rule", "*": "chosen, on held-out passages"}
 _FLOOR = 1e-7  # losses of zero, on a logarithmic axis
@@ -217,7 +217,7 @@ def _confirmed(checker: Tuner, chosen: Policy | None, batches: Sequence[int]) ->
 
 
 def _in_common(base: Policy, own: Mapping[int, Policy | None]) -> Policy:
-    """For steps smaller than any measured: the most cautious of all settings."""
+    """What holds where a batch size says nothing of its own: the most cautious of all settings."""
     wanted = [policy for policy in own.values() if policy]
     if base.tau is None:
         return replace(base, S=max((policy.S for policy in wanted), default=1))
@@ -233,10 +233,30 @@ def as_text(result: dict[str, Any]) -> str:
     """What was chosen and what it brings, on passages that it was not searched on; the fronts."""
     name, limit = result["settings"]["budget"].values()
     lines = [f"budget: {name} <= {limit:g} ({BUDGETS[name]})", *_choice(result, name)]
+    lines += _unmeasured(result) + _few_batches(result)
     lines += ["", "fewer experts for more loss, on the passages of the search:", _fronts(result)]
     cost = Cost(**result["cost"])
     lines.append(f"predicted: decode speed of {cost.of}, {cost.source}")
     return "\n".join(lines)
+
+
+def _unmeasured(result: dict[str, Any]) -> list[str]:
+    smallest = min(result["settings"]["batches"])
+    if smallest == 1 or not result["policy"]:
+        return []
+    return [f"steps of fewer than {smallest} rows were not measured and get stock: add --batch 1"]
+
+
+def _few_batches(result: dict[str, Any]) -> list[str]:
+    """A warning where intervals cannot be trusted: rare bad batches may be among the unseen."""
+    half, sizes = result["passages"]["search"], result["settings"]["batches"]
+    few = [f"{half // batch} of {batch}" for batch in sorted(sizes) if half // batch < ENOUGH]
+    if not few or result["settings"]["budget"]["name"] == "exact_match":
+        return []
+    return [
+        f"few batches in each half ({', '.join(few)}): below {ENOUGH} of them the interval may "
+        "miss rare bad ones; raise --samples to be sure"
+    ]
 
 
 def _why_not(result: dict[str, Any]) -> str:
@@ -266,6 +286,7 @@ def _choice(result: dict[str, Any], name: str) -> list[str]:
         rows.append(
             [
                 str(found["batch"]),
+                f"{stock['rows']:.1f}",
                 f"{stock['active']:.1f} -> {chosen['active']:.1f}",
                 _loss(chosen),
                 "yes" if found["kept"] else "NO",
@@ -275,7 +296,7 @@ def _choice(result: dict[str, Any], name: str) -> list[str]:
                 *((own[r] and Policy.from_dict(own[r]["policy"]).brief()) or "-" for r in RULES),
             ]
         )
-    head = ["batch", "active experts", name, "kept", "predicted", "advice", "policy"]
+    head = ["batch", "rows a step", "active experts", name, "kept", "predicted", "advice", "policy"]
     head += ["alone, by error", "alone, the paper's"]
     return [f"chosen: {chosen_policy.brief()}", "", report.text_table(head, rows)]
 

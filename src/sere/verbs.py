@@ -151,6 +151,7 @@ def tune(
     bandwidth: float | None,
     tflops: float | None,
     expert_mb: float | None,
+    route_us: float | None,
     **flags: Any,
 ) -> None:
     """`sere tune MODEL TABLE --budget kl=0.01 [--bench FILE]`."""
@@ -160,6 +161,7 @@ def tune(
         ("bandwidth", bandwidth, 1e9),
         ("flops", tflops, 1e12),
         ("expert_bytes", expert_mb, 1e6),
+        ("route", route_us, 1e-6),
     )
     device = {name: value * unit for name, value, unit in given if value is not None}
     run(model, table, batches=batches or [1, 8, 32], device=device, **_given(flags))
