@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
         "top",
         "page",
     },
-    {"evaluate", "bench_result"},
+    {"evaluate", "bench_result", "choice"},
     {"bench_server", "bench_setup"},
     {"search"},
     {"quality", "cost"},

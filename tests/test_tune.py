@@ -14,6 +14,7 @@ from benchmarks import tuned
 from sere import evaluate, quality, report
 from sere.arms import Arm
 from sere.calibrate import calibrate
+from sere.choice import front
 from sere.cli import main
 from sere.cost import Cost, Step, fitted, from_bench, roofline
 from sere.decoding import Passage, Reading, decoded
@@ -35,7 +36,7 @@ from sere.search import (
 )
 from sere.serving.settings import Settings
 from sere.table import Table
-from sere.tune import front, run
+from sere.tune import run
 
 READING = Cost(b=1.0, a=0.0)  # time is what is read
 
@@ -419,7 +420,7 @@ def test_the_exchange_gives_freedom_where_it_costs_least() -> None:
     taus = [0.1, 0.2]
 
     def point(active: float, loss: float) -> Point:
-        return Point(None, 1, active, loss, loss, 0.0)
+        return Point(None, 1, 1.0, active, loss, loss, 0.0)
 
     curves = [point(9, 0.1), point(8, 1.0), point(9, 0.01), point(8, 0.1)]
     assert _exchange(taus, curves, 10.0, 0.2) == [0.1, 0.2]
@@ -547,7 +548,7 @@ def test_a_batch_size_where_the_choice_is_no_faster_is_left_stock(tune: Any) -> 
             taus = [policy.tau if policy else None for policy in here]
             loss = {bold.tau: 2.0 if batch == 1 else 0.0}  # more than the budget, at batch 1
             return [
-                Point(p, batch, 1.0, 0.0, loss.get(tau, 0.0), seconds[tau])
+                Point(p, batch, batch, 1.0, 0.0, loss.get(tau, 0.0), seconds[tau])
                 for p, tau in zip(policies, taus, strict=True)
             ]
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import composition, pareto, profile_decode, tuned  # noqa: E402
-from sere import bench_result, demo, harness, tune  # noqa: E402
+from sere import bench_result, choice, demo, harness  # noqa: E402
 from sere.files import replaced  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
@@ -71,7 +71,7 @@ def company(stem: str) -> str:
 
 
 def tuning(stem: str) -> str:
-    return _fenced(tune.as_text(result(stem)["tuning"]))
+    return _fenced(choice.as_text(result(stem)["tuning"]))
 
 
 def tuned_in_engine(stem: str) -> str:
