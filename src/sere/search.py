@@ -219,9 +219,9 @@ class Tuner:
         """One policy that does at every batch size what suits it best, and its points.
 
         base: what they have in common. own: by batch size, ascending; None is stock routing. Steps
-        of a batch shrink as its answers end, and small steps follow other settings: what no longer
-        keeps the budget together gets more cautious, down to stock routing, and so does what then
-        is no faster than stock.
+        of a batch shrink as its answers end, and small steps follow other settings: where that
+        breaks the budget the boldest of these gets more cautious, down to stock routing; and what
+        then is no faster than stock is left to it.
         """
         own = dict(own)
         stock = {batch: self.points([None], batch)[0].seconds for batch in own}
@@ -230,8 +230,9 @@ class Tuner:
             points = [self.points([policy], batch)[0] for batch in own]
             over = [p.batch for p in points if not p.within(self.budget)]
             if over:
-                blamed = max(b for b in own if own[b] and (b <= max(over) or b == min(own)))
-                own[blamed] = self._more_cautious(own[blamed])
+                heard = {b: policy for b, policy in own.items() if policy and b <= max(over)}
+                blamed = max(heard, key=lambda b: (_boldness(heard[b]), b))
+                own[blamed] = self._more_cautious(heard[blamed])
                 continue
             slow = [p.batch for p in points if own[p.batch] and p.seconds >= stock[p.batch]]
             if not slow:
@@ -239,9 +240,7 @@ class Tuner:
             own |= dict.fromkeys(slow)
         return None, []
 
-    def _more_cautious(self, policy: Policy | None) -> Policy | None:
-        if policy is None:
-            return None
+    def _more_cautious(self, policy: Policy) -> Policy | None:
         if policy.tau is None:
             more = replace(policy, S=policy.S + 1)
             return more if more.S < self.table.fingerprint.K else None
@@ -278,6 +277,13 @@ class Tuner:
                 best = point
                 break
         return best, seen
+
+
+def _boldness(policy: Policy) -> float:
+    """The larger, the bolder, among policies of one rule."""
+    if policy.tau is None:
+        return -policy.S
+    return max([policy.tau, *(float(own.get("tau", 0)) for own in policy.layers.values())])
 
 
 def composed(base: Policy, own: dict[int, Policy | None]) -> Policy:
