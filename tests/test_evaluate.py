@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sere.adapters import Mixture
-from sere.arms import served_policy
+from sere.arms import served_policies
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.evaluate import load_passages, run
@@ -179,8 +179,24 @@ def test_prompts_may_not_change_by_a_bit_where_experts_run_apart(
 
 def test_rivals_are_not_for_the_engine(table: Table) -> None:
     with pytest.raises(PolicyError, match=r"'oea' .*leave out --engine and --tasks"):
-        served_policy('{"rival": "oea", "k0": 1}', table)
-    assert served_policy('{"S": 1}', table) == Policy(S=1)
+        served_policies(['{"rival": "oea", "k0": 1}'], table)
+    assert served_policies(['{"S": 1}'], table) == {"S=1": Policy(S=1)}
+
+
+def test_policies_for_the_engine_are_told_apart_by_name(table: Table) -> None:
+    """Settings per layer are not in the name that a policy has by itself."""
+    one, other = ({"S": 1, "layers": {layer: {"S": 2}}} for layer in ("0", "1"))
+    named = [json.dumps(one), json.dumps({**other, "name": "other"})]
+    assert served_policies(named, table) == {
+        "S=1 per layer": Policy.from_dict(one),
+        "other": Policy.from_dict(other),
+    }
+    with pytest.raises(PolicyError, match=r"called 'S=1 per layer': name one of them"):
+        served_policies([json.dumps(one), json.dumps(other)], table)
+    with pytest.raises(PolicyError, match=r"called 'stock': name one of them"):
+        served_policies(['{"S": 1, "name": "stock"}'], table)
+    with pytest.raises(PolicyError, match="the same policy is given twice: S=1 per layer"):
+        served_policies([json.dumps(one), json.dumps({**one, "name": "again"})], table)
 
 
 def test_re_routing_prompts_is_for_the_engine(tiny: Any) -> None:
@@ -243,7 +259,7 @@ def test_prompts_begin_as_an_engine_has_them_begin(
 def test_what_would_mean_nothing_is_refused(
     tiny: Any, capsys: pytest.CaptureFixture[str], model_dir: Path
 ) -> None:
-    with pytest.raises(EvaluationError, match=r"are called .*name one of them"):
+    with pytest.raises(PolicyError, match=r"are called .*name one of them"):
         tiny(policies=['{"S": 1}', '{"S": 1}'])
     with pytest.raises(EvaluationError, match="lower --prompt"):
         tiny(prompt=500)

@@ -16,9 +16,10 @@ from sere.generation import Part, Written
 from sere.serving.engine import Batch
 
 POLICIES = [
-    '{"S": 1, "tau": 0.02}',
+    '{"S": 1, "tau": 0.02, "name": "tolerant"}',
     '{"S": 1, "min_active": 1, "layers": {"1": {"S": 2}}, "batches": {"5": null}}',
 ]
+NAMES = ["stock", "tolerant", "S=1 min_active=1 per layer by batch"]
 SAMPLES, BATCH = 40, 8
 # Stopped in its third batch, then started again; one engine for both.
 SCRIPT = """
@@ -75,6 +76,7 @@ def both(table_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
 
 def test_the_engine_reads_the_experts_that_one_pass_predicts(both: tuple[Any, Any, str]) -> None:
     engine, one_pass, _ = both
+    assert [arm["name"] for arm in engine] == NAMES
     stock, tolerant, by_rows = engine
     assert stock["exact_match"][0] == tolerant["exact_match"][0] == 1  # the texts are the same
     for mine, predicted in zip((stock, tolerant), one_pass[:2], strict=True):

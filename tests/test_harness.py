@@ -163,8 +163,11 @@ def lowercase(text: str) -> bool:
 
 def test_a_task_of_ones_own_under_two_policies(evaluated: Any) -> None:
     task = "arithmetic_by_hand"
-    result, printed = evaluated(task, "--policy", OFF, "--policy", ONE, "--batch", "8")
+    named = json.dumps({**json.loads(ONE), "name": "mine"})
+    result, printed = evaluated(task, "--policy", OFF, "--policy", named, "--batch", "8")
     stock, off, one = result["arms"]
+    assert [arm["name"] for arm in result["arms"]] == ["stock", "S=4", "mine"]
+    assert Policy.from_dict(one["rule"]) == Policy.from_json(ONE)
     assert stock["metrics"][task]["exact_match,none"] == 1
     assert off["answers"] == stock["answers"] and off["slots_rerouted"] == 0
     assert one["slots_rerouted"] > 100
@@ -221,7 +224,7 @@ def test_a_group_stands_above_its_tasks(evaluated: Any, pairs: list[dict[str, An
 
 
 def test_a_policy_by_batch_size_is_what_each_step_gets(evaluated: Any) -> None:
-    stock_from_one = json.dumps({**json.loads(ONE), "batches": {"1": None}})
+    stock_from_one = json.dumps({**json.loads(ONE), "batches": {"1": None}, "name": "never"})
     from_two = json.dumps({"S": 4, "batches": {"2": {"S": 1, "min_active": 1}}})
     policies = ["--policy", stock_from_one, "--policy", from_two, "--policy", ONE]
     task = "arithmetic_by_hand"
@@ -403,6 +406,10 @@ TASKS = ["--tasks", "choose"]
         ),
         ([*TASKS, "--chat"], "no chat template"),
         ([*TASKS, "--fewshot", "2"], "choose says num_fewshot: 0"),
+        (
+            [*TASKS, "--policy", ONE, "--policy", '{"S": 2, "name": "S=1 min_active=1"}'],
+            "two policies are called 'S=1 min_active=1': name one of them",
+        ),
         (["--engine", "--limit", "3"], "--engine does not read --limit; --tasks would"),
         (["--engine", "--batch", "1", "--batch", "8"], "--engine runs at one batch size"),
         (["--chat", "--dtype", "float32"], "sere evaluate does not read --chat, --dtype"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,18 +86,37 @@ def parse_arm(text: str, table: Table) -> Arm:
     return arm_of(settings_from_json(text), table)
 
 
-def served_policy(text: str, table: Table) -> Policy:
-    """A policy that an engine can follow, from JSON; `PolicyError` for a rival, or for one that
-    makes no sense for the table's model."""
-    settings = settings_from_json(text)
+def served_policies(texts: Sequence[str], table: Table) -> dict[str, Policy]:
+    """By name, in order: policies that an engine can follow, beside "stock". From JSON, each with a
+    "name" if it likes. Raises `PolicyError` for a rival, for what makes no sense for the table's
+    model, and for a policy or a name that is given twice."""
+    named = [_served(settings_from_json(text), table) for text in texts]
+    policies = [policy for _, policy in named]
+    if twice := [policy for policy in policies if policies.count(policy) > 1]:
+        raise PolicyError(f"the same policy is given twice: {twice[0].brief()}")
+    check_names(["stock", *(name for name, _ in named)])
+    return dict(named)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `PolicyError` if two arms have one name: all that is measured goes by it."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PolicyError(
+            f'two policies are called {twice[0]!r}: name one of them, {{"name": "mine", ...}}'
+        )
+
+
+def _served(settings: Mapping[str, Any], table: Table) -> tuple[str, Policy]:
     if "rival" in settings:
         raise PolicyError(
             f"{settings['rival']!r} is another paper's rule, measured in one pass and never "
             "decoded with: leave out --engine and --tasks"
         )
-    policy = Policy.from_dict(settings)
+    rest = dict(settings)
+    name = rest.pop("name", None)
+    policy = Policy.from_dict(rest)
     policy.check_against(table.fingerprint.K, table.fingerprint.E)
-    return policy
+    return name or policy.brief(), policy
 
 
 def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:

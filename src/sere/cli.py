@@ -115,8 +115,8 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
         dest="policies",
         action="append",
         metavar="JSON",
-        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5}, {"rival": "oea", "k0": 1} (no rivals with '
-        '--engine and --tasks); in one pass also "name": "mine" and "table": "other.table"; may be '
+        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5, "name": "mine"}, {"rival": "oea", "k0": 1} '
+        '(no rivals with --engine and --tasks); in one pass also "table": "other.table"; may be '
         "repeated (default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sere import demo_model, report
-from sere.arms import Arm, parse_arm
+from sere.arms import Arm, check_names, parse_arm
 from sere.corpus import Corpus, encoder, read_pairs, read_texts
 from sere.decoding import Passage
 from sere.files import check_writable, replaced
@@ -48,11 +48,7 @@ def run(
     check_writable(output, table_path, data)
     table = Table.load(table_path)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
-    names = [arm.name for arm in arms]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise EvaluationError(
-            f'two policies are called {twice[0]!r}: name one of them, {{"name": "mine", ...}}'
-        )
+    check_names([arm.name for arm in arms])
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
     model, layers = load(folder)

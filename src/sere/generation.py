@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sere import demo_model, report
-from sere.arms import served_policy
+from sere.arms import served_policies
 from sere.corpus import read_pairs
 from sere.files import check_writable
 from sere.journal import Journal, contents
@@ -133,14 +133,13 @@ def run(
     """
     check_writable(output, table_path, data)
     table = Table.load(table_path)
-    written = [Written("stock", None), *(_to_write(text, table) for text in policies)]
-    if len({one.name for one in written}) < len(written):
-        raise EvaluationError("the same policy is given twice")
+    chosen = served_policies(policies, table)
+    written = [Written("stock", None), *(Written(*named) for named in chosen.items())]
     pairs = _pairs(model_name, data, samples, seed)
     settings = {
         "model": model_name,
         "table": table_path,
-        "policies": [one.policy.to_dict() for one in written if one.policy],
+        "policies": {name: policy.to_dict() for name, policy in chosen.items()},
         "batch": batch,
         "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "max_tokens": max_tokens,
@@ -177,11 +176,6 @@ def run(
     print(as_text(result))
     print(f"\nwritten: {output}")
     return result
-
-
-def _to_write(text: str, table: Table) -> Written:
-    policy = served_policy(text, table)
-    return Written(policy.brief(), policy)
 
 
 def _engine(model_name: str, table_path: str, batch: int, dtype: str) -> Engine:

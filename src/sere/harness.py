@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sere import demo_model, report
-from sere.arms import served_policy
+from sere.arms import served_policies
 from sere.files import check_writable
 from sere.harness_hf import Transformers
 from sere.harness_tasks import Selection, select
@@ -53,10 +53,7 @@ def run(
     check_writable(output, table_path)
     _check_backend(backend, dtype=dtype, score_as_decode=score_as_decode)
     table = Table.load(table_path)
-    chosen: list[tuple[str, Policy | None]] = [("stock", None)]
-    for text in policies:
-        policy = served_policy(text, table)
-        chosen.append((policy.brief(), policy))
+    chosen: dict[str, Policy | None] = {"stock": None, **served_policies(policies, table)}
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
     if score_as_decode and not selection.scores:
         raise EvaluationError(
@@ -80,7 +77,7 @@ def run(
         "confirm_run_unsafe_code": allow_unsafe_code,
     }
     runs = []
-    for name, rule in chosen:
+    for name, rule in chosen.items():
         with arms.policy(rule):
             found = _evaluated(arms.lm, selection, seed, settings, score_as_decode)
         found["slots_rerouted"] = arms.rerouted()
