@@ -22,7 +22,7 @@ from sere.quality import EvaluationError, mean
 from sere.table import Table, TableError
 
 POLICIES = ['{"S": 2, "name": "off"}', '{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05}']
-POLICIES += ['{"rival": "top_k", "k": 1}']
+POLICIES += ['{"rival": "top_k", "k": 1}', '{"rival": "top_k", "k": 1, "weights": "keep"}']
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,15 @@ def test_stock_has_the_models_own_perplexity(
     stock = arm(result, "stock", 4)
     assert stock["perplexity"][0] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (stock["kl"][0], stock["top1"][0]) == (0, 1)
+
+
+def test_what_was_measured_can_be_read_back_from_its_rule(result: dict[str, Any]) -> None:
+    rules = {arm["name"]: arm["rule"] for arm in result["arms"]}
+    assert rules["stock"] is None
+    assert Policy.from_dict(rules["S=1 tau=0.05"]) == Policy(S=1, tau=0.05)
+    kept = {"rival": "top_k", "k": 1, "weights": "keep"}
+    assert rules["top_k k=1 weights=keep"] == kept
+    assert rules["top_k k=1"] == {"rival": "top_k", "k": 1}
 
 
 def test_a_policy_by_batch_size_follows_the_rows_of_each_step(tiny: Any) -> None:

@@ -466,3 +466,10 @@ def test_names_tell_rivals_apart() -> None:
     keep = Rival.from_dict({"rival": "oea", "k0": 1, "weights": "keep"})
     assert str(one) == "oea k0=1" and str(keep) == "oea k0=1 weights=keep"
     assert len({one, same, keep}) == 2
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=str)
+def test_round_trip_keeps_every_setting(rival: Rival) -> None:
+    settings = json.loads(json.dumps(rival.to_dict()))
+    assert Rival.from_dict(settings) == rival
+    assert rival.weights == settings.get("weights", "renormalise")

@@ -24,7 +24,6 @@ from sere.files import check_writable, replaced
 from sere.journal import Journal, contents
 from sere.loading import load_model, load_tokenizer
 from sere.moe import MoELayer, moe_layers
-from sere.policy import Policy
 from sere.quality import EvaluationError, Judge, figures
 from sere.table import Table
 from sere.tasks import examples
@@ -76,7 +75,7 @@ def run(
         "arms": [
             {
                 "name": arm.name,
-                "rule": _rule(arm),
+                "rule": arm.rule.to_dict() if arm.rule else None,
                 "batches": {str(batch): figures(sums[arm.name][batch]) for batch in batches},
             }
             for arm in arms
@@ -95,12 +94,6 @@ def load(folder: str) -> tuple[Any, list[MoELayer]]:
     if not torch.cuda.is_available():
         model = model.float()  # CPUs emulate bf16, slowly and with its rounding
     return model, moe_layers(model)
-
-
-def _rule(arm: Arm) -> dict[str, Any] | None:
-    if isinstance(arm.rule, Policy):
-        return arm.rule.to_dict()
-    return None if arm.rule is None else {"rival": arm.rule.name, **arm.rule.numbers}
 
 
 def load_passages(

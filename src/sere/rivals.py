@@ -159,12 +159,17 @@ class Rival:
         name, weights = numbers.pop("rival"), numbers.pop("weights", "renormalise")
         return cls(name, numbers, weights)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able settings; `from_dict` gives an equal rival back."""
+        own = {} if self.weights == "renormalise" else {"weights": self.weights}
+        return {"rival": self.name, **self.numbers, **own}
+
     def __hash__(self) -> int:
         return hash((self.name, *sorted(self.numbers.items()), self.weights))
 
     def __str__(self) -> str:
-        own = {} if self.weights == "renormalise" else {"weights": self.weights}
-        return " ".join([self.name, *(f"{k}={v}" for k, v in {**self.numbers, **own}.items())])
+        numbers = list(self.to_dict().items())[1:]
+        return " ".join([self.name, *(f"{k}={v}" for k, v in numbers)])
 
     def check_against(self, K: int, E: int) -> None:
         """Raise `PolicyError` for a number that a model with K of E experts has no meaning for."""
