@@ -26,6 +26,7 @@ from tests.tiny_models import tiny_inputs, tiny_model
 
 E, K = 12, 3
 REGIMES = ("softmax", "sigmoid", "biased", "empty slots", "one token", "one token, biased")
+ONE_SLOT = ("softmax, one slot", "sigmoid, one slot")
 
 
 def said(regime: str, seed: int = 0) -> tuple[RouterOutput, Tensor, Tensor]:
@@ -35,8 +36,8 @@ def said(regime: str, seed: int = 0) -> tuple[RouterOutput, Tensor, Tensor]:
     logits = 2 * torch.randn(T, E, generator=random)
     biased = "biased" in regime
     bias = 0.5 * torch.randn(E, generator=random) * biased
-    scores = logits.sigmoid() if biased or regime == "sigmoid" else logits.softmax(-1)
-    ids = (scores + bias).topk(K).indices
+    scores = logits.sigmoid() if biased or "sigmoid" in regime else logits.softmax(-1)
+    ids = (scores + bias).topk(1 if "one slot" in regime else K).indices
     if biased:  # such routers do not sort their slots
         ids = ids.roll(1, dims=1)
     picked = scores.gather(1, ids)
@@ -44,6 +45,8 @@ def said(regime: str, seed: int = 0) -> tuple[RouterOutput, Tensor, Tensor]:
         picked[:5, -1] = 0
         ids[:2, -1], ids[2:4, -1] = ids[:2, 0], E
         picked[5] = 0
+    if "one slot" in regime:  # never normalised: that would leave nothing of what was computed
+        return RouterOutput("layer 3", logits, bias), ids, picked
     weights = 2.5 * picked / picked.sum(1, keepdim=True).clamp(min=1e-9)
     return RouterOutput("layer 3", logits, bias), ids, weights
 
@@ -72,7 +75,7 @@ def by_hand(rival: Rival, regime: str, seed: int) -> list[dict[int, float]]:
         for row in zip(ids_.tolist(), weights_.tolist(), strict=True)
     ]
     slots = [len(row) for row in own]
-    if regime == "sigmoid" or "biased" in regime:
+    if "sigmoid" in regime or "biased" in regime:
         p = [[1 / (1 + math.exp(-x)) for x in row] for row in logits]
     else:
         p = [[math.exp(x) / sum(map(math.exp, row)) for x in row] for row in logits]
@@ -159,6 +162,15 @@ def test_rules_equal_their_definition(rival: Rival, regime: str, seed: int) -> N
     found = shares(*rival.route(batch(regime, seed)))
     for mine, expected in zip(found, by_hand(rival, regime, seed), strict=True):
         assert mine == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("regime", ONE_SLOT)
+def test_one_expert_per_token_tells_by_its_weight_how_it_is_scored(regime: str) -> None:
+    """Its share of its token's weights is 1, whatever the router computes."""
+    alone = [r for r in RIVALS if r.numbers.get("k", 1) == r.numbers.get("k0", 1) == 1]
+    for rival in (*alone, Rival("frequency", {"budget": 5}, weights="keep")):
+        found = shares(*rival.route(batch(regime)))
+        assert found == [pytest.approx(row, abs=1e-5) for row in by_hand(rival, regime, 0)], rival
 
 
 def test_every_rule_is_tested() -> None:
@@ -387,6 +399,11 @@ def test_weights_that_the_scores_do_not_explain_are_refused() -> None:
     router, ids, weights = said("softmax")
     with pytest.raises(ValueError, match=r"layer 3: .* in proportion to"):
         router.scores(ids, weights.flip(1))
+    for regime in ONE_SLOT:
+        router, ids, weights = said(regime)
+        with pytest.raises(ValueError, match="that are, with one expert per token, the softmax or"):
+            router.scores(ids, weights / weights)
+    router, ids, weights = said("softmax")
     rounded = RouterOutput("", router.logits.bfloat16(), router.bias)
     assert torch.allclose(
         rounded.scores(ids, weights.bfloat16()), router.scores(ids, weights), atol=0.02

@@ -168,22 +168,28 @@ class RouterOutput:
 
     def scores(self, ids: Tensor, weights: Tensor) -> Tensor:
         """[T, E] float32: softmax or sigmoid of the logits, whichever the weights [T, K] are
-        proportional to. Raises `ValueError` if they are to neither."""
-        own = weights.float()
+        proportional to; equal to, where every token has but one. Raises `ValueError` if they are
+        to neither."""
+        own, used = weights.float(), weights != 0
+        alone = bool((used.sum(1) <= 1).all())  # all of its token's sum, whatever the scores
         places = ids.long().clamp(0, self.logits.shape[1] - 1)
 
         def misfit(scores: Tensor) -> Tensor:
-            return (_shares(own) - _shares(scores.gather(1, places) * (own != 0))).abs()
+            picked = scores.gather(1, places) * used
+            if alone:
+                return (own - picked).abs() / own.abs().clamp(min=1e-30)
+            return (_shares(own) - _shares(picked)).abs()
 
         logits = self.logits.float()
         # so small a score weighs nothing, but a row that has no other still has a sum to divide by
         candidates = [s.clamp(min=1e-30) for s in (logits.softmax(-1), logits.sigmoid())]
         best = min(candidates, key=lambda scores: misfit(scores).mean().item())
         if (worst := misfit(best).max().item()) > self._rounding(weights):
+            how = "that are, with one expert per token," if alone else "in proportion to"
             raise ValueError(
-                f"{self.layer}: rivals expect weights in proportion to the softmax or the sigmoid "
-                f"of the router's output; these are off by {worst:.2g} of a token's sum. They "
-                "cannot be evaluated on this model"
+                f"{self.layer}: rivals expect weights {how} the softmax or the sigmoid of the "
+                f"router's output; these are off by {worst:.2g} of a token's sum. They cannot be "
+                "evaluated on this model"
             )
         return best
 
