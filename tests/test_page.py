@@ -38,7 +38,9 @@ def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPat
     """A folder with one result of every kind, made by the code that makes them, and strangers."""
     folder = tmp_path_factory.mktemp("results")
     model, table = str(model_dir), str(folder / "experts.table")
-    text: dict[str, Any] = {"data": str(corpus_file), "samples": 20, "prompt": 2, "length": 10}
+    texts = tmp_path_factory.mktemp("texts") / "texts.txt"  # no two begin alike
+    texts.write_text("\n\n".join(f"{i:02} {'quick brown fox jumps'[i % 9 :]}" for i in range(20)))
+    text: dict[str, Any] = {"data": str(texts), "samples": 20, "prompt": 2, "length": 10}
     calibrate(model, table, data=corpus_file, samples=20, length=64, progress=False)
     evaluate.run(model, table, str(folder / "a.json"), policies=RULES, batches=[1, 4], **text)
     cost = Cost(b=1.0, a=0.0, source="reading alone")

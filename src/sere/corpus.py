@@ -138,6 +138,13 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     return pairs
 
 
+def draw_pairs(path: str | Path, samples: int, seed: int) -> list[tuple[str, str]]:
+    """At most `samples` of `read_pairs`, drawn with `seed`: files are often sorted by task."""
+    pairs = read_pairs(path)
+    random.Random(seed).shuffle(pairs)
+    return pairs[:samples]
+
+
 def _pair_of(line: str) -> tuple[Any, Any] | None:
     """A line's prompt and answer, if it has both."""
     try:

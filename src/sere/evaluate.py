@@ -18,7 +18,7 @@ import torch
 
 from sere import demo_model, report
 from sere.arms import Arm, check_names, parse_arm
-from sere.corpus import Corpus, encoder, read_pairs, read_texts
+from sere.corpus import Corpus, draw_pairs, encoder, read_texts
 from sere.decoding import Passage
 from sere.files import check_writable, replaced
 from sere.journal import Journal, contents
@@ -107,7 +107,8 @@ def load_passages(
     seed: int,
 ) -> list[Passage]:
     """What to decode: held-out tasks of the demo model; or a file's {"prompt", "answer"} lines; or
-    its texts, `prompt` tokens each to begin with and at most `length` to be decoded."""
+    its texts, `prompt` tokens each to begin with and at most `length` to be decoded. Drawn with
+    `seed`; what is drawn twice counts once."""
     tokenizer = load_tokenizer(folder)
     encode = encoder(tokenizer)
     if data is None:
@@ -117,7 +118,7 @@ def load_passages(
             )
         pairs = [(e.prompt, e.answer) for e in examples(samples, seed=seed, split="held_out")]
     else:
-        pairs = read_pairs(data)[:samples]
+        pairs = draw_pairs(data, samples, seed)
     if pairs:
         answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False).input_ids
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

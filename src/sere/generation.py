@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sere import demo_model, report
 from sere.arms import served_policies
-from sere.corpus import read_pairs
+from sere.corpus import draw_pairs
 from sere.files import check_writable
 from sere.journal import Journal, contents
 from sere.policy import Policy
@@ -224,8 +224,8 @@ def _counted(policy: Policy | None, K: int) -> Policy:
 
 def _pairs(model_name: str, data: str | None, samples: int, seed: int) -> list[tuple[str, str]]:
     if data is not None:
-        if pairs := read_pairs(data):
-            return pairs[:samples]
+        if pairs := draw_pairs(data, samples, seed):
+            return pairs
         raise EvaluationError(f'{data}: generation needs .jsonl lines of {{"prompt", "answer"}}')
     if model_name != demo_model.NAME:
         raise EvaluationError("--data is needed: prompts, and the answers that are right")

@@ -107,6 +107,7 @@ def evaluate(
         from sere.evaluate import run
 
         sizes = batches or [1, 8, 32]
+        _check_texts(model, given)
         run(model, table, output, policies=chosen, batches=sizes, seed=seed, **given)
         return
     if batches and len(batches) > 1:
@@ -144,6 +145,20 @@ def _check_read(way: str, given: dict[str, Any]) -> None:
         raise ValueError(f"{way} does not read {names}{hint}: leave out what is not meant")
 
 
+def _check_texts(model: str, given: dict[str, Any]) -> None:
+    """Raise `ValueError` for a length of texts where there are prompts with their answers."""
+    from sere import demo_model
+    from sere.corpus import read_pairs
+
+    cut = [f"--{name}" for name in ("prompt", "length") if name in given]
+    data = given.get("data")
+    if cut and (read_pairs(data) if data else model == demo_model.NAME):
+        raise ValueError(
+            f"{' and '.join(cut)}: for texts alone; {data or model} has prompts with answers, "
+            "which are read as they are: leave out what is not meant"
+        )
+
+
 def tune(
     batches: list[int] | None,
     model: str,
@@ -157,14 +172,16 @@ def tune(
     """`sere tune MODEL TABLE --budget kl=0.01 [--bench FILE]`."""
     from sere.tune import run
 
-    given = (
+    machine = (
         ("bandwidth", bandwidth, 1e9),
         ("flops", tflops, 1e12),
         ("expert_bytes", expert_mb, 1e6),
         ("route", route_us, 1e-6),
     )
-    device = {name: value * unit for name, value, unit in given if value is not None}
-    run(model, table, batches=batches or [1, 8, 32], device=device, **_given(flags))
+    device = {name: value * unit for name, value, unit in machine if value is not None}
+    given = _given(flags)
+    _check_texts(model, given)
+    run(model, table, batches=batches or [1, 8, 32], device=device, **given)
 
 
 def report(folder: str, output: str) -> None:
