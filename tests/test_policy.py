@@ -51,6 +51,8 @@ def test_round_trip_keeps_every_field() -> None:
         ({"tau": True}, "tau=True"),
         ({"tau": 0, "rho": 0.3}, "rho=0.3 and tau=0: give one threshold"),
         ({"tau": 0.1, "rho_quantile": 0.3}, "give one threshold"),
+        ({"tau": 0.02, "rho_quantile": 0}, "rho_quantile=0 and tau=0.02: give one threshold"),
+        ({"layers": {3: {"tau": 0, "rho_quantile": 0}}}, "rho_quantile=0 and tau=0: give one"),
         ({"fill": "nearest"}, "fill='nearest': expected one of similar, error"),
         ({"weights": "renormalise"}, "expected one of keep, scale"),
         ({"fill": "error", "rho": 0.3}, "use tau instead"),

@@ -136,7 +136,8 @@ def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["kl", "kl=0", "kl=-1", "ppl=1", "kl=x", "top1=5", "exact_match=1.5"]
+    "text",
+    ["kl", "kl=0", "kl=-1", "kl=inf", "kl=nan", "ppl=1", "kl=x", "top1=5", "exact_match=1.5"],
 )
 def test_budgets_that_cannot_be_read(text: str) -> None:
     with pytest.raises(BudgetError, match="expected NAME=LOSS"):

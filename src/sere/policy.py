@@ -87,9 +87,8 @@ class Policy:
         object.__setattr__(self, "batches", self._checked_batches())
 
     def _check_one_threshold(self) -> None:
-        given = [f"{name}={value}" for name in _THRESHOLDS if (value := getattr(self, name))]
-        if self.tau is not None and not self.tau:
-            given.append("tau=0")
+        off = {"rho": 0.0, "rho_quantile": None, "tau": None}
+        given = [f"{name}={v}" for name, none in off.items() if (v := getattr(self, name)) != none]
         if len(given) > 1:
             raise PolicyError(f"{' and '.join(given)}: give one threshold, not several")
         if self.fill == "error" and (self.rho or self.rho_quantile is not None):

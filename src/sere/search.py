@@ -60,7 +60,7 @@ class Budget:
             limit = float(value)
         except ValueError:
             limit = math.nan
-        if name not in BUDGETS or not limit > 0 or (name != "kl" and limit > 1):
+        if name not in BUDGETS or not 0 < limit < math.inf or (name != "kl" and limit > 1):
             kinds = "; ".join(f"{k}: {v}" for k, v in BUDGETS.items())
             raise BudgetError(f"budget {text!r}: expected NAME=LOSS, e.g. kl=0.01 ({kinds})")
         return cls(name, limit)
