@@ -16,10 +16,11 @@ from sere.adapters import Mixture
 from sere.arms import served_policies
 from sere.calibrate import calibrate
 from sere.cli import main
+from sere.decoding import Passage
 from sere.evaluate import load_passages, run
 from sere.loading import load_model, load_tokenizer
 from sere.policy import Policy, PolicyError
-from sere.quality import EvaluationError, mean
+from sere.quality import EvaluationError, Sums, _add_passage, mean
 from sere.table import Table, TableError
 from sere.tasks import examples
 
@@ -79,6 +80,43 @@ def test_what_was_measured_can_be_read_back_from_its_rule(result: dict[str, Any]
     kept = {"rival": "top_k", "k": 1, "weights": "keep"}
     assert rules["top_k k=1 weights=keep"] == kept
     assert rules["top_k k=1"] == {"rival": "top_k", "k": 1}
+
+
+def test_a_masked_vocabulary_loses_nothing(
+    tiny: Any, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models pad theirs, and put the logits of what is no token to -inf."""
+    from sere import evaluate
+
+    plain = evaluate.load
+
+    def masked(folder: str) -> Any:
+        model, layers = plain(folder)
+        mask = torch.zeros(model.config.vocab_size)
+        mask[-3:] = -math.inf
+        model.lm_head.register_forward_hook(lambda _module, _given, logits: logits + mask)
+        return model, layers
+
+    monkeypatch.setattr(evaluate, "load", masked)
+    found = tiny("masked.json")
+    assert arm(found, "off", 4)["kl"][0] == 0
+    lost, whole = (arm(r, "S=1 min_active=1", 4)["kl"][0] for r in (found, result))
+    assert lost == pytest.approx(whole, rel=0.5)  # of 3 in 98 tokens
+
+
+def test_kl_is_that_of_what_stock_may_say() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, stock = torch.randn(2, 4, 9, generator=random)
+    logits[:, 6:] = stock[:, 6:] = -math.inf
+    stock[:, 5] = -math.inf  # what only the arm says
+    passage, sums = Passage([1, 2, 3, 4, 0], 1), Sums()
+    _add_passage(sums, passage, logits, stock)
+    p, q = stock[1:, :5].softmax(-1), logits[1:, :6].softmax(-1)[:, :5]
+    assert sums.kl == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-5)
+    logits[1, 2] = -math.inf  # what the arm never says
+    _add_passage(sums, passage, logits, stock)
+    assert sums.kl == math.inf
+    assert mean([(sums.kl, 3), (0.1, 3)]) == (math.inf, math.inf)
 
 
 def test_a_policy_by_batch_size_follows_the_rows_of_each_step(tiny: Any) -> None:

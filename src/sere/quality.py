@@ -240,7 +240,9 @@ def _add_passage(own: Sums, passage: Passage, logits: Tensor, stock: Tensor) -> 
     own.lost_answers += int(torch.equal(stocks, wanted) and not right)
     own.tokens += len(wanted) - 1
     own.nll -= mine[1:].gather(1, wanted[1:, None]).sum().item()
-    own.kl += (theirs[1:].exp() * (theirs[1:] - mine[1:])).sum().item()
+    p = theirs[1:].exp()
+    # what stock never says adds nothing, also where both logits are -inf and differ by nan
+    own.kl += (p * (theirs[1:] - mine[1:])).masked_fill(p == 0, 0).sum().item()
     own.top1 += (likeliest == stocks)[1:].sum().item()
 
 
@@ -248,13 +250,16 @@ def _add_passage(own: Sums, passage: Passage, logits: Tensor, stock: Tensor) -> 
 
 
 def mean(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Ratio of sums over batches [(sum, count)], and its standard error (nan for one batch)."""
+    """Ratio of sums over batches [(sum, count)], and its standard error (nan for one batch;
+    infinite as the ratio is)."""
     total, count = sum(s for s, _ in parts), sum(n for _, n in parts)
     if not count:
         return math.nan, math.nan
     ratio, B = total / count, len(parts)
     if B < 2:
         return ratio, math.nan
+    if math.isinf(ratio):
+        return ratio, math.inf
     spread = sum((s - ratio * n) ** 2 for s, n in parts) * B / (B - 1)
     return ratio, math.sqrt(spread) / count
 
