@@ -172,7 +172,10 @@ def test_a_task_of_ones_own_under_two_policies(evaluated: Any) -> None:
     assert off["answers"] == stock["answers"] and off["slots_rerouted"] == 0
     assert one["slots_rerouted"] > 100
     assert printed_row(printed, f"{task} exact_match")[:2] == ["1.0000", "1.0000"]
-    assert "length drift" in printed and "same answer as stock" in printed
+    stock_length, length = (sum(map(len, arm["answers"][task])) for arm in (stock, one))
+    row = printed_row(printed, f"{task} length drift, characters")
+    assert row == ["+0.00%", "+0.00%", f"{length / stock_length - 1:+.2%}"]
+    assert "same answer as stock" in printed
 
 
 def test_two_filters_are_two_metrics_of_the_same_answers(
@@ -463,7 +466,7 @@ def test_the_engine_writes_and_is_compared(folder: Path) -> None:
     command = [sys.executable, "-m", "sere", "evaluate", "demo", str(folder / "t.table"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "tokens written" in done.stdout
+    assert "tokens written (length drift)" in done.stdout
     arms: list[dict[str, Any]] = json.loads(output.read_text())["arms"]
     stock, off, tolerant, one = arms
     assert stock["exact_match"][0] == 1 and stock["same_as_stock"][0] == 1

@@ -259,6 +259,6 @@ def as_text(result: dict[str, Any]) -> str:
     ]
     head = f"vLLM, batch {result['batch']}, {result['prompts']} prompts"
     columns = [head, "active experts", "exact match", "answers lost", "lost, gross"]
-    columns += ["same as stock", "tokens written"]
+    columns += ["same as stock", "tokens written (length drift)"]
     table = report.text_table(columns, rows)
     return "\n\n".join([table, *report.not_full(result["batch"], result["prompts"], "prompts")])

@@ -234,7 +234,11 @@ def _beside_stock(
         mine = [text for task in writing for text in arm["answers"][task]]
         same.append(f"{sum(map(str.__eq__, mine, theirs)) / len(theirs):.2%}")
         drift.append(f"{sum(map(len, mine)) / total - 1:+.2%}" if total else "-")
-    return [*rows, [f"{name} same answer as stock", *same], [f"{name} length drift", *drift]]
+    return [
+        *rows,
+        [f"{name} same answer as stock", *same],
+        [f"{name} length drift, characters", *drift],
+    ]
 
 
 def _cell(arm: dict[str, Any], task: str, metric: str) -> str:

@@ -17,7 +17,7 @@ _WRITTEN = {
     "same_as_stock": Column("same as stock, %", ".2f", 100),
     "kept": Column("same up to, %", ".2f", 100),
     "length": Column("tokens written", ".2f"),
-    "length_drift": Column("length drift, %", "+.2f", 100),
+    "length_drift": Column("length drift in tokens, %", "+.2f", 100),
 }
 _RIGHT = [[0, "#e4572e"], [0.5, "#e9b44c"], [1, "#2f7f86"]]
 
