@@ -80,6 +80,9 @@ FIGURES = ("active", "kl", "top1", "perplexity", "exact_match", "rows_per_step")
 
 def one_seed(seed: int, prompts: int, chosen: list[Settings], journal: Path) -> dict[str, Any]:
     """Figures by arm and batch size."""
+    torch.set_num_threads(
+        1
+    )  # seeds run beside each other, and teams of threads in each other's way
     model, layers = load(str(demo_model.PATH))
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: f"{folder}/{name}" for name in ("frobenius", "random", "weights")}
