@@ -59,7 +59,7 @@ def decoded(engine: Engine, prompts: list[str], size: int, seed: int) -> Answers
 
 
 def compared(runs: list[Answers], alone: Answers) -> dict[str, Any]:
-    """Shares of prompts, with standard errors over prompts."""
+    """Shares of prompts, with standard errors over prompts as if each was decoded by itself."""
     pairs = list(itertools.combinations(runs, 2)) or [(runs[0], runs[0])]
     n = len(alone)
 
@@ -83,6 +83,7 @@ def as_text(result: dict[str, Any]) -> str:
     parts = []
     for title, figure in (
         ("other answer in other company, %", "differs_by_company"),
+        ("of an answer, before the first other token, %", "kept_by_company"),
         ("other answer than stock alone, %", "differs_from_alone"),
         ("right answers, %", "right"),
     ):
@@ -96,19 +97,25 @@ def as_text(result: dict[str, Any]) -> str:
 
 def _cell(share: tuple[float, float], figure: str, size: str, bound: float) -> str:
     """Per cent with a standard error; where nothing differed, what it may be at most."""
-    if figure == "differs_by_company" and size == "1":
+    if figure.endswith("by_company") and size == "1":
         return "-"  # a batch of one has no company
     value, error = share
-    if not value and figure != "right":
+    if not value and figure.startswith("differs"):
         return f"0 (<{100 * bound:.1f})"
-    return f"{100 * value:.1f} +-{100 * error:.1f}"
+    digits = 2 if figure == "kept_by_company" else 1
+    return f"{100 * value:.{digits}f} +-{100 * error:.{digits}f}"
 
 
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="composition.json")
-    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=512,
+        help="a multiple of 256, or batches of 256 are not full",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="bfloat16 shows stock's own rounding")
     arguments = parser.parse_args()

@@ -4,7 +4,8 @@
 
 What a user would run, on the bundled model: calibrate, tune for a budget of lost answers,
 then let vLLM write the answers to other prompts under stock and under the policy in the table, at
-every batch size that was tuned for.
+every batch size that was tuned for. The tuner is told of an H100 and of experts as large as
+Qwen3-30B-A3B's, so that there is speed to be gained; the answers are the bundled model's own.
 """
 
 from __future__ import annotations
@@ -21,13 +22,23 @@ from sere import demo_model, report
 from sere.files import check_writable
 from sere.search import Budget
 from sere.table import Table
+from sere.tasks import examples
 
 BATCHES = (1, 8, 32)
-UNSEEN = 900  # a seed of prompts that no other run draws
+TUNED_ON = 2048  # prompts, of seed 0
+UNSEEN = 900  # the seed of those that are decoded
 
 
 def sere(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "sere", *arguments], check=True)
+
+
+def unseen(prompts: int) -> list[dict[str, str]]:
+    """Held-out tasks, none of them twice, that the tuner has not seen."""
+    seen = {task.prompt for task in examples(TUNED_ON, seed=0, split="held_out")}
+    drawn = examples(2 * prompts, seed=UNSEEN, split="held_out")
+    fresh = {task.prompt: task.answer for task in drawn if task.prompt not in seen}
+    return [{"prompt": p, "answer": a} for p, a in list(fresh.items())[:prompts]]
 
 
 def measured(folder: Path, table: Path, batch: int, prompts: int) -> dict[str, Any]:
@@ -37,7 +48,8 @@ def measured(folder: Path, table: Path, batch: int, prompts: int) -> dict[str, A
         raise SystemExit("the tuner found nothing that keeps the budget and saves time")
     output = folder / f"{batch}.json"
     flags = ["--engine", "--dtype", "float32", "--batch", str(batch), "--length", "48"]
-    flags += ["--samples", str(prompts), "--seed", str(UNSEEN), "--policy", policy.to_json()]
+    flags += ["--samples", str(prompts), "--policy", policy.to_json()]
+    flags += ["--data", str(folder / "unseen.jsonl")]
     sere("evaluate", demo_model.NAME, str(table), *flags, "-o", str(output))
     stock, tuned = json.loads(output.read_text())["arms"]
     return {"batch": batch, "prompts": prompts, "stock": stock, "tuned": tuned}
@@ -86,8 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, table = Path(name), Path(name) / "sere.table"
         sere("calibrate", demo_model.NAME, "-o", str(table))
-        flags = ["--budget", f"{budget.name}={budget.limit}", "--samples", "2048"]
-        flags += ["--bandwidth", "20", "--tflops", "0.05"]  # about this machine's; not a GPU's
+        lines = [json.dumps(pair) + "\n" for pair in unseen(arguments.prompts)]
+        (folder / "unseen.jsonl").write_text("".join(lines))
+        flags = ["--budget", f"{budget.name}={budget.limit}", "--samples", str(TUNED_ON)]
+        flags += ["--expert-mb", "9.4"]
         flags += [word for batch in BATCHES for word in ("--batch", str(batch))]
         sere("tune", demo_model.NAME, str(table), *flags, "-o", str(folder / "tuning.json"))
         tuning = json.loads((folder / "tuning.json").read_text())
