@@ -212,12 +212,9 @@ def as_text(result: dict[str, Any], batch: str) -> str:
         rows.append(
             [_brief(arm), *texts, "{:.1f}x ({:.1f} to {:.1f})".format(*ours) if ours else ""]
         )
-    stock = arms[0]["batches"][batch]
-    rows_a_step = (
-        f" ({stock['rows_per_step'][0]:.1f} rows a step)" if "rows_per_step" in stock else ""
-    )
+    rows_a_step = arms[0]["batches"][batch]["rows_per_step"][0]
     head = [
-        f"batch {batch}{rows_a_step}",
+        f"batch {batch} ({rows_a_step:.1f} rows a step)",
         "active experts",
         "KL, 0.001 nats",
         "answers lost, %",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.pareto import FIGURES as SUMMED
 from benchmarks.pareto import summary
 from sere.generation import Part, Written
 from sere.policy import Policy
@@ -32,9 +33,7 @@ def pareto(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         {
             arm["name"]: {
                 size: {
-                    name: figure[0] + seed / 100
-                    for name, figure in found.items()
-                    if name in FIGURES
+                    name: figure[0] + seed / 100 for name, figure in found.items() if name in SUMMED
                 }
                 for size, found in zip(("8", "32"), arm["batches"].values(), strict=True)
             }
