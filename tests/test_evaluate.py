@@ -137,6 +137,18 @@ def test_a_policy_by_batch_size_follows_the_rows_of_each_step(tiny: Any) -> None
             assert arm(result, "same", batch)[figure] == arm(result, one, batch)[figure]
 
 
+def test_answers_lost_are_those_that_stock_had_right(table_path: Path, tmp_path: Path) -> None:
+    bold = '{"S": 1, "min_active": 1}'
+    found = run(
+        "demo", str(table_path), str(tmp_path / "e"), policies=[bold], batches=[8], samples=200
+    )
+    stock, lossy = (each["batches"]["8"] for each in found["arms"])
+    assert stock["answers_lost_gross"] == (0, 0)
+    lost = stock["exact_match"][0] - lossy["exact_match"][0]
+    assert 0 < lost <= lossy["answers_lost_gross"][0] + 1e-12
+    assert 0 < lossy["answers_lost_gross"][1] < lossy["answers_lost_gross"][0]
+
+
 def test_off_is_stock_and_re_routing_is_not(result: dict[str, Any]) -> None:
     for batch in (1, 4):
         off, stock = arm(result, "off", batch), arm(result, "stock", batch)

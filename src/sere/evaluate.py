@@ -183,11 +183,12 @@ def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
             _cell(f["top1"], 2, 100),
             _cell(f["perplexity"], 4),
             _cell(f["exact_match"], 2, 100),
+            _cell(f["answers_lost_gross"], 2, 100),
         ]
         for name, f in found.items()
     ]
     head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity"]
-    return report.text_table([*head, "exact match, %"], rows)
+    return report.text_table([*head, "exact match, %", "lost, gross, %"], rows)
 
 
 def _error_table(batch: str, found: dict[str, dict[str, Any]]) -> list[str]:

@@ -282,6 +282,7 @@ def figures(parts: Sequence[Sums]) -> dict[str, Any]:
         "top1": over("top1", "tokens"),
         "perplexity": (perplexity, perplexity * nll[1]),
         "exact_match": over("exact", "passages"),
+        "answers_lost_gross": over("lost_answers", "passages"),
         "rows_per_step": over("rows", "steps"),
         "active_by_layer": {k: mean([(p.after[k], p.steps) for p in parts]) for k in layers},
         "output_error_by_layer": {
