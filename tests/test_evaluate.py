@@ -13,7 +13,7 @@ import torch
 
 from sere import demo_model, generation
 from sere.adapters import Mixture
-from sere.arms import served_policies
+from sere.arms import parse_arm, served_policies
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.decoding import Passage
@@ -236,6 +236,20 @@ def test_prompts_may_not_change_by_a_bit_where_experts_run_apart(
     largest = max(a["batches"]["4"]["prompt_difference"] for a in result["arms"])
     assert 0 < largest < 1e-3
     assert f"differ from stock by up to {largest:.1g}, by rounding" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"layers": {"99": {"S": 2}}}, {"batches": {"4": {"layers": {"99": {"S": 2}}}}}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_layers_that_the_model_has_not_are_refused(table: Table, settings: dict[str, Any]) -> None:
+    text = json.dumps({"S": 1, **settings})
+    for reads in (lambda: parse_arm(text, table), lambda: served_policies([text], table)):
+        with pytest.raises(
+            PolicyError, match=r"layers \[99\] of the policy are not among \[0, 1\]"
+        ):
+            reads()
 
 
 def test_rivals_are_not_for_the_engine(table: Table) -> None:
