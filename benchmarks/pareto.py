@@ -38,7 +38,6 @@ from sere.table import Table
 
 BATCHES = (8, 32)
 FIRST_SEED = 300  # of those that no decision was made by
-
 PROMPTS = 1024  # of each seed
 LEAST = 1e-9  # nats: where nothing was lost, for a logarithm
 
@@ -80,9 +79,7 @@ FIGURES = ("active", "kl", "top1", "perplexity", "exact_match", "rows_per_step")
 
 def one_seed(seed: int, prompts: int, chosen: list[Settings], journal: Path) -> dict[str, Any]:
     """Figures by arm and batch size."""
-    torch.set_num_threads(
-        1
-    )  # seeds run beside each other, and teams of threads in each other's way
+    torch.set_num_threads(1)  # seeds run side by side: teams of threads would wait for each other
     model, layers = load(str(demo_model.PATH))
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: f"{folder}/{name}" for name in ("frobenius", "random", "weights")}
@@ -131,8 +128,8 @@ class ShareAlone(Arm):
 def _arm(settings: Settings, paths: dict[str, str], table: Table) -> Arm:
     if "table" in settings:
         settings["table"] = paths[settings["table"]]
-    kind = Renormalised if settings.pop("renormalise", False) else Arm
-    kind = ShareAlone if settings.pop("by", None) else kind
+    renormalise, blind = settings.pop("renormalise", False), settings.pop("by", None)
+    kind = Renormalised if renormalise else ShareAlone if blind else Arm
     arm = arm_of(settings, table)
     return kind(arm.name, arm.rule, arm.table)
 

@@ -17,7 +17,7 @@ from sere import evaluate, tune
 from sere.calibrate import calibrate
 from sere.cli import main
 from sere.cost import Cost
-from sere.page.quality import front
+from sere.report import front
 from sere.table import Table
 from tests.page_results import FIGURES, HARNESS, bench, generation, pareto, served, served_by_sere
 from tools.browser import browser
@@ -309,7 +309,7 @@ def test_the_front_against_all_pairs() -> None:
     undominated = {
         p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
     }
-    assert front(points) == sorted(undominated)
+    assert front(points, tuple) == sorted(undominated)
 
 
 def test_a_folder_without_results_is_an_error_that_names_what_is_there(

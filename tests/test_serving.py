@@ -349,6 +349,7 @@ def heard() -> Iterator[list[str]]:
         ({"roh": 0.3}, "unknown key 'roh'; did you mean 'rho'"),
         ({"table": "nowhere.safetensors"}, "nowhere.safetensors: no such table"),
         ({"layers": {"9": {"S": 1}}}, r"layers \[9\] of the policy are not among"),
+        ({"batches": {"2": {"layers": {"9": {"S": 1}}}}}, r"layers \[9\] of the policy are not"),
         ({"fingerprint": "none"}, 'expected "weights", "router" or "shape"'),
         ({"merge": "yes"}, "merge='yes': expected true or false"),
     ],

@@ -115,18 +115,8 @@ def _served(settings: Mapping[str, Any], table: Table) -> tuple[str, Policy]:
     rest = dict(settings)
     name = rest.pop("name", None)
     policy = Policy.from_dict(rest)
-    policy.check_against(table.fingerprint.K, table.fingerprint.E)
-    _check_layers(policy, table)
+    table.check_policy(policy)
     return name or policy.brief(), policy
-
-
-def _check_layers(policy: Policy, table: Table) -> None:
-    named = {
-        *policy.layers,
-        *(i for own in policy.batches.values() for i in (own or {}).get("layers", ())),
-    }
-    if unknown := sorted(named - set(table.layers)):
-        raise PolicyError(f"layers {unknown} of the policy are not among {list(table.layers)}")
 
 
 def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
@@ -136,9 +126,10 @@ def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
     own = table if path is None else Table.load(path)
     own.check_against(table.fingerprint)
     rule = Rival.from_dict(rest) if "rival" in rest else Policy.from_dict(rest)
-    rule.check_against(own.fingerprint.K, own.fingerprint.E)
     if isinstance(rule, Policy):
-        _check_layers(rule, own)
+        own.check_policy(rule)
+    else:
+        rule.check_against(own.fingerprint.K, own.fingerprint.E)
     return Arm(name or _name(rule, path), rule, own)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sere import demo_model, report
+from sere.arms import check_names
 from sere.policy import Policy, PolicyError, settings_from_json
 from sere.roofline import Sizes
 from sere.serving.random_weights import LOAD_FORMAT, reached
@@ -165,13 +166,11 @@ def contender_of(text: str, table: Path) -> Contender:
 def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:
     """Stock and what was asked for. Raises `PolicyError` for what cannot be meant."""
     contenders = [Contender("stock", None), *(contender_of(text, table) for text in policies)]
-    names = [contender.name for contender in contenders]
-    known = Table.load(table).fingerprint
+    check_names([contender.name for contender in contenders])
+    known = Table.load(table)
     for contender in contenders:
-        if names.count(contender.name) > 1:
-            raise PolicyError(f"two policies are called {contender.name}: give one a name")
         if contender.policy:
-            contender.policy.check_against(known.K, known.E)
+            known.check_policy(contender.policy)
     return contenders
 
 

@@ -96,11 +96,7 @@ def _loss(point: dict[str, Any]) -> str:
 def front(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The points of a batch size, stock among them, that no other beats in both loss and active
     experts; by active experts."""
-    best: list[dict[str, Any]] = []
-    for point in sorted([found["stock"], *found["points"]], key=lambda p: (p["active"], p["loss"])):
-        if not best or point["loss"] < best[-1]["loss"]:
-            best.append(point)
-    return best
+    return report.front([found["stock"], *found["points"]], lambda p: (p["active"], p["loss"]))
 
 
 def _fronts(result: dict[str, Any]) -> str:
@@ -111,7 +107,7 @@ def _fronts(result: dict[str, Any]) -> str:
         here = chosen and chosen.at(found["batch"])
         rows += [[]] if rows else []
         for point in front(found):
-            policy = policy_of(point) if point["policy"] else None
+            policy = policy_of(point)
             rows.append(
                 [
                     str(found["batch"]),
@@ -166,4 +162,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def policy_of(point: dict[str, Any] | None) -> Policy | None:
-    return Policy.from_dict(point["policy"]) if point else None
+    """Of a point; None is stock routing, or no point at all."""
+    return Policy.from_dict(point["policy"]) if point and point["policy"] else None

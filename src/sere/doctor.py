@@ -171,7 +171,7 @@ def _table(path: str, folder: str | None) -> str:
     known = table.fingerprint
     about = f"{len(table.layers)} layers, E={known.E}, K={known.K}"
     if table.policy is not None:
-        table.policy.check_against(known.K, known.E)
+        table.check_policy(table.policy)
         about += f", with a policy of `sere tune` ({table.policy.brief()})"
         if table.policy.is_stock:
             about += ": NOTHING IS RE-ROUTED unless settings of yours replace it"

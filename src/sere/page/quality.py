@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from sere import demo_model
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, panels
 from sere.page.sources import Source
+from sere.report import front
 
 _COLUMNS = (
     Column("active experts", ".2f"),
@@ -68,16 +69,6 @@ def _named(arm: dict[str, Any]) -> str:
     return f"{arm['family']} ({name})" if "family" in arm else name
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those points that no other beats in one coordinate without losing in the other (both are
-    better when smaller), by ascending first coordinate."""
-    kept: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not kept or point[1] < kept[-1][1]:
-            kept.append(point)
-    return kept
-
-
 def _finding(arms: Sequence[dict[str, Any]], size: str) -> str:
     stock, *others = (arm["batches"][size] for arm in arms)
     near = [(found["active"][0], found) for found in others if found["top1"][0] >= 0.999]
@@ -100,7 +91,7 @@ def _fronts(arms: Sequence[dict[str, Any]], sizes: Sequence[str]) -> Figure:
     for column, size in enumerate(sizes, start=1):
         found = [(arm, arm["batches"][size]) for arm in arms]
         points = [(f["active"][0], max(f["kl"][0], floor)) for _, f in found[1:]]
-        x, y = zip(*front(points), strict=True)
+        x, y = zip(*front(points, tuple), strict=True)
         by_size.add_scatter(x=x, y=y, **_FRONT, showlegend=column == 1, row=1, col=column)
         for number, family in enumerate(families):
             own = [(a, f) for a, f in found[1:] if a.get("family", a["name"]) == family]
@@ -175,7 +166,7 @@ def _timed_panels(found: dict[int, list[tuple[float, dict[str, Any]]]], floor: f
     for column, (batch, pairs) in enumerate(found.items(), start=1):
         here: dict[str, Any] = {"row": 1, "col": column}
         points = [(timed["tpot_ms"], max(kl, floor)) for kl, timed in pairs]
-        x, y = zip(*front(points), strict=True)
+        x, y = zip(*front(points, tuple), strict=True)
         by_size.add_scatter(x=x, y=y, **_FRONT, **here)
         by_size.add_scatter(
             x=[x for x, _ in points],

@@ -111,7 +111,7 @@ class Session:
     def set_policy(self, policy: Policy | None) -> None:
         """Write a new policy into the live buffers; None switches re-routing off."""
         if policy is not None:
-            check_policy(policy, self.table)
+            self.table.check_policy(policy)
             if policy.batches and self.live.together:
                 raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
             self.rows.gate = policy.rows
@@ -243,7 +243,7 @@ def check_config(config: Any) -> None:
     if settings.shadow is not None:
         _check_shadow(config)
     table = Table.load(settings.table)
-    check_policy(settings.policy, table)
+    table.check_policy(settings.policy)
     check_model(config, settings, table, table.fingerprint.layers)
     if settings.policy.is_stock:
         _LOG.warning(
@@ -324,14 +324,6 @@ def check_model(config: Any, settings: Settings, table: Table, layers: tuple[int
         hashes = (router, experts if level == "weights" else None)
     architecture = config.model_config.hf_config.architectures[0]
     table.check_against(Fingerprint(architecture, known.E, known.K, layers, *hashes))
-
-
-def check_policy(policy: Policy, table: Table) -> None:
-    """Raise unless the policy makes sense for the table's model."""
-    policy.check_against(table.fingerprint.K, table.fingerprint.E)
-    unknown = sorted(set(policy.layers) - set(table.layers))
-    if unknown:
-        raise ServingError(f"layers {unknown} of the policy are not among {list(table.layers)}")
 
 
 def model_folder(config: Any) -> Path | None:
