@@ -47,7 +47,7 @@ class Sources:
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
                         return self.find(_absolute(module, node), alias.name)
-        for node in tree.body if tree else ():
+        for node in _at_the_top(tree) if tree else ():
             if name in _names(node):
                 assert isinstance(node, Definition)
                 return module, node
@@ -84,6 +84,12 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
     if not node.level:
         return str(node.module)
     return ".".join([*module.split(".")[: -node.level], str(node.module)])
+
+
+def _at_the_top(tree: ast.Module) -> Iterator[ast.stmt]:
+    """A module's statements, those under an `if` (for type checkers, say) among them."""
+    for node in tree.body:
+        yield from node.body if isinstance(node, ast.If) else [node]
 
 
 def _names(node: ast.AST) -> list[str]:

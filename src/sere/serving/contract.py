@@ -23,6 +23,7 @@ _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 # What is called, wrapped or derived from: name here -> where.
 SYMBOLS: dict[str, Where] = {
     "VllmConfig": ("vllm.config", "VllmConfig"),
+    "current_platform": ("vllm.platforms", "current_platform"),
     "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
     "get_forward_context": ("vllm.forward_context", "get_forward_context"),
     "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
@@ -73,6 +74,7 @@ class Needs:
 _REROUTING = Needs(
     called={
         "VllmConfig": ("__post_init__", "uniform_decode_query_len"),
+        "current_platform": (),
         "get_current_vllm_config": (),
         "get_forward_context": (),
         "create_fused_moe_router": (),
@@ -89,6 +91,7 @@ _REROUTING = Needs(
         "VLLMValidationError": (),
     },
     read={
+        ("vllm.platforms.interface", "Platform"): ("is_cpu",),
         SYMBOLS["MoERunner"]: ("layer_name", "moe_config", "router"),
         SYMBOLS["BaseRouter"]: ("top_k",),
         (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),

@@ -25,8 +25,14 @@ def module_of(name: str) -> Any:
 
 
 def here(name: str) -> bool:
-    """Whether a name of `SYMBOLS` can be imported on this machine."""
-    return _exists(*SYMBOLS[name])
+    """Whether a name of `SYMBOLS` can be imported on this machine, and harms nothing."""
+    return _harmless(name) and _exists(*SYMBOLS[name])
+
+
+def _harmless(name: str) -> bool:
+    """Importing vLLM's CPU worker replaces `torch.cuda.Stream` and more by stand-ins, in the whole
+    process: only where CPUs are the platform (issue 17)."""
+    return name != "CPUWorker" or bool(symbol("current_platform").is_cpu())
 
 
 def _get(module: str, path: str) -> Any:
@@ -74,7 +80,7 @@ def missing_symbols(feature: str = REROUTING) -> list[str]:
     missing = []
     for name, members in NEEDS[feature].called.items():
         module, path = SYMBOLS[name]
-        if _exists(module, path):
+        if _harmless(name) and _exists(module, path):
             found = [m for m in members if not _exists(module, f"{path}.{m}")]
             missing += [f"{module}.{path}.{m}" for m in found]
         elif name not in BY_DEVICE:
