@@ -15,7 +15,7 @@ test: setup
 
 # Every architecture of transformers, not only one of each shape.
 matrix: setup
-	$(BIN)/pytest tests/test_architectures.py tests/test_decoding.py -m "matrix or not matrix"
+	$(BIN)/pytest tests/models/test_architectures.py tests/evaluation/test_decoding.py -m "matrix or not matrix"
 
 check: setup
 	$(BIN)/ruff check

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sere import report
-from sere.observation import CHUNK
-from sere.similarity import CKA_CHUNK, METHODS
+from sere.calibration.observation import CHUNK
+from sere.calibration.similarity import CKA_CHUNK, METHODS
+from sere.results import provenance
 
 H = 512
 EXPERTS, TOKENS = (16, 32, 64, 128), (512, 2048, 8192)
@@ -164,8 +164,8 @@ def main() -> None:
         for m, E, T in tqdm(shapes)
         if T == 2048 or (m == "cosine" and E in (16, 64))
     ]
-    document = {"provenance": report.provenance(), "speed": results, "peak_mb": memory}
-    report.save_json(arguments.output, document)
+    document = {"provenance": provenance.provenance(), "speed": results, "peak_mb": memory}
+    provenance.save_json(arguments.output, document)
     print(as_text(results, memory))
 
 
@@ -192,7 +192,7 @@ def as_text(results: list[dict[str, object]], memory: list[dict[str, object]]) -
     ]
     head = ["H=512", "streaming s", "pairwise s", "ratio", "difference"]
     peak_head = ["peak memory, MB", "streaming", "pairwise", "share"]
-    return report.text_table(head, speed) + "\n\n" + report.text_table(peak_head, peaks)
+    return provenance.text_table(head, speed) + "\n\n" + provenance.text_table(peak_head, peaks)
 
 
 if __name__ == "__main__":

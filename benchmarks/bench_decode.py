@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sere.roofline import Sizes
-from sere.shapes import SHAPES, Shape
+from sere.speed.shapes import SHAPES, Shape
+from sere.step_cost.roofline import Sizes
 
 # Rules as `sere tune` finds them; what they keep depends on a table, here a random one.
 TUNED = '{"name": "error-aware", "S": 1, "tau": 0.02, "batches": {"96": {"tau": 0.005}}}'

@@ -23,12 +23,13 @@ from pathlib import Path
 from random_model import write_random_model
 from tqdm import tqdm
 
-from sere import demo_model, report
-from sere.bench_result import interval
-from sere.calibrate import calibrate
+from sere import demo_model
+from sere.calibration.calibrate import calibrate
+from sere.demo_model.tasks import examples
 from sere.policy import Policy
+from sere.results import provenance
 from sere.serving.engine import Engine
-from sere.tasks import examples
+from sere.speed.result import interval
 
 TOKENS = 64
 
@@ -83,14 +84,14 @@ def main() -> None:
         median = statistics.median(ratios) - 1
         overhead[name] = {"median": median, "interval_95": [low - 1, high - 1]}
     result = {
-        "provenance": report.provenance(),
+        "provenance": provenance.provenance(),
         "model": "random" if arguments.random else demo_model.NAME,
         "batch": arguments.batch,
         "rounds": arguments.rounds,
         "ms_a_step": {name: statistics.median(values) for name, values in steps.items()},
         "overhead": overhead,
     }
-    report.save_json(arguments.output, result)
+    provenance.save_json(arguments.output, result)
     print(result["ms_a_step"])
     for name, cost in overhead.items():
         low, high = cost["interval_95"]

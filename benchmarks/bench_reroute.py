@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sere import report
 from sere.kernels import Plan, reference
 from sere.kernels.implementations import DEVICES, Implementation, installed, load
 from sere.policy import Policy
+from sere.results import provenance
 
 LAYERS = 48
 BATCHES = (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
@@ -261,11 +261,13 @@ def main() -> int:
         [f"({r['E']}, {r['K']}) T={r['T']}", str(r["bytes"]), *(cell(r["times"], n) for n in names)]
         for r in results
     ]
-    print(report.text_table(["us a layer, median", "bytes", *names], rows))
-    where = report.provenance()
+    print(provenance.text_table(["us a layer, median", "bytes", *names], rows))
+    where = provenance.provenance()
     if arguments.device != "cpu":
         where["gpu"] = torch.cuda.get_device_name()
-    report.save_json(arguments.output, {"provenance": where, "layers": LAYERS, "cases": results})
+    provenance.save_json(
+        arguments.output, {"provenance": where, "layers": LAYERS, "cases": results}
+    )
     return int(any(None in r["times"].values() for r in results))
 
 

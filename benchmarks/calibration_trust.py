@@ -20,9 +20,9 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from sere import report
-from sere.calibrate import calibrate
-from sere.compare import compare
+from sere.calibration.calibrate import calibrate
+from sere.calibration.compare import compare
+from sere.results import provenance
 from sere.table import Table
 
 METHODS = ("frobenius", "cosine", "directed")
@@ -40,8 +40,8 @@ def main() -> None:
         code, prose = library_texts(folder)
         agreement = {m: agreements(m, folder, code, prose) for m in tqdm(METHODS, "measures")}
         stable = {m: stabilities(m, folder) for m in tqdm(METHODS, "stability")}
-    result = {"provenance": report.provenance(), "agreement": agreement, "stability": stable}
-    report.save_json(arguments.output, result)
+    result = {"provenance": provenance.provenance(), "agreement": agreement, "stability": stable}
+    provenance.save_json(arguments.output, result)
     print(as_text(result))
 
 
@@ -117,9 +117,9 @@ def as_text(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
         for count in map(str, SAMPLES)
     ]
     return (
-        report.text_table(["same replacements", *METHODS], pairs)
+        provenance.text_table(["same replacements", *METHODS], pairs)
         + "\n\n"
-        + report.text_table(["stability, foretold / seen", *METHODS], counts)
+        + provenance.text_table(["stability, foretold / seen", *METHODS], counts)
     )
 
 

@@ -20,16 +20,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sere import demo_model, report
-from sere.calibrate import calibrate
+from sere import demo_model
+from sere.calibration.calibrate import calibrate
+from sere.demo_model.tasks import examples, is_correct
+from sere.engine_runs.generation import _agreeing
+from sere.evaluation.quality import mean
 from sere.files import check_writable
-from sere.generation import _agreeing
-from sere.journal import Journal
 from sere.policy import Policy
-from sere.quality import mean
-from sere.search import most
+from sere.results import provenance
+from sere.results.journal import Journal
 from sere.serving.engine import Engine
-from sere.tasks import examples, is_correct
+from sere.tuning.search import most
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = 48
@@ -91,7 +92,7 @@ def as_text(result: dict[str, Any]) -> str:
         for arm in result["arms"]:
             cells = [_cell(arm["sizes"][size][figure], figure, size, bound) for size in sizes]
             rows.append([arm["name"], *cells])
-        parts.append(report.text_table([title, *(f"batch {s}" for s in sizes)], rows))
+        parts.append(provenance.text_table([title, *(f"batch {s}" for s in sizes)], rows))
     return "\n\n".join(parts)
 
 
@@ -163,14 +164,14 @@ def main() -> None:
                 journal.add(f"{size} {name}", found)
             arms[name][str(size)] = found
     result = {
-        "provenance": report.provenance(),
+        "provenance": provenance.provenance(),
         **settings,
         "arms": [
             {"name": name, "rule": rule.to_dict() if rule else None, "sizes": arms[name]}
             for name, rule in ARMS.items()
         ],
     }
-    report.save_json(arguments.output, result)
+    provenance.save_json(arguments.output, result)
     print(as_text(result))
 
 

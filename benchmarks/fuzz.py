@@ -31,9 +31,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sere import report
 from sere.checkpoint import Fingerprint
 from sere.policy import Policy, PolicyError
+from sere.results import provenance
 from sere.serving.settings import Settings
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import Tier
@@ -402,7 +402,7 @@ def as_text(result: dict[str, Any]) -> str:
         for name, tally in result["targets"].items()
     ]
     head = ["target", "inputs", "accepted", "TableError", "PolicyError", "slowest, ms"]
-    return report.text_table(head, rows)
+    return provenance.text_table(head, rows)
 
 
 def main() -> None:
@@ -419,13 +419,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tallies = all_targets(Path(folder), arguments.inputs, arguments.seed)
     result = {
-        "provenance": report.provenance(),
+        "provenance": provenance.provenance(),
         "seed": arguments.seed,
         "inputs": sum(tally.inputs for tally in tallies.values()),
         "memory_limit_gb": MEMORY_GB,
         "targets": {name: tally.as_json() for name, tally in tallies.items()},
     }
-    report.save_json(arguments.output, result)
+    provenance.save_json(arguments.output, result)
     print(as_text(result))
     print(f"{result['inputs']:,} inputs")
 

@@ -22,10 +22,11 @@ from typing import Any
 import fused_topk
 import torch
 
-from sere import demo_model, report
+from sere import demo_model
 from sere.kernels import Plan, RowClass, implementation_for, implementations, new_counters
 from sere.kernels.plan import Substitution
 from sere.policy import Policy
+from sere.results import provenance
 
 GPU_IMPLEMENTATIONS = ("triton", "cuda")
 
@@ -223,9 +224,9 @@ def sanitized() -> None:
 
 def engine_with_graphs() -> str:
     """The demo model in vLLM with CUDA graphs: off equals S=K, S=1 touches fewer experts."""
-    from sere.calibrate import calibrate
+    from sere.calibration.calibrate import calibrate
+    from sere.demo_model.tasks import examples
     from sere.serving.engine import Engine
-    from sere.tasks import examples
 
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "demo.safetensors"
@@ -333,8 +334,8 @@ def main() -> int:
         except Exception as error:  # one failing check must not hide the others
             results[check.__name__] = f"FAILED: {type(error).__name__}: {error}"
         print(f"{check.__name__}: {results[check.__name__]}", flush=True)
-    where = {**report.provenance(), "gpu": torch.cuda.get_device_name()}
-    report.save_json(arguments.output, {"provenance": where, "checks": results})
+    where = {**provenance.provenance(), "gpu": torch.cuda.get_device_name()}
+    provenance.save_json(arguments.output, {"provenance": where, "checks": results})
     return int(any(result.startswith("FAILED") for result in results.values()))
 
 

@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sere import report
 from sere.kernels import cuda_kernel, triton_programs
+from sere.results import provenance
 
 GPUS = (80, 90, 100)
 SHAPES = ((60, 4), (128, 8), (896, 16))
@@ -112,10 +112,10 @@ def main() -> None:
     output = parser.parse_args().output
     entries = list(every_kernel())
     head = ["kernel", *(key for key in entries[0] if key != "kernel")]
-    print(report.text_table(head, [[str(entry[key]) for key in head] for entry in entries]))
+    print(provenance.text_table(head, [[str(entry[key]) for key in head] for entry in entries]))
     print(f"launches a layer: {LAUNCHES}")
-    report.save_json(
-        output, {"provenance": report.provenance(), "launches": LAUNCHES, "kernels": entries}
+    provenance.save_json(
+        output, {"provenance": provenance.provenance(), "launches": LAUNCHES, "kernels": entries}
     )
 
 

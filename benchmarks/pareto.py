@@ -23,17 +23,18 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from sere import demo_model, report
-from sere.arms import Arm, arm_of
-from sere.calibrate import calibrate
-from sere.evaluate import load, load_passages
+from sere import demo_model
+from sere.calibration.calibrate import calibrate
+from sere.evaluation.arms import Arm, arm_of
+from sere.evaluation.evaluate import load, load_passages
+from sere.evaluation.quality import Judge, figures
 from sere.files import check_writable, replaced
-from sere.journal import Journal
 from sere.kernels import Plan
 from sere.kernels.plan import Substitution
-from sere.moe import MoELayer
+from sere.models.moe import MoELayer
 from sere.policy import Policy
-from sere.quality import Judge, figures
+from sere.results import provenance
+from sere.results.journal import Journal
 from sere.table import Table
 
 BATCHES = (8, 32)
@@ -216,7 +217,7 @@ def as_text(result: dict[str, Any], batch: str) -> str:
         "KL, 0.001 nats",
         "answers lost, %",
     ]
-    table = report.text_table([*head, "KL to ours"], rows)
+    table = provenance.text_table([*head, "KL to ours"], rows)
     return "\n".join([table, *goals(result, batch)])
 
 
@@ -357,9 +358,8 @@ def main() -> None:
             done.add(str(running[finished]), finished.result())
         seeds = [done.get(str(seed)) for seed in numbers]
     arms = summary(seeds)
-    provenance = report.provenance()
-    result = {"provenance": provenance, "arms": arms, "seeds": seeds}
-    report.save_json(arguments.output, result)
+    result = {"provenance": provenance.provenance(), "arms": arms, "seeds": seeds}
+    provenance.save_json(arguments.output, result)
     plot(arms, Path(arguments.output).with_suffix(".png"))
     for batch in map(str, BATCHES):
         print(as_text(result, batch), "\n")

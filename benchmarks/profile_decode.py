@@ -14,10 +14,10 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from sere import report
-from sere.bench_setup import Load, subject
 from sere.policy import Policy
+from sere.results import provenance
 from sere.serving.engine import Engine
+from sere.speed.setup import Load, subject
 
 SHAPE, LAYERS = "qwen3-30b-a3b", 2
 TOKENS = 24
@@ -45,8 +45,8 @@ def main() -> None:
                 engine.set_policy(policy)
                 engine.set_merge(merge)
                 rows.append({"batch": batch, "policy": name, **measured(engine, prompts)})
-        result = {"provenance": report.provenance(), **served.facts, "rows": rows}
-    report.save_json(arguments.output, result)
+        result = {"provenance": provenance.provenance(), **served.facts, "rows": rows}
+    provenance.save_json(arguments.output, result)
     print(as_text(result))
 
 
@@ -77,7 +77,7 @@ def as_text(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    return report.text_table(["batch", "policy", "step", *PARTS, "all else"], rows)
+    return provenance.text_table(["batch", "policy", "step", *PARTS, "all else"], rows)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from sere import report
-from sere.calibrate import calibrate
+from sere.calibration.calibrate import calibrate
+from sere.demo_model.tasks import examples
+from sere.results import provenance
 from sere.serving.server import NAME
-from sere.tasks import examples
 from tests.servers import Server, openai_server
 
 CLIENTS, PROMPTS = 16, 96
@@ -315,13 +315,13 @@ def main() -> None:
                     reroutes=not arguments.stock,
                 )
             )
-    made = {"provenance": report.provenance(), "seed": arguments.seed, "stock": arguments.stock}
+    made = {"provenance": provenance.provenance(), "seed": arguments.seed, "stock": arguments.stock}
     result = {**made, **result}
     if arguments.against:
         stock = json.loads(arguments.against.read_text())["memory"]
         result["memory"]["allowed_mb"] = max(NOISE_MB, stock["growth_mb"])
     result["complaints"] = complaints(result)
-    report.save_json(arguments.output, result)
+    provenance.save_json(arguments.output, result)
     print(json.dumps({k: v for k, v in result.items() if k != "memory"}, indent=1))
     print({k: v for k, v in result["memory"].items() if k != "over_time"})
     if result["complaints"]:

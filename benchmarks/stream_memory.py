@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from random_model import write_random_model
 
-from sere import report
-from sere.calibrate import calibrate
+from sere.calibration.calibrate import calibrate
+from sere.results import provenance
 
 LAYERS, E, K, H, MOE_INTERMEDIATE = 12, 64, 8, 512, 512
 _COLUMNS = ("peak_mb", "layers_of_experts", "resident_mb", "seconds")
@@ -55,14 +55,16 @@ def main() -> None:
     for run in runs.values():
         run["layers_of_experts"] = run["peak_mb"] / layer_mb
     result = {
-        "provenance": report.provenance(),
+        "provenance": provenance.provenance(),
         "model": {"layers": LAYERS, "E": E, "H": H, "moe_intermediate": MOE_INTERMEDIATE},
         "one_layers_experts_mb": layer_mb,
         "runs": runs,
     }
-    report.save_json(arguments.output, result)
+    provenance.save_json(arguments.output, result)
     rows = [[side, *(f"{run[k]:.1f}" for k in _COLUMNS)] for side, run in runs.items()]
-    print(report.text_table(["", "peak MB", "layers of experts", "resident MB", "seconds"], rows))
+    print(
+        provenance.text_table(["", "peak MB", "layers of experts", "resident MB", "seconds"], rows)
+    )
 
 
 def _measured(folder: Path, output: Path, stream: bool, samples: int) -> dict[str, float]:
@@ -103,7 +105,7 @@ def _status_mb(name: str) -> float:
 
 def _text(output: Path) -> Path:
     """The demo's tasks, as a file beside the output: the random model has none of its own."""
-    from sere.tasks import examples
+    from sere.demo_model.tasks import examples
 
     path = output.with_name("text.txt")
     found = examples(2000, seed=0)

@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from rich.console import Console  # noqa: E402
 
-from sere import top  # noqa: E402
-from sere.calibrate import calibrate  # noqa: E402
+from sere.calibration.calibrate import calibrate  # noqa: E402
+from sere.demo_model.tasks import examples  # noqa: E402
 from sere.files import replaced  # noqa: E402
-from sere.scrape import read, view  # noqa: E402
-from sere.tasks import examples  # noqa: E402
+from sere.monitoring import top  # noqa: E402
+from sere.monitoring.scrape import read, view  # noqa: E402
 from tests.servers import Server, openai_server  # noqa: E402
 
 PHASE_S = 25

@@ -18,11 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sere import demo_model, report
+from sere import demo_model
+from sere.demo_model.tasks import examples
 from sere.files import check_writable
-from sere.search import Budget
+from sere.results import provenance
 from sere.table import Table
-from sere.tasks import examples
+from sere.tuning.search import Budget
 
 BATCHES = (1, 8, 32)
 TUNED_ON = 2048  # prompts, of seed 0
@@ -83,7 +84,7 @@ def as_text(result: dict[str, Any]) -> str:
             ]
         )
     head = ["batch", "active experts", "right, stock", "right, tuned", "answers lost"]
-    return report.text_table([*head, "same as stock", "kept"], rows)
+    return provenance.text_table([*head, "same as stock", "kept"], rows)
 
 
 def main() -> None:
@@ -109,12 +110,12 @@ def main() -> None:
     for found in engine:
         found["kept"] = lost(found, budget)[1] <= budget.limit
     result = {
-        "provenance": report.provenance(),
+        "provenance": provenance.provenance(),
         "budget": budget.limit,
         "tuning": tuning,
         "engine": engine,
     }
-    report.save_json(arguments.output, result)
+    provenance.save_json(arguments.output, result)
     print(as_text(result))
 
 

@@ -89,7 +89,7 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of the bundled model."""
-    from sere.calibrate import calibrate
+    from sere.calibration.calibrate import calibrate
 
     path = tmp_path_factory.mktemp("table") / "demo.safetensors"
     calibrate("demo", path, samples=64, progress=False)

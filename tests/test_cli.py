@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import sere.calibrate
+import sere.calibration.calibrate
 from sere import verbs
+from sere.calibration.similarity import METHODS
 from sere.cli import VERBS, main, parser
-from sere.similarity import METHODS
 from sere.table import Table
 
 HELP = [["--help"], *([verb, "--help"] for verb in VERBS)]
@@ -185,7 +185,7 @@ def test_ctrl_c_is_status_130(
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sere.calibrate, "calibrate", interrupted)
+    monkeypatch.setattr(sere.calibration.calibrate, "calibrate", interrupted)
     assert main(["calibrate", "m"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -194,6 +194,6 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatc
     def broken(**_: object) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(sere.calibrate, "calibrate", broken)
+    monkeypatch.setattr(sere.calibration.calibrate, "calibrate", broken)
     with pytest.raises(AssertionError):
         main(["calibrate", "m"])

@@ -16,11 +16,11 @@ from textwrap import indent
 
 import pytest
 
-from sere.bench_setup import contender_of
 from sere.cli import parser
 from sere.policy import Policy
 from sere.serving.server import free_port
 from sere.serving.settings import Settings
+from sere.speed.setup import contender_of
 from sere.table import Table
 from tests.doc_blocks import blocks, complaints, script
 from tests.engines import environment

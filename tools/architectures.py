@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 import transformers  # noqa: E402
 
-from sere.moe import UNSUPPORTED, moe_layers  # noqa: E402
+from sere.models.moe import UNSUPPORTED, moe_layers  # noqa: E402
 from tests.tiny_models import ARCHITECTURES, tiny_model  # noqa: E402
 
-# Test in tests/test_architectures.py: the column it fills.
+# Test in tests/models/test_architectures.py: the column it fills.
 COLUMNS = {
     "test_experts_are_asked_one_by_one": "outputs",
     "test_watching_and_identity_change_no_bit_and_hooks_restore": "no bit changes",
@@ -67,7 +67,7 @@ def main() -> int:
     """Run, write, and fail if anything failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = ["tests/test_architectures.py", "-m", "matrix or not matrix"]
+        tests = ["tests/models/test_architectures.py", "-m", "matrix or not matrix"]
         command = [sys.executable, "-m", "pytest", "-q", *tests, f"--junitxml={report}"]
         status = subprocess.run(command, cwd=ROOT).returncode
         passed = outcomes(report)

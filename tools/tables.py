@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import composition, pareto, profile_decode, tuned  # noqa: E402
-from sere import bench_result, choice, demo, harness  # noqa: E402
+from sere import demo  # noqa: E402
+from sere.engine_runs import run as runs  # noqa: E402
 from sere.files import replaced  # noqa: E402
+from sere.speed import result as speed  # noqa: E402
+from sere.tuning import choice  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 REGION = re.compile(r"<!-- from: (?P<key>[^>]+?) -->(?P<gap>\n?)(?P<old>.*?)<!-- end -->", re.S)
@@ -48,7 +51,7 @@ def demo_table(stem: str) -> str:
 def bench(stem: str) -> str:
     """What `sere bench` prints, and where it ran."""
     where = f"`{stem}.json`, {_day_and_machine(stem)}, vLLM {_vllm(stem)}:"
-    return f"{where}\n\n{_fenced(bench_result.as_text(result(stem)))}"
+    return f"{where}\n\n{_fenced(speed.as_text(result(stem)))}"
 
 
 def speedup(stem: str, policy: str, batch: str) -> str:
@@ -79,7 +82,7 @@ def tuned_in_engine(stem: str) -> str:
 
 
 def tasks(stem: str) -> str:
-    return _fenced(harness.as_text(result(stem)))
+    return _fenced(runs.as_text(result(stem)))
 
 
 def operator(stem: str, *batches: str) -> str:
@@ -303,7 +306,7 @@ def pictures() -> Iterator[tuple[Path, Callable[[Path], None]]]:
     yield ROOT / "docs/demo.png", lambda path: demo.plot(result("demo"), path)
     yield ROOT / "docs/pareto.png", lambda path: pareto.plot(result("pareto")["arms"], path)
     for path in RESULTS.glob("bench_*.png"):
-        yield path, lambda path: bench_result.plot(result(path.stem), path)
+        yield path, lambda path: speed.plot(result(path.stem), path)
 
 
 def main() -> None:

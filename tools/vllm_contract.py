@@ -18,7 +18,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from sere import report
+from sere.results import provenance
 from sere.serving.contract import NEEDS, SYMBOLS, Needs
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -155,8 +155,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="vllm_contract.json")
     arguments = parser.parse_args()
     found = {version(folder): missing(folder) for folder in arguments.folders}
-    result: dict[str, Any] = {"provenance": report.provenance(), "looked_for": contract()}
-    report.save_json(arguments.output, {**result, "missing": dict(sorted(found.items()))})
+    result: dict[str, Any] = {"provenance": provenance.provenance(), "looked_for": contract()}
+    provenance.save_json(arguments.output, {**result, "missing": dict(sorted(found.items()))})
     for name, lacks in sorted(found.items()):
         print(f"vLLM {name}: {sum(map(len, lacks.values()))} symbols missing")
         for feature, names in lacks.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sere.tasks import ALPHABET, END_OF_TEXT
+from sere.demo_model.tasks import ALPHABET, END_OF_TEXT
 
 PAD = "<|pad|>"
 UNKNOWN = "<|unk|>"

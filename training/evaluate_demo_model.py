@@ -21,7 +21,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-from sere.tasks import FAMILIES, Example, examples, is_correct
+from sere.demo_model.tasks import FAMILIES, Example, examples, is_correct
 
 DEMO_MODEL = Path(__file__).parents[1] / "src" / "sere" / "demo_model"
 LONGEST_ANSWER = 32

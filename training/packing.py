@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sere.tasks import FAMILIES, examples
+from sere.demo_model.tasks import FAMILIES, examples
 
 MEAN_EXAMPLE_LENGTH = 27.2
 FILL = 0.95

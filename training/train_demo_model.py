@@ -1,4 +1,4 @@
-"""Train the demo model: a small Qwen3-MoE that solves the tasks of ``sere.tasks``.
+"""Train the demo model: a small Qwen3-MoE that solves the tasks of ``sere.demo_model.tasks``.
 
     torchrun --nproc-per-node 2 training/train_demo_model.py --out build/demo_model
 
@@ -29,7 +29,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     load_balancing_loss_func,
 )
 
-from sere.tasks import FAMILIES
+from sere.demo_model.tasks import FAMILIES
 
 MAX_LENGTH = 512
 PROTOTYPES = 8

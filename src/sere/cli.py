@@ -11,10 +11,10 @@ from importlib import import_module
 
 from sere import __version__
 
-# `sere.similarity.METHODS`, named here because importing that takes torch.
+# `sere.calibration.similarity.METHODS`, named here because importing that takes torch.
 _METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
-_NULL_MODELS = ("weights", "random")  # `sere.null_models.METHODS`
-_SHAPES = (  # `sere.shapes.SHAPES`
+_NULL_MODELS = ("weights", "random")  # `sere.calibration.null_models.METHODS`
+_SHAPES = (  # `sere.speed.shapes.SHAPES`
     "qwen1.5-moe-a2.7b",
     "deepseek-v2-lite",
     "qwen3-30b-a3b",

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sere import demo_model, report
-from sere.calibrate import calibrate
+from sere import demo_model
+from sere.calibration.calibrate import calibrate
+from sere.demo_model.tasks import FAMILIES, Example, examples, is_correct
 from sere.files import check_writable, replaced
 from sere.policy import Policy
+from sere.results import provenance
 from sere.serving.engine import Batch, Engine
 from sere.table import Table
-from sere.tasks import FAMILIES, Example, examples, is_correct
 
 _MAX_TOKENS = 48
 _MAX_LENGTH = 128
@@ -92,7 +93,7 @@ def run(
         for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
             arm.take(part, *_decode(engine, arm, part, K))
     result = _result(arms, table, batch)
-    report.save_json(folder / "demo.json", result)
+    provenance.save_json(folder / "demo.json", result)
     plot(result, folder / "demo.png")
     print(as_text(result))
     print(f"\nwritten: {folder}/demo.json, {folder}/demo.png, {table_path}")
@@ -152,7 +153,7 @@ def _result(arms: list[Arm], table: Table, batch: int) -> dict[str, Any]:
     """Everything measured, for programs; `as_text` and `plot` read nothing else."""
     K = table.fingerprint.K
     return {
-        "provenance": report.provenance(),
+        "provenance": provenance.provenance(),
         "table": {"method": table.method, **table.provenance},
         "batch": batch,
         "prompts": sum(map(len, arms[0].correct.values())),
@@ -201,7 +202,7 @@ def as_text(result: dict[str, Any]) -> str:
         for index in arms[0]["active_by_layer"]
     ]
     head = f"exact match ({result['prompts']} prompts, batch {result['batch']})"
-    return report.text_table(
+    return provenance.text_table(
         row(head, lambda arm: arm["name"]),
         [
             *families,

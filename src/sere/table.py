@@ -71,6 +71,18 @@ class LayerStatistics:
         empty = torch.zeros(E, E)
         return cls(similarity, torch.zeros(E), empty, empty, empty, empty, tokens=0)
 
+    @classmethod
+    def imagined(cls, E: int, seed: int) -> LayerStatistics:
+        """Of E experts with random vectors for outputs, few of them, so that some are alike and
+        others not; similarity is (cosine + 1) / 2."""
+        outputs = torch.randn(E, 16, generator=torch.Generator().manual_seed(seed))
+        gram = outputs @ outputs.T / 16
+        norm = gram.diagonal().sqrt()
+        cosine = gram / (norm[:, None] * norm[None, :])
+        similarity = ((cosine + 1) / 2).clamp(0, 1).fill_diagonal_(1)
+        energy = gram.diagonal().expand(E, E).clone()
+        return cls(similarity, torch.full((E,), 1 / E), gram, cosine, gram, energy, tokens=1)
+
     def substitution(self, *, scaled: bool) -> Substitution:
         """What is lost when one expert answers for another, over the tokens routed to the latter;
         for an expert that no token chose, over all tokens."""

@@ -11,7 +11,7 @@ from typing import Any
 
 def calibrate(output: str, **flags: Any) -> None:
     """`sere calibrate MODEL --data FILE -o TABLE`."""
-    from sere.calibrate import calibrate as run
+    from sere.calibration.calibrate import calibrate as run
 
     table = run(output=output, model_name=flags.pop("model"), **flags)
     print(
@@ -22,14 +22,14 @@ def calibrate(output: str, **flags: Any) -> None:
 
 def inspect(table: str, rho: float, plot: str | None, compare: str | None, json: bool) -> None:
     """`sere inspect TABLE [--plot PNG] [--compare TABLE] [--json]`."""
-    from sere import inspect as inspection
+    from sere.calibration import inspect as inspection
     from sere.policy import Policy
     from sere.table import Table
 
     rho = Policy(rho=rho).rho  # refuses one that cannot be meant
     loaded = Table.load(table)
     if compare:
-        from sere import compare as comparison
+        from sere.calibration import compare as comparison
 
         other = Table.load(compare)
         found = comparison.compare(loaded, other)
@@ -104,7 +104,7 @@ def evaluate(
     _check_read(way, given)
     chosen = policies or _policies_for(table)
     if way == "sere evaluate":
-        from sere.evaluate import run
+        from sere.evaluation.evaluate import run
 
         sizes = batches or [1, 8, 32]
         _check_texts(model, given)
@@ -120,11 +120,11 @@ def evaluate(
         "seed": seed,
     }
     if tasks:
-        from sere import harness
+        from sere.engine_runs import run as decoding
 
-        harness.run(model, table, output, tasks=tasks.split(","), **common, **given)
+        decoding.run(model, table, output, tasks=tasks.split(","), **common, **given)
     else:
-        from sere import generation
+        from sere.engine_runs import generation
 
         if "length" in given:
             given["max_tokens"] = given.pop("length")
@@ -148,7 +148,7 @@ def _check_read(way: str, given: dict[str, Any]) -> None:
 def _check_texts(model: str, given: dict[str, Any]) -> None:
     """Raise `ValueError` for a length of texts where there are prompts with their answers."""
     from sere import demo_model
-    from sere.corpus import read_pairs
+    from sere.calibration.corpus import read_pairs
 
     cut = [f"--{name}" for name in ("prompt", "length") if name in given]
     data = given.get("data")
@@ -170,7 +170,7 @@ def tune(
     **flags: Any,
 ) -> None:
     """`sere tune MODEL TABLE --budget kl=0.01 [--bench FILE]`."""
-    from sere.tune import run
+    from sere.tuning.tune import run
 
     machine = (
         ("bandwidth", bandwidth, 1e9),
@@ -209,8 +209,8 @@ def bench(
     **flags: Any,
 ) -> None:
     """`sere bench MODEL|SHAPE [TABLE] --policy JSON ... --batch B ...`."""
-    from sere.bench import run
-    from sere.bench_setup import Load
+    from sere.speed.bench import run
+    from sere.speed.setup import Load
 
     load = Load(tuple(batches or (1, 8, 32)), input_len, output_len, rounds, seed)
     chosen = policies or ['{"S": 2}', '{"S": 1}']
@@ -221,11 +221,11 @@ def top(url: str, interval: float, once: bool, json: bool) -> None:
     """`sere top URL [--once] [--json]`."""
     try:
         if json:
-            from sere.scrape import read, view
+            from sere.monitoring.scrape import read, view
 
             print(dumps(asdict(view(read(url)))))
         else:
-            from sere import top as screen
+            from sere.monitoring import top as screen
 
             screen.show(url) if once else screen.follow(url, interval)
     except ModuleNotFoundError as error:

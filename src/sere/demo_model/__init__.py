@@ -1,4 +1,7 @@
-"""The bundled demo model: a small, trained Qwen3-MoE (its card is README.md in this folder)."""
+"""The bundled demo model, a small, trained Qwen3-MoE (its card is README.md here), and its tasks.
+
+For the command line and every room that takes "demo" for a model's name; imports nothing of ours.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 `sere.kernels.reference` is the specification; implementations are tested to equal it bit for bit.
 `torch.ops.sere.route` is the operator as PyTorch sees it: opaque to `torch.compile`, and free of
 host syncs, so that CUDA graphs can hold it. It scales weights in place.
+For everyone; imports policy and files.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sere.cost import Cost
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
 from sere.page.sources import Source
 from sere.policy import Policy
+from sere.step_cost.cost import Cost
 
 _COLUMNS = (
     Column("batch"),

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from sere import demo_model
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, panels
 from sere.page.sources import Source
-from sere.report import front
+from sere.results.provenance import front
 
 _COLUMNS = (
     Column("active experts", ".2f"),

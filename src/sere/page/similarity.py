@@ -7,7 +7,7 @@ from typing import Any
 
 from plotly.subplots import make_subplots
 
-from sere.inspect import report
+from sere.calibration.inspect import report
 from sere.page.parts import LAYOUT, SCALE, Column, Figure, Frame, Grid, Section
 from sere.page.sources import Source
 from sere.policy import Policy

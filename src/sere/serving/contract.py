@@ -1,7 +1,7 @@
 """Everything private of vLLM that sere relies on, by name and by what needs it.
 
 What re-routing needs must be there, or start-up refuses to re-route; what only another feature
-needs stops that feature. `tests/test_contract.py` finds uses that are not named here.
+needs stops that feature. `tests/serving/test_contract.py` finds uses that are not named here.
 """
 
 from __future__ import annotations

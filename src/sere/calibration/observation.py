@@ -1,0 +1,132 @@
+"""What calibration writes down while a model reads: one set of small statistics per MoE layer.
+
+Every expert runs on every real token of its layer, a chunk at a time; only [E, E] sums are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sere.calibration.agreement import stability
+from sere.calibration.similarity import METHODS, Cosine, Directed, Frobenius, Measure, pooled
+from sere.models.moe import MoELayer
+from sere.table import LayerStatistics
+
+# Parts of the text that are measured apart, so that a bootstrap can tell how stable the whole is.
+FOLDS = 8
+# Tokens whose outputs [E, n, H] exist at a time: what bounds the memory, whatever the text.
+CHUNK = 128
+# ... and on a GPU, where larger products are faster.
+_GPU_BYTES = 2**30
+
+
+class UnfitError(ValueError):
+    """A layer whose outputs cannot be measured, and why."""
+
+
+class _Layer:
+    """What accumulates for one layer: the table's statistics, and the chosen method in folds."""
+
+    def __init__(self, E: int, method: str) -> None:
+        self.gram, self.cosine, self.directed = Frobenius(E), Cosine(E), Directed(E)
+        self.folds = [METHODS[method](E) for _ in range(FOLDS)]
+        self.choices = torch.zeros(E, dtype=torch.int64)
+        self.tokens = 0
+
+    def update(self, outputs: Tensor, chosen: Tensor, fold: int) -> None:
+        self.folds[fold].update(outputs, chosen)
+        for measure in self._apart():
+            measure.update(outputs, chosen)
+
+    def _apart(self) -> list[Measure]:
+        """The statistics that the folds do not sum up themselves."""
+        own = type(self.folds[0])
+        return [m for m in (self.gram, self.cosine, self.directed) if type(m) is not own]
+
+    def finished(self) -> LayerStatistics:
+        whole = pooled(self.folds)
+        gram = whole if isinstance(whole, Frobenius) else self.gram
+        cosine = whole if isinstance(whole, Cosine) else self.cosine
+        directed = whole if isinstance(whole, Directed) else self.directed
+        cross, energy = directed.per_token(self.choices)
+        return LayerStatistics(
+            similarity=whole.result(),
+            load=(self.choices / self.choices.sum().clamp(min=1)).float(),
+            gram=gram.gram(),
+            cosine=cosine.cosine(),
+            directed=cross,
+            directed_energy=energy,
+            tokens=self.tokens,
+            stability=stability(self.folds),
+        )
+
+
+@dataclass
+class Observer:
+    """Takes in one forward pass after the other; call `begin` before each.
+
+    method: one of `sere.calibration.similarity.METHODS`.
+    K: experts per token, as seen.
+    """
+
+    method: str
+    K: int = 0
+    _layers: dict[int, _Layer] = field(default_factory=dict)
+    _real: Tensor | None = None
+    _fold: int = 0
+
+    def begin(self, number: int, real: Tensor) -> None:
+        """Announce forward pass `number`; real: [B, length] bool, False where there is padding."""
+        self._real, self._fold = real.flatten(), number % FOLDS
+
+    def __call__(self, layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        assert self._real is not None, "call `begin` before the forward pass"
+        hidden, ids = hidden[self._real], ids[self._real].long()
+        self.K = max(self.K, ids.shape[1])
+        own = self._layers.setdefault(layer.index, _Layer(layer.E, self.method))
+        own.tokens += hidden.shape[0]
+        chosen = _chosen(ids, weights[self._real], layer.E)
+        own.choices += chosen.sum(0).cpu()
+        step = _chunk(layer.E, hidden)
+        for part, picks in zip(torch.split(hidden, step), torch.split(chosen, step), strict=True):
+            # not given a name here, so that it is gone before the next is made
+            own.update(_finite(layer.outputs(part), layer), picks, self._fold)
+
+    def stability(self) -> float:
+        """The least stable layer's stability so far, 0 while unknown."""
+        return min((stability(own.folds) or 0 for own in self._layers.values()), default=0)
+
+    def finish(self, layer: MoELayer) -> LayerStatistics:
+        """The layer's statistics; what they were made of is forgotten."""
+        own = self._layers.pop(layer.index, None)
+        if own is None:
+            raise UnfitError(
+                f"{layer.name}: its experts were never called; does the model run them some other "
+                "way (use_kernels=True, a decoder that this text does not reach)?"
+            )
+        return own.finished()
+
+
+def _finite(outputs: Tensor, layer: MoELayer) -> Tensor:
+    if not torch.isfinite(outputs).all():
+        raise UnfitError(
+            f"{layer.name}: an expert's output is NaN or infinite; is the checkpoint intact, and "
+            "its dtype fit for this device?"
+        )
+    return outputs
+
+
+def _chosen(ids: Tensor, weights: Tensor, E: int) -> Tensor:
+    """[T, E] bool: which experts each row of ids [T, K] names with a weight."""
+    within = (ids >= 0) & (ids < E) & (weights != 0)
+    chosen = torch.zeros(len(ids), E + 1, dtype=torch.bool, device=ids.device)
+    return chosen.scatter_(1, ids.where(within, E), True)[:, :E]
+
+
+def _chunk(E: int, hidden: Tensor) -> int:
+    if hidden.device.type == "cpu":
+        return CHUNK
+    return max(CHUNK, _GPU_BYTES // (4 * E * hidden.shape[-1]) // CHUNK * CHUNK)

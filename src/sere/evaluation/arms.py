@@ -1,0 +1,131 @@
+"""What an evaluation compares: policies and rivals, each able to route one decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sere.evaluation.decoding import RouterOutput
+from sere.evaluation.rivals import Rival, Routed
+from sere.kernels import Plan, reroute
+from sere.models.moe import MoELayer
+from sere.policy import Policy, PolicyError, settings_from_json
+from sere.results.names import check_names
+from sere.table import Table, TableError
+
+
+@dataclass
+class Arm:
+    """A named rule and the table it reads.
+
+    rule: None is stock routing. Raises `PolicyError` for a policy that re-routes prompts, which a
+    teacher-forced pass leaves alone.
+    """
+
+    name: str
+    rule: Policy | Rival | None
+    table: Table
+    _plans: dict[tuple[int, int], Plan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rule, Policy) and self.rule.rows == "all":
+            raise PolicyError(
+                f'{self.name}: "rows": "all" re-routes prompts, which this pass leaves alone: use '
+                '`sere evaluate --engine` or --tasks, or leave "rows" out'
+            )
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the rule reads the router's output over all experts."""
+        return isinstance(self.rule, Rival)
+
+    def route(
+        self,
+        layer: MoELayer,
+        ids: Tensor,
+        weights: Tensor,
+        said: RouterOutput | None,
+        counters: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and weights [T, K] of one decode step, all rows of which are decoded.
+
+        said: of those rows, what the router says of all experts, if the rule `needs_logits`.
+        counters: what a policy adds its figures to (see `sere.kernels.reroute`).
+        """
+        if self.rule is None:
+            return ids, weights
+        if ids.shape[1] != self.table.fingerprint.K:
+            raise TableError(
+                f"the table was made for {self.table.fingerprint.K} experts per token and the "
+                f"model routes each to {ids.shape[1]}: run `sere calibrate` on the model as it is"
+            )
+        if isinstance(self.rule, Policy):
+            plan = self._plan(self.rule, layer, ids)
+            return reroute(ids, weights, plan, counters=counters)
+        assert said is not None
+        load = self.table.layers[layer.index].load.to(ids.device)
+        scores = said.scores(ids, weights)
+        ranks = said.ranks(scores, ids, weights)
+        return self.rule.route(Routed(ids, weights, said.logits, scores, ranks, load))
+
+    def _plan(self, policy: Policy, layer: MoELayer, ids: Tensor) -> Plan:
+        bucket = policy.bucket(len(ids))
+        plan = self._plans.get((layer.index, bucket))
+        if plan is None or plan.settings.device != ids.device:
+            own = policy.for_bucket(bucket)
+            plan = self.table.plan(layer.index, own) if own else Plan.off(layer.E)
+            plan = self._plans[layer.index, bucket] = plan.to(ids.device)
+        return plan
+
+
+def parse_arm(text: str, table: Table) -> Arm:
+    """An arm from JSON: a policy such as {"tau": 0.02}, or {"rival": "oea", "k0": 1}; either may
+    have a "name", and a "table" of its own. Raises `PolicyError` for anything else."""
+    return arm_of(settings_from_json(text), table)
+
+
+def served_policies(texts: Sequence[str], table: Table) -> dict[str, Policy]:
+    """By name, in order: policies that an engine can follow, beside "stock". From JSON, each with a
+    "name" if it likes. Raises `PolicyError` for a rival, for what makes no sense for the table's
+    model, and for a policy or a name that is given twice."""
+    named = [_served(settings_from_json(text), table) for text in texts]
+    policies = [policy for _, policy in named]
+    if twice := [policy for policy in policies if policies.count(policy) > 1]:
+        raise PolicyError(f"the same policy is given twice: {twice[0].brief()}")
+    check_names(["stock", *(name for name, _ in named)])
+    return dict(named)
+
+
+def _served(settings: Mapping[str, Any], table: Table) -> tuple[str, Policy]:
+    if "rival" in settings:
+        raise PolicyError(
+            f"{settings['rival']!r} is another paper's rule, measured in one pass and never "
+            "decoded with: leave out --engine and --tasks"
+        )
+    rest = dict(settings)
+    name = rest.pop("name", None)
+    policy = Policy.from_dict(rest)
+    table.check_policy(policy)
+    return name or policy.brief(), policy
+
+
+def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
+    """See `parse_arm`."""
+    rest = dict(settings)
+    name, path = rest.pop("name", None), rest.pop("table", None)
+    own = table if path is None else Table.load(path)
+    own.check_against(table.fingerprint)
+    rule = Rival.from_dict(rest) if "rival" in rest else Policy.from_dict(rest)
+    if isinstance(rule, Policy):
+        own.check_policy(rule)
+    else:
+        rule.check_against(own.fingerprint.K, own.fingerprint.E)
+    return Arm(name or _name(rule, path), rule, own)
+
+
+def _name(rule: Policy | Rival, path: str | None) -> str:
+    name = str(rule) if isinstance(rule, Rival) else rule.brief()
+    return name if path is None else f"{name} ({path})"

@@ -1,0 +1,231 @@
+"""`sere evaluate`: quality and active experts of any policies, at any batch sizes, beside stock.
+
+Every arm sees the same passages in the same batches; what it is compared with is the stock routing
+of the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sere import demo_model
+from sere.calibration.corpus import Corpus, draw_pairs, encoder, read_texts
+from sere.demo_model.tasks import examples
+from sere.evaluation.arms import Arm, parse_arm
+from sere.evaluation.decoding import Passage
+from sere.evaluation.quality import EvaluationError, Judge, figures
+from sere.files import check_writable, replaced
+from sere.models.loading import load_model, load_tokenizer
+from sere.models.moe import MoELayer, moe_layers
+from sere.results import provenance
+from sere.results.journal import Journal, contents
+from sere.results.names import check_names
+from sere.table import Table
+
+
+def run(
+    model_name: str,
+    table_path: str,
+    output: str,
+    *,
+    policies: Sequence[str],
+    batches: Sequence[int],
+    data: str | None = None,
+    samples: int = 512,
+    prompt: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    layer_error: bool = True,
+) -> dict[str, Any]:
+    """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot."""
+    check_writable(output, table_path, data)
+    table = Table.load(table_path)
+    arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
+    check_names([arm.name for arm in arms])
+    folder = demo_model.resolve(model_name)
+    table.check_made_for(folder)
+    model, layers = load(folder)
+    passages = load_passages(
+        model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
+    )
+    settings = {
+        "model": model_name,
+        "table": table_path,
+        "policies": list(policies),
+        "batches": list(batches),
+        "passages": passages_hash(passages),
+        "layer_error": layer_error,
+        **contents(folder, [arm.table for arm in arms]),
+    }
+    with Journal(f"{output}.unfinished", settings) as journal:
+        judge = Judge(model, layers, passages, journal, layer_error)
+        sums = judge.measure(arms, batches)
+    result = {
+        "provenance": provenance.provenance(),
+        "settings": settings,
+        "E": table.fingerprint.E,
+        "K": table.fingerprint.K,
+        "passages": len(passages),
+        "arms": [
+            {
+                "name": arm.name,
+                "rule": arm.rule.to_dict() if arm.rule else None,
+                "batches": {str(batch): figures(sums[arm.name][batch]) for batch in batches},
+            }
+            for arm in arms
+        ],
+    }
+    provenance.save_json(output, result)
+    plot(result, Path(output).with_suffix(".png"))
+    print(as_text(result))
+    print(f"\nwritten: {output}, {Path(output).with_suffix('.png')}")
+    return result
+
+
+def load(folder: str) -> tuple[Any, list[MoELayer]]:
+    """A model to evaluate, and its MoE layers."""
+    model: Any = load_model(folder)
+    if not torch.cuda.is_available():
+        model = model.float()  # CPUs emulate bf16, slowly and with its rounding
+    return model, moe_layers(model)
+
+
+def load_passages(
+    model_name: str,
+    folder: str,
+    data: str | None,
+    *,
+    samples: int,
+    prompt: int,
+    length: int,
+    seed: int,
+) -> list[Passage]:
+    """What to decode: held-out tasks of the demo model; or a file's {"prompt", "answer"} lines; or
+    its texts, `prompt` tokens each to begin with and at most `length` to be decoded. Drawn with
+    `seed`; what is drawn twice counts once."""
+    tokenizer = load_tokenizer(folder)
+    encode = encoder(tokenizer)
+    if data is None:
+        if model_name != demo_model.NAME:
+            raise EvaluationError(
+                "--data is needed: text to measure on, not what you calibrated on"
+            )
+        pairs = [(e.prompt, e.answer) for e in examples(samples, seed=seed, split="held_out")]
+    else:
+        pairs = draw_pairs(data, samples, seed)
+    if pairs:
+        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False).input_ids
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = [
+            (encode(question), answer + end)
+            for (question, _), answer in zip(pairs, answers, strict=True)
+        ]
+        return _distinct([Passage(q + a, len(q)) for q, a in encoded if q and len(a) > 1])
+    assert data is not None
+    corpus = Corpus.from_texts(
+        read_texts(data),
+        encode,
+        source=data,
+        samples=samples,
+        length=prompt + length,
+        seed=seed,
+        allow_fewer=True,
+    )
+    long_enough = [tokens for tokens in corpus.sequences if len(tokens) > prompt + 1]
+    if not long_enough:
+        raise EvaluationError(f"{data}: no text has more than {prompt + 1} tokens: lower --prompt")
+    return _distinct([Passage(tokens, prompt) for tokens in long_enough])
+
+
+def _distinct(passages: Sequence[Passage]) -> list[Passage]:
+    """Without repeats: what is searched on and what is checked never share a passage."""
+    return list({(p.start, *p.tokens): p for p in passages}.values())
+
+
+def passages_hash(passages: Sequence[Passage]) -> str:
+    """SHA-256 of all tokens."""
+    return hashlib.sha256(json.dumps([asdict(p) for p in passages]).encode()).hexdigest()
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Tables for each batch size, with standard errors: quality, then what the arms do to the
+    layers' outputs; and how far prompts are off, where they are."""
+    parts = []
+    for batch in result["arms"][0]["batches"]:
+        found = {arm["name"]: arm["batches"][batch] for arm in result["arms"]}
+        parts += [_quality_table(batch, found), *_error_table(batch, found)]
+        if difference := max(f["prompt_difference"] for f in found.values()):
+            parts.append(
+                f"batch {batch}: prompts' logits differ from stock by up to {difference:.1g}, by "
+                "rounding: this architecture cannot run their rows apart from decoded ones"
+            )
+        parts += provenance.not_full(int(batch), result["passages"], "passages")
+    return "\n\n".join(parts)
+
+
+def _cell(figure: Sequence[float], digits: int, factor: float = 1) -> str:
+    value, error = (factor * x for x in figure)
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +-{error:.{digits}f}")
+
+
+def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [
+            name,
+            _cell(f["active"], 2),
+            _cell(f["kl"], 3, 1000),
+            _cell(f["top1"], 2, 100),
+            _cell(f["perplexity"], 4),
+            _cell(f["exact_match"], 2, 100),
+            _cell(f["answers_lost_gross"], 2, 100),
+        ]
+        for name, f in found.items()
+    ]
+    head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity"]
+    return provenance.text_table([*head, "exact match, %", "lost, gross, %"], rows)
+
+
+def _error_table(batch: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Energy of the difference to stock's output of a layer, as a share of that output's."""
+    rows = []
+    for name, f in found.items():
+        errors = f["output_error_by_layer"]
+        if any(error for error, _ in errors.values()):
+            layer, worst = max(errors.items(), key=lambda item: item[1][0])
+            mean = sum(error for error, _ in errors.values()) / len(errors)
+            rows.append([name, f"{100 * mean:.2f}", f"{_cell(worst, 2, 100)} (layer {layer})"])
+    head = [f"batch {batch}: experts' output error, % of energy", "mean of layers", "worst layer"]
+    return [provenance.text_table(head, rows)] if rows else []
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """KL against active experts, one panel a batch size."""
+    from matplotlib.figure import Figure
+
+    batches = list(result["arms"][0]["batches"])
+    figure = Figure(figsize=(5.5 * len(batches), 4.5), layout="constrained")
+    for axes, batch in zip(
+        figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True
+    ):
+        for arm in result["arms"][1:]:
+            f = arm["batches"][batch]
+            point = (f["active"][0], max(f["kl"][0], 1e-7))
+            axes.scatter(*point, s=20)
+            axes.annotate(arm["name"], point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axes.set_yscale("log")
+        axes.set_title(
+            f"batch {batch}: stock reads {result['arms'][0]['batches'][batch]['active'][0]:.1f}"
+        )
+        axes.set_xlabel(f"active experts per layer and step (of {result['E']})")
+        axes.set_ylabel("KL from stock, nats per token")
+        axes.grid(alpha=0.3)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

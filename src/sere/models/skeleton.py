@@ -1,0 +1,177 @@
+"""A model without the weights of its decoder layers, which are filled in one at a time.
+
+All of the loading is transformers' own: `from_pretrained` runs as ever, but the function that reads
+weights is handed those outside the decoder layers only. Later the same function reads one layer.
+Names, merged experts, dtypes and quantisation are therefore transformers' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from sere.models.loading import LoadError, load_model, refuse_unset
+from sere.models.moe import UNIT, MoELayer, moe_layers
+
+
+@dataclass
+class Skeleton:
+    """A model whose decoder layers are empty.
+
+    units: the decoder layers by module name, in order.
+    layers: the MoE layers in them.
+    """
+
+    model: Any
+    layers: list[MoELayer]
+    units: dict[str, nn.Module]
+    _config: Any
+    _sources: dict[str, dict[str, Path]] = field(default_factory=dict)  # unit -> weight -> file
+
+    @contextmanager
+    def filled(self, unit: str) -> Iterator[None]:
+        """Read one decoder layer's weights from the checkpoint, and forget them at the end."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        with _slices(self._sources[unit]) as weights, _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, weights, self._config)
+        module = self.units[unit]
+        unset = {f"{unit}.{n}" for n, p in module.named_parameters() if p.device.type == "meta"}
+        refuse_unset(
+            str(self._config.pretrained_model_name_or_path),
+            unset | {key for key, *_ in info.mismatched_keys} | set(info.conversion_errors),
+        )
+        try:
+            yield
+        finally:
+            for part in module.modules():
+                for name, weight in part._parameters.items():
+                    if weight is not None:
+                        empty = torch.empty_like(weight, device="meta")
+                        part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, which would be one a layer."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_skeleton(folder: str) -> Skeleton:
+    """Everything of the model in `folder` but its decoder layers' weights, on the first GPU if any.
+
+    Raises `LoadError` as `load_model` does, before any layer is read.
+    """
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    made: list[Skeleton] = []
+    with _intercepted(made):
+        model = load_model(folder, device_map={"": device})
+    if not made:
+        raise LoadError(
+            f"{folder}: this transformers release loads weights in another way, so that layers "
+            "cannot be streamed; install transformers 5.10 to 5.19 or calibrate in memory"
+        )
+    made[0].model = model
+    return made[0]
+
+
+@contextmanager
+def _intercepted(made: list[Skeleton]) -> Iterator[None]:
+    """Let `from_pretrained` load what is outside the decoder layers; note the rest in `made`."""
+    from transformers import PreTrainedModel
+
+    load = PreTrainedModel._load_pretrained_model
+
+    def load_rest(
+        model: Any, state_dict: None, files: list[str], config: Any, expected_keys: Any = None
+    ) -> Any:
+        skeleton, rest, unset = _split(model, files, config)
+        with _slices(rest) as weights:
+            info, offloaded = load(model, weights, files, config)
+        inside = tuple(f"{unit}." for unit in skeleton.units)
+        later = {key for key in info.missing_keys if key.startswith(inside)}
+        info.missing_keys -= later - unset
+        made.append(skeleton)
+        return info, offloaded
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load_rest)
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(load)
+
+
+def _split(model: Any, files: list[str], config: Any) -> tuple[Skeleton, dict[str, Path], set[str]]:
+    """The skeleton; the files of all weights outside decoder layers; keys that no file holds."""
+    if not all(str(path).endswith(".safetensors") for path in files):
+        raise LoadError(
+            "layers can only be streamed from .safetensors files; convert the checkpoint "
+            "(model.save_pretrained) or calibrate with --no-stream"
+        )
+    layers = moe_layers(model)
+    units = _units(model, layers)
+    skeleton = Skeleton(model, layers, units, config, {unit: {} for unit in units})
+    state = model.state_dict()
+    expected = set(state)
+    rest: dict[str, Path] = {}
+    for key, path in _keys(files):
+        targets = _targets(key, model.base_model_prefix, config.weight_mapping or [], state)
+        expected -= targets
+        unit = next((u.group() for t in targets if (u := UNIT.match(t))), None)
+        skeleton._sources.get(unit or "", rest)[key] = path
+    return skeleton, rest, expected
+
+
+def _units(model: nn.Module, layers: list[MoELayer]) -> dict[str, nn.Module]:
+    """All members of the module lists that hold the MoE layers."""
+    stacks = dict.fromkeys(m.group(1) for layer in layers if (m := UNIT.match(layer.name)))
+    return {
+        f"{stack}.{i}": unit
+        for stack in stacks
+        for i, unit in enumerate(model.get_submodule(stack).children())
+    }
+
+
+def _targets(key: str, prefix: str, mapping: list[Any], state: dict[str, Any]) -> set[str]:
+    """The weights of the model's `state` that the checkpoint's tensor `key` goes into."""
+    from transformers import core_model_loading as core
+
+    renamings = [entry for entry in mapping if isinstance(entry, core.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, core.WeightConverter)]
+    name, pattern = core.rename_source_key(key, renamings, converters, prefix, state)
+    if pattern is None:
+        return {name} if name in state else {key}
+    into = next(c.target_patterns for c in converters if pattern in c.source_patterns)
+    return {name.replace(into[0], target) for target in into}
+
+
+def _keys(files: list[str]) -> Iterator[tuple[str, Path]]:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            yield from ((key, Path(path)) for key in file.keys())  # noqa: SIM118
+
+
+@contextmanager
+def _slices(sources: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Handles on weights that are not read yet, by name."""
+    with ExitStack() as stack:
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt"))
+            for path in sorted(set(sources.values()))
+        }
+        yield {key: files[path].get_slice(key) for key, path in sources.items()}

@@ -1,0 +1,110 @@
+"""`sere top`: what re-routing does in a running server, live in the terminal."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sere.monitoring.scrape import LayerView, Reading, View, read, view
+
+_ACTIVE = len("  12.3 ->   12.3")
+_BAR = 24  # characters
+_WIDE = 110  # characters of a terminal that has room for bars
+
+
+def show(url: str, console: Console | None = None) -> None:
+    """One picture of all that happened since the server started."""
+    console = console or Console()
+    console.print(picture(url, view(read(url)), wide=console.width >= _WIDE))
+
+
+def follow(url: str, interval: float) -> None:
+    """A picture every `interval` seconds until Ctrl-C; at first of all since the server started."""
+    before: Reading | None = None
+    with Live(screen=True, auto_refresh=False) as screen:
+        while True:
+            now = read(url)
+            wide = screen.console.width >= _WIDE
+            screen.update(picture(url, view(now, before), wide=wide), refresh=True)
+            before = now
+            try:
+                time.sleep(interval)
+            except KeyboardInterrupt:
+                return
+
+
+def picture(url: str, seen: View, *, wide: bool = True) -> RenderableType:
+    """What one reading shows; all layers together come first, as a terminal may be short."""
+    several = len(seen.policies) > 1
+    table = Table(box=None, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
+    table.add_column("layer", no_wrap=True, min_width=5)
+    table.add_column("active experts", no_wrap=True, min_width=_ACTIVE)
+    if wide:
+        table.add_column("", no_wrap=True)
+    for name in ("re-routed", "critical", "rows fast", "exact", "weight moved", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in (_all(seen.layers), *seen.layers):
+        style = "bold" if row.layer < 0 else ""
+        layer, active, *figures = _cells(row, several)
+        bar = [_bar(row)] if wide else []
+        table.add_row(layer, active, *bar, *figures, style=style)
+    return Group(*_head(url, seen), Text(), table)
+
+
+def _head(url: str, seen: View) -> list[Text]:
+    span = f"last {seen.seconds:.1f} s" if seen.seconds else "since start"
+    speed = "" if seen.tokens_per_s is None else f"{seen.tokens_per_s:,.0f} tokens/s   "
+    lines = [
+        Text.assemble(("sere top", "bold"), f"  {url}  ({span})"),
+        Text(f"{speed}{seen.running:.0f} requests running"),
+    ]
+    for engine, policy in seen.policies.items():
+        lines.append(Text(f"engine {engine}: {policy}"))
+    for engine, reason in seen.fallbacks.items():
+        text = f"engine {engine} FELL BACK TO STOCK ROUTING: {reason}"
+        lines.append(Text(text, style="bold red"))
+    if seen.stale:
+        lines.append(Text("the engine does not answer: figures are old", style="bold yellow"))
+    return lines
+
+
+def _all(layers: list[LayerView]) -> LayerView:
+    """Means over layers, of what each of them has; layer -1. Every layer sees the same rows."""
+
+    def mean(name: str) -> Any:
+        values = [v for layer in layers if (v := getattr(layer, name)) is not None]
+        return sum(values) / len(values) if values else None
+
+    means = {field.name: mean(field.name) for field in fields(LayerView)}
+    return LayerView(**{**means, "engine": -1, "layer": -1})
+
+
+def _cells(row: LayerView, several: bool) -> list[str]:
+    name = "all" if row.layer < 0 else str(row.layer)
+    if several and row.layer >= 0:
+        name = f"{row.engine}/{name}"
+    active = "-"
+    if row.active_before is not None and row.active_after is not None:
+        active = f"{row.active_before:6.1f} -> {row.active_after:6.1f}"
+    shares = [_percent(row.rerouted), _percent(row.critical)]
+    rows = [f"{row.fast:,.0f}", f"{row.exact:,.0f}"]
+    checked = [_percent(row.surrendered), _percent(row.error)]
+    return [name, active, *shares, *rows, *checked]
+
+
+def _bar(row: LayerView) -> Text:
+    """The experts that are read, and after them those that need not be."""
+    if not row.active_before or row.active_after is None:
+        return Text("")
+    full = min(_BAR, round(_BAR * row.active_after / row.active_before))
+    return Text.assemble(("\u2588" * full, "green"), ("\u2591" * (_BAR - full), "dim"))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

