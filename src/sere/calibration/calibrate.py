@@ -79,13 +79,8 @@ def calibrate(
     method: how similarity is measured; "weights" and "random" are null models, made without text.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
-    check_writable(output)
-    _check_name(Path(output))
-    if not overwrite:
-        _check_untuned(output)
-    if method not in (*METHODS, *null_models.METHODS):
-        known = ", ".join((*METHODS, *null_models.METHODS))
-        raise CalibrationError(f"method {method!r}: expected one of {known}")
+    _check_output(output, overwrite)
+    _check_method(method)
     folder = demo_model.resolve(model_name)
     if method in null_models.METHODS:
         table = _without_text(folder, method, seed, progress)
@@ -103,12 +98,8 @@ def calibrate(
     )
     if stream is None:
         stream = exceeds_memory(folder)
-    if stream and until_stable is not None:
-        raise CalibrationError(
-            "--until-stable needs the whole model in memory: a streamed layer is done with all "
-            "text before the next is read; choose --samples instead"
-        )
     if stream:
+        _check_unconditional(until_stable)
         found = _streamed(folder, corpus, method, batch, Path(f"{output}.unfinished"), progress)
     else:
         found = _in_memory(folder, corpus, method, batch, until_stable, progress)
@@ -188,6 +179,27 @@ def _without_text(folder: str, method: str, seed: int, progress: bool) -> Table:
     K = null_models.experts_per_token(skeleton.model)
     about = {"corpus": "no text", "tokens": 0, "seed": seed}
     return _table(folder, _Found(skeleton.model, skeleton.layers, statistics, K, []), method, about)
+
+
+def _check_output(output: str | Path, overwrite: bool) -> None:
+    check_writable(output)
+    _check_name(Path(output))
+    if not overwrite:
+        _check_untuned(output)
+
+
+def _check_method(method: str) -> None:
+    if method not in (*METHODS, *null_models.METHODS):
+        known = ", ".join((*METHODS, *null_models.METHODS))
+        raise CalibrationError(f"method {method!r}: expected one of {known}")
+
+
+def _check_unconditional(until_stable: float | None) -> None:
+    if until_stable is not None:
+        raise CalibrationError(
+            "--until-stable needs the whole model in memory: a streamed layer is done with all "
+            "text before the next is read; choose --samples instead"
+        )
 
 
 def _check_name(output: Path) -> None:

@@ -80,6 +80,11 @@ class Written:
     policy: Policy | None
     parts: list[Part] = field(default_factory=list)
 
+    def beside(self, stock: Written) -> dict[str, Any]:
+        """As a result has it: who wrote, and its figures."""
+        rule = self.policy.to_dict() if self.policy else None
+        return {"name": self.name, "rule": rule, **self.figures(stock)}
+
     def figures(self, stock: Written) -> dict[str, Any]:
         """Each as (value, standard error over batches), but for `length_drift`."""
 
@@ -164,14 +169,7 @@ def run(
         "batch": batch,
         "prompts": len(pairs),
         "E": table.fingerprint.E,
-        "arms": [
-            {
-                "name": one.name,
-                "rule": one.policy.to_dict() if one.policy else None,
-                **one.figures(written[0]),
-            }
-            for one in written
-        ],
+        "arms": [one.beside(written[0]) for one in written],
     }
     provenance.save_json(output, result)
     print(as_text(result))

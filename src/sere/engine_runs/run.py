@@ -56,33 +56,17 @@ def run(
     table = Table.load(table_path)
     chosen: dict[str, Policy | None] = {"stock": None, **served_policies(policies, table)}
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
-    if score_as_decode and not selection.scores:
-        raise EvaluationError(
-            f"--score-as-decode changes nothing: {', '.join(selection.tasks)} only write answers, "
-            "which are decoded anyway: leave it out"
-        )
+    _check_scores(selection, score_as_decode)
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
-    if chat and load_tokenizer(folder).chat_template is None:
-        raise EvaluationError(f"{model_name}: its tokenizer has no chat template: leave --chat out")
-    arms: Vllm | Transformers
-    if backend == "vllm":
-        arms = Vllm(folder, table_path, batch, dtype or "auto", seed)
-    else:
-        arms = Transformers(folder, table, batch, score_as_decode=score_as_decode)
-    settings = {
-        "limit": limit,
-        "num_fewshot": fewshot,
-        "apply_chat_template": chat,
-        "fewshot_as_multiturn": chat,
-        "confirm_run_unsafe_code": allow_unsafe_code,
-    }
-    runs = []
-    for name, rule in chosen.items():
-        with arms.policy(rule):
-            found = _evaluated(arms.lm, selection, seed, settings, score_as_decode)
-        found["slots_rerouted"] = arms.rerouted()
-        runs.append({"name": name, "rule": rule.to_dict() if rule else None, **found})
+    if chat:
+        _check_template(model_name, folder)
+    arms: Vllm | Transformers = (
+        Vllm(folder, table_path, batch, dtype or "auto", seed)
+        if backend == "vllm"
+        else Transformers(folder, table, batch, score_as_decode=score_as_decode)
+    )
+    asked = _asked(seed, limit, fewshot, chat, allow_unsafe_code)
     result = {
         "provenance": provenance.provenance(),
         "model": model_name,
@@ -93,7 +77,10 @@ def run(
         "chat": chat,
         "score_as_decode": score_as_decode,
         "groups": selection.leaves,
-        "arms": runs,
+        "arms": [
+            _run(arms, name, rule, selection, asked, score_as_decode)
+            for name, rule in chosen.items()
+        ],
     }
     provenance.save_json(output, result)
     print(as_text(result))
@@ -113,8 +100,53 @@ def _check_backend(backend: str, *, dtype: str | None, score_as_decode: bool) ->
         )
 
 
+def _check_scores(selection: Selection, score_as_decode: bool) -> None:
+    if score_as_decode and not selection.scores:
+        raise EvaluationError(
+            f"--score-as-decode changes nothing: {', '.join(selection.tasks)} only write answers, "
+            "which are decoded anyway: leave it out"
+        )
+
+
+def _check_template(model_name: str, folder: str) -> None:
+    if load_tokenizer(folder).chat_template is None:
+        raise EvaluationError(f"{model_name}: its tokenizer has no chat template: leave --chat out")
+
+
+def _asked(
+    seed: int, limit: int | None, fewshot: int | None, chat: bool, allow_unsafe_code: bool
+) -> dict[str, Any]:
+    """As the harness calls it."""
+    return {
+        "limit": limit,
+        "num_fewshot": fewshot,
+        "apply_chat_template": chat,
+        "fewshot_as_multiturn": chat,
+        "confirm_run_unsafe_code": allow_unsafe_code,
+        "random_seed": seed,
+        "numpy_random_seed": seed,
+        "torch_random_seed": seed,
+        "fewshot_random_seed": seed,
+    }
+
+
+def _run(
+    arms: Vllm | Transformers,
+    name: str,
+    rule: Policy | None,
+    selection: Selection,
+    asked: dict[str, Any],
+    score_as_decode: bool,
+) -> dict[str, Any]:
+    """All tasks under one policy."""
+    with arms.policy(rule):
+        found = _evaluated(arms.lm, selection, asked, score_as_decode)
+    moved = {"slots_rerouted": arms.rerouted()}
+    return {"name": name, "rule": rule.to_dict() if rule else None, **found, **moved}
+
+
 def _evaluated(
-    lm: Any, selection: Selection, seed: int, settings: dict[str, Any], score_as_decode: bool
+    lm: Any, selection: Selection, asked: dict[str, Any], score_as_decode: bool
 ) -> dict[str, Any]:
     """By task, and by group where it can be: metrics, their errors, what was written, and whether
     anything is decoded at all."""
@@ -124,12 +156,8 @@ def _evaluated(
         model=lm,
         tasks=selection.roots,
         task_manager=selection.manager,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
         bootstrap_iters=0,
-        **settings,
+        **asked,
     )
     results, samples = found["results"], found["samples"]
     metrics = {name: _numbers(results.get(name, {})) for name in [*selection.groups, *samples]}

@@ -19,6 +19,7 @@ from sere import demo_model
 from sere.evaluation.evaluate import load, load_passages, passages_hash
 from sere.evaluation.quality import Judge
 from sere.files import check_writable
+from sere.models.moe import MoELayer
 from sere.policy import STOCK, Policy
 from sere.results import provenance
 from sere.results.journal import Journal, contents
@@ -51,8 +52,7 @@ def run(
     result of `sere bench` to take the cost from instead; cost: instead of both. Raises
     `BudgetError` where there are too few passages to be sure of anything.
     """
-    if bench and device:
-        raise ValueError(f"{bench} was measured: --bench leaves nothing for {_FLAGS} to say")
+    _check_machine(bench, device)
     wanted = Budget.parse(budget)
     check_writable(output, table_path, data, bench)
     check_writable(table_path)
@@ -60,21 +60,10 @@ def run(
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
     model, layers = load(folder)
-    K = table.fingerprint.K
-    if cost is None:
-        measured = from_bench(bench, layers, K) if bench else None
-        cost = measured or roofline(layers[0], K, **(device or {}))
-    passages = load_passages(
-        model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
-    )
-    if len(passages) < 4 * max(batches):
-        raise BudgetError(
-            f"{len(passages)} passages for batches of {max(batches)}: at least {4 * max(batches)} "
-            "are needed, two batches to search on and two to check, as one has no error to tell; "
-            "raise --samples, bring more text or lower --batch"
-        )
-    half = len(passages) // (2 * max(batches)) * max(batches)
-    wanted.check_passages(half)
+    cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})
+    drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
+    passages = load_passages(model_name, folder, data, **drawn)
+    half = _half(len(passages), max(batches), wanted)
     settings = {
         "model": model_name,
         "budget": asdict(wanted),
@@ -84,15 +73,10 @@ def run(
         **contents(folder, [table]),
     }
     with Journal(f"{output}.unfinished", settings) as journal:
-        tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
         unseen = Judge(model, layers, passages[half:], journal, False, first=half)
+        tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
         checker = replace(tuner, judge=unseen, title="check")
-        try:
-            for one in (tuner, checker):
-                one.check_stock(max(batches))
-        except BudgetError:
-            journal.forget()
-            raise
+        _check_stock(tuner, checker, max(batches), journal)
         result = {
             "provenance": provenance.provenance(),
             "settings": settings,
@@ -102,18 +86,62 @@ def run(
             **_tuned(tuner, checker, sorted(batches), per_layer),
         }
         provenance.save_json(output, result)
-    plot(result, Path(output).with_suffix(".png"))
-    print(as_text(result))
-    chosen = Policy.from_dict(result["policy"]) if result["policy"] else None
-    replace(table, policy=chosen or STOCK).save(table_path)
-    where = f"written: {output}, {Path(output).with_suffix('.png')}"
-    what = "the policy" if chosen else "stock routing, as the choice,"
-    print(f"\n{where}; {what} is in {table_path}")
+    _tell(result, output)
+    _store(result, table, table_path)
     return result
 
 
 _FLAGS = "--bandwidth, --expert-mb, --tflops and --route-us"
 ERROR, PAPER = Policy(S=1, min_active=1, tau=0.0), Policy(S=1)
+
+
+def _check_machine(bench: str | None, device: Mapping[str, float] | None) -> None:
+    if bench and device:
+        raise ValueError(f"{bench} was measured: --bench leaves nothing for {_FLAGS} to say")
+
+
+def _cost(
+    layers: Sequence[MoELayer], K: int, bench: str | None, device: Mapping[str, float]
+) -> Cost:
+    measured = from_bench(bench, layers, K) if bench else None
+    return measured or roofline(layers[0], K, **device)
+
+
+def _half(passages: int, batch: int, budget: Budget) -> int:
+    """How many passages to search on, in whole batches; as many at least are left to check on."""
+    if passages < 4 * batch:
+        raise BudgetError(
+            f"{passages} passages for batches of {batch}: at least {4 * batch} are needed, two "
+            "batches to search on and two to check, as one has no error to tell; raise --samples, "
+            "bring more text or lower --batch"
+        )
+    half = passages // (2 * batch) * batch
+    budget.check_passages(half)
+    return half
+
+
+def _check_stock(tuner: Tuner, checker: Tuner, batch: int, journal: Journal) -> None:
+    """Raise `BudgetError` where stock answers too little for the budget to mean anything."""
+    try:
+        for one in (tuner, checker):
+            one.check_stock(batch)
+    except BudgetError:
+        journal.forget()
+        raise
+
+
+def _tell(result: dict[str, Any], output: str) -> None:
+    picture = Path(output).with_suffix(".png")
+    plot(result, picture)
+    print(as_text(result))
+    print(f"\nwritten: {output}, {picture}", end="; ")
+
+
+def _store(result: dict[str, Any], table: Table, path: str) -> None:
+    """Put the choice into the table, where serving finds it; stock routing is a choice, too."""
+    chosen = Policy.from_dict(result["policy"]) if result["policy"] else None
+    replace(table, policy=chosen or STOCK).save(path)
+    print("the policy" if chosen else "stock routing, as the choice,", f"is in {path}")
 
 
 def _tuned(tuner: Tuner, checker: Tuner, batches: Sequence[int], per_layer: bool) -> dict[str, Any]:
