@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test matrix check setup lock clean
+.PHONY: demo test fast matrix check setup lock clean
 
 demo: setup
 	$(BIN)/sere demo
@@ -12,6 +12,10 @@ demo: setup
 test: setup
 	@$(BIN)/python tools/browser.py
 	$(BIN)/pytest
+
+# While you work: no engine is started.
+fast: setup
+	$(BIN)/pytest -m "not engine and not modes and not matrix" --ignore tests/test_demo.py --ignore tests/test_docs.py
 
 # Every architecture of transformers, not only one of each shape.
 matrix: setup
