@@ -73,7 +73,7 @@ class Needs:
 
 _REROUTING = Needs(
     called={
-        "VllmConfig": ("__post_init__", "uniform_decode_query_len"),
+        "VllmConfig": ("__post_init__", "compute_hash", "uniform_decode_query_len"),
         "current_platform": (),
         "get_current_vllm_config": (),
         "get_forward_context": (),

@@ -3,7 +3,8 @@
 vLLM has no stable hook between router and experts, so a few private symbols (all named in
 `symbols`) are wrapped, once per process, before a model is built:
 
-* the config: bad settings are refused before anything is loaded;
+* the config: bad settings are refused before anything is loaded, and of good ones only what changes
+  compiled code counts in the key of the compile cache (see `compile_key`);
 * the router factory: every router becomes an instance of a subclass that re-routes its choice;
 * the constructor of a layer's runner: plan, counters and row classes are attached to it;
 * kernel selection: kernels that route by themselves are refused, re-routing could not reach them;
@@ -25,6 +26,7 @@ from torch import Tensor
 from sere.kernels.merge import narrow
 from sere.policy import PolicyError
 from sere.serving import random_weights, telemetry, worker
+from sere.serving.compile_key import keyed
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
 from sere.serving.session import (
@@ -59,6 +61,7 @@ def register() -> None:
     wrap(config, "__post_init__", functools.partial(_checking, reason))
     if reason:
         return  # an engine that asks for re-routing will be refused with the reason
+    wrap(config, "compute_hash", keyed)
     _define_operator()
     if not lacking("bench"):
         random_weights.register()
