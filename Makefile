@@ -4,6 +4,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Two processes: a core each on the smallest machine, and engines fit into 16 GB.
+SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
+
 .PHONY: demo test fast matrix check setup lock clean
 
 demo: setup
@@ -11,15 +14,15 @@ demo: setup
 
 test: setup
 	@$(BIN)/python tools/browser.py
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 # While you work: no engine is started.
 fast: setup
-	$(BIN)/pytest -m "not engine and not modes and not matrix" --ignore tests/test_demo.py --ignore tests/test_docs.py
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not engine and not modes and not matrix" --ignore tests/test_demo.py --ignore tests/test_docs.py
 
 # Every architecture of transformers, not only one of each shape.
 matrix: setup
-	$(BIN)/pytest tests/models/test_architectures.py tests/evaluation/test_decoding.py -m "matrix or not matrix"
+	$(BIN)/pytest $(SIDE_BY_SIDE) tests/models/test_architectures.py tests/evaluation/test_decoding.py -m "matrix or not matrix"
 
 check: setup
 	$(BIN)/ruff check

@@ -21,6 +21,22 @@ torch.set_num_threads(1)
 E, K, HIDDEN, LAYERS = 8, 2, 32, 2
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n`: tests that share engines stay in one process, and the slow come first."""
+    items.sort(key=lambda item: not item.get_closest_marker("modes"))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    known: dict[str, Any] = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    if "server" in known:
+        return "server"
+    shares = any(found[-1].scope == "module" for found in known.values())
+    return item.nodeid if item.get_closest_marker("modes") and not shares else str(item.path)
+
+
 def enlarge_experts(model: nn.Module, factor: float = 30.0) -> None:
     """Make a random model's mixtures count: freshly initialised experts are too small to see."""
     for name, parameter in model.named_parameters():

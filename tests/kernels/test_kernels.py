@@ -19,7 +19,7 @@ from sere.policy import Policy
 from tests.kernels import cuda_on_host
 
 GPUS = (80, 90, 100)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 

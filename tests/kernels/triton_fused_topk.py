@@ -15,7 +15,7 @@ from sere.kernels import Plan, new_counters, reference
 from sere.kernels.plan import Substitution
 from sere.policy import Policy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fused_topk
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf - inf
