@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -120,30 +120,105 @@ def test_a_narrow_terminal_shows_every_figure_and_no_bars() -> None:
         assert name in said
 
 
-@pytest.fixture
-def without_sere() -> Iterator[str]:
-    """A server whose /metrics hold nothing of ours."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"vllm:num_requests_running 0\n")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+# --- what a server does not tell, restarts, and answers that are none -----------------------------
 
 
-def test_a_server_without_sere_is_one_clear_line(
-    without_sere: str, capsys: pytest.CaptureFixture[str]
+def test_what_a_server_does_not_tell_is_unknown_and_not_zero() -> None:
+    """With --disable-log-stats vLLM counts nothing; an older sere had no rows, say."""
+    told = [line for line in metrics(steps=30, fast=300).splitlines() if "vllm" not in line]
+    text, earlier = "\n".join(told), "\n".join(told).replace("300", "100")
+    assert "tokens/s unknown   requests running unknown" in shown(text + "\n", earlier + "\n")
+    seen = view(Reading(text + "\n", 12.0), Reading(earlier + "\n", 10.0))
+    assert seen.tokens_per_s is seen.running is None
+    few = [line for line in told if "sere_rows" not in line and "slots_total" not in line]
+    (layer,) = view(Reading("\n".join(few) + "\n", 12.0)).layers
+    assert layer.fast is layer.exact is layer.rerouted is None
+    assert layer.active_before == 16
+
+
+@pytest.mark.parametrize("start", [None, (100, 160)])
+def test_a_restart_is_noticed_and_nothing_is_negative(start: tuple[int, int] | None) -> None:
+    """By the counters, or, where they have overtaken the old ones, by when the process began."""
+    earlier, text = metrics(steps=20, fast=100), metrics(steps=3, fast=30)
+    if start is not None:
+        text = metrics(steps=40, fast=130)
+        earlier += f"process_start_time_seconds {start[0]}\n"
+        text += f"process_start_time_seconds {start[1]}\n"
+    seen = view(Reading(text, 12.0), Reading(earlier, 10.0))
+    (layer,) = seen.layers
+    assert seen.restarted
+    assert layer.fast == (30 if start is None else 130)
+    assert seen.tokens_per_s == 10 * layer.fast / 2
+    assert "the server was restarted" in shown(text, earlier)
+    assert "the server was restarted" not in shown(text, text)
+
+
+class Answers:
+    """A server that gives one answer after the other, and the last one for ever."""
+
+    def __init__(self, *answers: str | int) -> None:
+        left = list(answers)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer = left.pop(0) if len(left) > 1 else left[0]
+                body = answer.encode() if isinstance(answer, str) else b""
+                if answer == -1:  # less than was announced
+                    body, length = b"sere_up 1\n", 1000
+                else:
+                    length = len(body)
+                self.send_response(answer if isinstance(answer, int) and answer > 0 else 200)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> str:
+        Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self.url
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_following_goes_on_while_a_server_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter(range(4))
+
+    def wait(seconds: float) -> None:
+        if next(waits, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(top.time, "sleep", wait)
+    console = Console(width=160, record=True, file=io.StringIO(), force_terminal=True)
+    before, after = metrics(steps=20, fast=100), metrics(steps=3, fast=30)
+    with Answers(before, 503, -1, after) as url:
+        top.follow(url, 2.0, console)  # ends with Ctrl-C, without a word
+    said = console.export_text()
+    assert "HTTP 503" in said and "figures are old" in said
+    assert "IncompleteRead" in said
+    assert "the server was restarted" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ("vllm:num_requests_running 0\n", "/metrics has no metrics of sere: start vLLM with --add"),
+        ("sere_up one\n", "/metrics answers metrics that cannot be read"),
+        (401, "/metrics answers HTTP 401 (Unauthorized): is that the address"),
+        (-1, "/metrics cannot be read (IncompleteRead"),
+    ],
+)
+def test_an_answer_that_holds_no_metrics_is_one_clear_line(
+    answer: str | int, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["top", without_sere, "--once"]) == 1
-    complaint = capsys.readouterr().err
-    assert complaint.count("\n") == 1
-    assert "/metrics has no metrics of sere: start vLLM with --additional-config" in complaint
+    with Answers(answer) as url:
+        assert main(["top", f"{url}/v1", "--once"]) == 1
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1

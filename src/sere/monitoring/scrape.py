@@ -1,19 +1,23 @@
 """What re-routing does in a running server, from its `/metrics` and nothing else.
 
-Figures are of the time between two readings, or, for a single one, since the server started.
+Figures are of the time between two readings, or, for a single one, since the server started. What
+a server does not tell is None, never 0.
 """
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# The names that sere exports: sere.serving.metrics. Tokens are vLLM's own count.
+# The names that sere exports: sere.serving.metrics. These are vLLM's own; a server that is started
+# with --disable-log-stats has none of them, and one of several API servers has no start time.
 _TOKENS = "vllm:generation_tokens_total"
 _RUNNING = "vllm:num_requests_running"
+_STARTED = "process_start_time_seconds"
 
 
 class ScrapeError(RuntimeError):
@@ -26,7 +30,7 @@ class LayerView:
 
     active_before, active_after: distinct experts a step, as chosen and as read. rerouted, critical:
     shares of the re-routable rows' slots. fast, exact: rows. error, surrendered: of the latest
-    shadow check, None if there was none. Shares and means are None where nothing was decoded.
+    shadow check, None if there was none. Shares and means are None where nothing was decoded too.
     """
 
     engine: int
@@ -35,8 +39,8 @@ class LayerView:
     active_after: float | None
     rerouted: float | None
     critical: float | None
-    fast: float
-    exact: float
+    fast: float | None
+    exact: float | None
     error: float | None
     surrendered: float | None
 
@@ -46,29 +50,33 @@ class View:
     """What a server does.
 
     seconds: what the figures cover; None since the server's start. tokens_per_s: generated, None
-    without a duration. policies, fallbacks: by engine; why routing fell back to stock, if it did.
-    stale: the engine did not answer, and figures are old.
+    without a duration. running: requests. policies, fallbacks: by engine; why routing fell back to
+    stock, if it did. stale: the engine did not answer, and figures are old. restarted: between the
+    two readings; figures are of what came after.
     """
 
     seconds: float | None
     tokens_per_s: float | None
-    running: float
+    running: float | None
     policies: dict[int, str]
     fallbacks: dict[int, str]
     stale: bool
+    restarted: bool
     layers: list[LayerView]
 
 
 class Reading:
-    """The metrics of a server at one moment."""
+    """The metrics of a server at one moment; `ScrapeError` for what is no text of metrics."""
 
     def __init__(self, text: str, at: float) -> None:
         from prometheus_client.parser import text_string_to_metric_families
 
         self.at = at
-        self._samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
-        ]
+        try:
+            families = list(text_string_to_metric_families(text))
+        except ValueError as error:
+            raise ScrapeError(f"metrics that cannot be read ({error})") from error
+        self._samples = [sample for family in families for sample in family.samples]
 
     def by_layer(self, name: str, **labels: str) -> dict[tuple[int, int], float]:
         """Values by engine and layer of the samples with these labels."""
@@ -81,9 +89,10 @@ class Reading:
     def labels(self, name: str) -> list[Mapping[str, str]]:
         return [sample.labels for sample in self._samples if sample.name == name]
 
-    def total(self, name: str) -> float:
-        """Sum over all samples of a name."""
-        return sum(sample.value for sample in self._samples if sample.name == name)
+    def total(self, name: str) -> float | None:
+        """Sum over all samples of a name; None if there is none."""
+        values = [sample.value for sample in self._samples if sample.name == name]
+        return sum(values) if values else None
 
 
 def read(url: str) -> Reading:
@@ -92,7 +101,12 @@ def read(url: str) -> Reading:
     try:
         with urllib.request.urlopen(address, timeout=10) as response:
             text = response.read().decode()
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except urllib.error.HTTPError as error:
+        raise ScrapeError(
+            f"{address} answers HTTP {error.code} ({error.reason}): is that the address of vLLM's "
+            "server, and does nothing stand in between?"
+        ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ScrapeError(
             f"{address} cannot be read ({_reason(error)}): is the server up?"
         ) from error
@@ -101,7 +115,10 @@ def read(url: str) -> Reading:
             f"{address} has no metrics of sere: start vLLM with "
             """--additional-config '{"sere": {...}}' (`sere doctor` tells what hinders it)"""
         )
-    return Reading(text, time.monotonic())
+    try:
+        return Reading(text, time.monotonic())
+    except ScrapeError as error:
+        raise ScrapeError(f"{address} answers {error}") from error
 
 
 def _address(url: str) -> str:
@@ -110,31 +127,54 @@ def _address(url: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return str(error.reason if isinstance(error, urllib.error.URLError) else error)
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return str(reason) or type(reason).__name__
 
 
 def view(now: Reading, before: Reading | None = None) -> View:
     """What happened between two readings, or until the only one."""
     seconds = now.at - before.at if before else None
-    tokens = now.total(_TOKENS) - (before.total(_TOKENS) if before else 0)
+    restarted = before is not None and _restarted(now, before)
+    tokens = now.total(_TOKENS)
+    if tokens is not None and before is not None:
+        tokens = _grown(tokens, before.total(_TOKENS), restarted)
     told = now.labels("sere_policy_info")
     return View(
         seconds,
-        tokens / seconds if seconds else None,
+        _ratio(tokens, seconds),
         now.total(_RUNNING),
         {int(labels["engine"]): labels["policy"] for labels in told},
         {int(labels["engine"]): labels["reason"] for labels in told if labels["reason"]},
-        now.total("sere_up") < 1,
-        _layers(now, before),
+        now.total("sere_up") == 0,
+        restarted,
+        _layers(now, before, restarted),
     )
 
 
-def _layers(now: Reading, before: Reading | None) -> list[LayerView]:
+def _restarted(now: Reading, before: Reading) -> bool:
+    """Whether these are not the figures of the process that was read before.
+
+    Zeroed counters of sere alone (`sere_reset`) are no restart.
+    """
+    started = before.total(_STARTED), now.total(_STARTED)
+    tokens = before.total(_TOKENS), now.total(_TOKENS)
+    return (None not in started and started[0] != started[1]) or _fell(*tokens)
+
+
+def _fell(before: float | None, now: float | None) -> bool:
+    return before is not None and now is not None and now < before
+
+
+def _grown(now: float, before: float | None, restarted: bool) -> float:
+    """How much a counter grew; one that fell was reset in between, and all it shows is new."""
+    return now if before is None or restarted or now < before else now - before
+
+
+def _layers(now: Reading, before: Reading | None, restarted: bool) -> list[LayerView]:
     def grown(name: str, **labels: str) -> dict[tuple[int, int], float]:
         old = before.by_layer(name, **labels) if before else {}
         values = now.by_layer(name, **labels)
-        # A counter that fell was reset in between: all it shows is new.
-        return {k: v - old.get(k, 0) if v >= old.get(k, 0) else v for k, v in values.items()}
+        return {key: _grown(value, old.get(key), restarted) for key, value in values.items()}
 
     steps, slots = grown("sere_steps_total"), grown("sere_slots_total")
     chosen = grown("sere_active_experts_before_total")
@@ -147,12 +187,12 @@ def _layers(now: Reading, before: Reading | None) -> list[LayerView]:
     return [
         LayerView(
             *key,
-            _ratio(chosen[key], steps[key]),
-            _ratio(read_[key], steps[key]),
-            _ratio(moved[key], slots[key]),
-            _ratio(kept[key], slots[key]),
-            fast[key],
-            exact[key],
+            _ratio(chosen.get(key), steps[key]),
+            _ratio(read_.get(key), steps[key]),
+            _ratio(moved.get(key), slots.get(key)),
+            _ratio(kept.get(key), slots.get(key)),
+            fast.get(key),
+            exact.get(key),
             error.get(key),
             surrendered.get(key),
         )
@@ -160,5 +200,5 @@ def _layers(now: Reading, before: Reading | None) -> list[LayerView]:
     ]
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None

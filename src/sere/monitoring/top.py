@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sere.monitoring.scrape import LayerView, Reading, View, read, view
+from sere.monitoring.scrape import LayerView, ScrapeError, View, read, view
 
 _ACTIVE = len("  12.3 ->   12.3")
 _BAR = 24  # characters
@@ -24,23 +25,38 @@ def show(url: str, console: Console | None = None) -> None:
     console.print(picture(url, view(read(url)), wide=console.width >= _WIDE))
 
 
-def follow(url: str, interval: float) -> None:
-    """A picture every `interval` seconds until Ctrl-C; at first of all since the server started."""
-    before: Reading | None = None
-    with Live(screen=True, auto_refresh=False) as screen:
+def follow(url: str, interval: float, console: Console | None = None) -> None:
+    """A picture every `interval` seconds until Ctrl-C; at first of all since the server started.
+
+    A server that does not answer any more, as when it is restarted, is waited for. Raises
+    `ScrapeError` if it never did.
+    """
+    seen, before = view(now := read(url)), now
+    trouble: str | None = None
+    with suppress(KeyboardInterrupt), _screen(console) as screen:
         while True:
-            now = read(url)
             wide = screen.console.width >= _WIDE
-            screen.update(picture(url, view(now, before), wide=wide), refresh=True)
-            before = now
+            screen.update(picture(url, seen, wide=wide, trouble=trouble), refresh=True)
+            time.sleep(interval)
             try:
-                time.sleep(interval)
-            except KeyboardInterrupt:
-                return
+                now, trouble = read(url), None
+            except ScrapeError as error:
+                trouble = str(error)
+                continue
+            seen, before = view(now, before), now
 
 
-def picture(url: str, seen: View, *, wide: bool = True) -> RenderableType:
-    """What one reading shows; all layers together come first, as a terminal may be short."""
+def _screen(console: Console | None) -> Live:
+    return Live(console=console, screen=True, auto_refresh=False)
+
+
+def picture(
+    url: str, seen: View, *, wide: bool = True, trouble: str | None = None
+) -> RenderableType:
+    """What one reading shows; all layers together come first, as a terminal may be short.
+
+    trouble: why there is no later reading.
+    """
     several = len(seen.policies) > 1
     table = Table(box=None, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
     table.add_column("layer", no_wrap=True, min_width=5)
@@ -54,16 +70,20 @@ def picture(url: str, seen: View, *, wide: bool = True) -> RenderableType:
         layer, active, *figures = _cells(row, several)
         bar = [_bar(row)] if wide else []
         table.add_row(layer, active, *bar, *figures, style=style)
-    return Group(*_head(url, seen), Text(), table)
+    notice = [] if trouble is None else [Text(f"figures are old: {trouble}", style="bold yellow")]
+    return Group(*_head(url, seen), *notice, Text(), table)
 
 
 def _head(url: str, seen: View) -> list[Text]:
     span = f"last {seen.seconds:.1f} s" if seen.seconds else "since start"
-    speed = "" if seen.tokens_per_s is None else f"{seen.tokens_per_s:,.0f} tokens/s   "
     lines = [
         Text.assemble(("sere top", "bold"), f"  {url}  ({span})"),
-        Text(f"{speed}{seen.running:.0f} requests running"),
+        Text(_load(seen)),
     ]
+    if seen.restarted:
+        lines.append(
+            Text("the server was restarted: figures are of what came after", "bold yellow")
+        )
     for engine, policy in seen.policies.items():
         lines.append(Text(f"engine {engine}: {policy}"))
     for engine, reason in seen.fallbacks.items():
@@ -72,6 +92,15 @@ def _head(url: str, seen: View) -> list[Text]:
     if seen.stale:
         lines.append(Text("the engine does not answer: figures are old", style="bold yellow"))
     return lines
+
+
+def _load(seen: View) -> str:
+    speed, running = "tokens/s unknown", "requests running unknown"
+    if seen.tokens_per_s is not None:
+        speed = f"{seen.tokens_per_s:,.0f} tokens/s"
+    if seen.running is not None:
+        running = f"{seen.running:.0f} requests running"
+    return f"{speed}   {running}" if seen.seconds else running
 
 
 def _all(layers: list[LayerView]) -> LayerView:
@@ -93,7 +122,7 @@ def _cells(row: LayerView, several: bool) -> list[str]:
     if row.active_before is not None and row.active_after is not None:
         active = f"{row.active_before:6.1f} -> {row.active_after:6.1f}"
     shares = [_percent(row.rerouted), _percent(row.critical)]
-    rows = [f"{row.fast:,.0f}", f"{row.exact:,.0f}"]
+    rows = ["-" if count is None else f"{count:,.0f}" for count in (row.fast, row.exact)]
     checked = [_percent(row.surrendered), _percent(row.error)]
     return [name, active, *shares, *rows, *checked]
 
