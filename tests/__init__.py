@@ -1,4 +1,4 @@
-"""One thread a process: two test processes share two cores, and threads that wait do not give way."""
+"""One thread a process: two test processes share two cores, and waiting threads must give way."""
 
 import os
 
