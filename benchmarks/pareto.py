@@ -26,7 +26,8 @@ from torch import Tensor
 from sere import demo_model
 from sere.calibration.calibrate import calibrate
 from sere.evaluation.arms import Arm, arm_of
-from sere.evaluation.evaluate import load, load_passages
+from sere.evaluation.evaluate import load
+from sere.evaluation.passages import load_passages
 from sere.evaluation.quality import Judge, figures
 from sere.files import check_writable, replaced
 from sere.kernels import Plan

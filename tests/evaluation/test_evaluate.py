@@ -18,7 +18,8 @@ from sere.demo_model.tasks import examples
 from sere.engine_runs import generation
 from sere.evaluation.arms import parse_arm, served_policies
 from sere.evaluation.decoding import Passage
-from sere.evaluation.evaluate import load_passages, run
+from sere.evaluation.evaluate import run
+from sere.evaluation.passages import load_passages
 from sere.evaluation.quality import EvaluationError, Sums, _add_passage, mean
 from sere.models.adapters import Mixture
 from sere.models.loading import load_model, load_tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sere import __version__, demo_model
 from sere.calibration import null_models
-from sere.calibration.corpus import Corpus, Text, encoder, read_texts
+from sere.calibration.corpus import Corpus, Text, encoder, file_hash, read_texts
 from sere.calibration.observation import FOLDS, Observer
 from sere.calibration.similarity import METHODS
 from sere.calibration.stream import read_by_layer
@@ -89,7 +89,7 @@ def calibrate(
     texts = _texts(folder, data, samples, seed)
     corpus = Corpus.from_texts(
         texts,
-        encoder(load_tokenizer(folder)),
+        encoder(load_tokenizer(folder), length),
         source=str(data) if data else "the demo model's own task generator",
         samples=samples,
         length=length,
@@ -103,7 +103,7 @@ def calibrate(
         found = _streamed(folder, corpus, method, batch, Path(f"{output}.unfinished"), progress)
     else:
         found = _in_memory(folder, corpus, method, batch, until_stable, progress)
-    table = _table(folder, found, method, _about(replace(corpus, sequences=found.sequences)))
+    table = _table(folder, found, method, _about(corpus.first(len(found.sequences)), data))
     table.save(output)
     if found.work:
         found.work.remove()
@@ -251,10 +251,12 @@ def _padded(sequences: list[list[int]], model: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def _about(corpus: Corpus) -> dict[str, Any]:
+def _about(corpus: Corpus, data: str | Path | None) -> dict[str, Any]:
     return {
         "corpus": corpus.source,
         "corpus_hash": corpus.hash,
+        "file_hash": file_hash(data) if data else None,
+        "text_hashes": list(corpus.text_hashes),
         "sequences": len(corpus.sequences),
         "tokens": corpus.tokens,
         "length": corpus.length,

@@ -1,7 +1,8 @@
 """Text in, token sequences out: what calibration reads.
 
 A corpus is a list of texts cut to a common maximal length, drawn with a seed and hashed, so that
-two tables can be compared knowing whether they saw the same tokens.
+two tables can be compared knowing whether they saw the same tokens, and others whether they see the
+same texts. `records` reads files, `texts` says what is a text in them.
 """
 
 from __future__ import annotations
@@ -9,29 +10,44 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-# A text, or a chat: its messages, {"role", "content"} each.
-Text: TypeAlias = str | list[dict[str, Any]]
+from sere.calibration.records import CorpusError, readable, records
+from sere.calibration.texts import Text, UnreadableError, pair_of, plain, text_of
 
-_TEXT_FIELDS = ("text", "content", "prompt")
+__all__ = [
+    "Corpus",
+    "CorpusError",
+    "Text",
+    "draw_pairs",
+    "encoder",
+    "file_hash",
+    "read_pairs",
+    "read_texts",
+    "text_hash",
+]
 
-
-class CorpusError(ValueError):
-    """Text that cannot be used: names the file, what was found and what to do next."""
+# A token is rarely longer; what is cut off behind so many characters is asked for again if it is.
+_CHARACTERS_A_TOKEN = 16
+_MARGIN = 16  # tokens before the cut that may be others than in the whole text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token sequences of at most `length` tokens each, and where they came from."""
+    """Token sequences of at most `length` tokens each, and where they came from.
+
+    text_hashes: of each sequence's whole text, see `text_hash`.
+    """
 
     sequences: list[list[int]]
     source: str
     length: int
     seed: int
+    text_hashes: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -41,6 +57,11 @@ class Corpus:
     def hash(self) -> str:
         """SHA-256 of the token ids."""
         return hashlib.sha256(json.dumps(self.sequences).encode()).hexdigest()
+
+    def first(self, count: int) -> Corpus:
+        """The first `count` sequences of it."""
+        hashes = self.text_hashes[:count]
+        return Corpus(self.sequences[:count], self.source, self.length, self.seed, hashes)
 
     @classmethod
     def from_texts(
@@ -56,9 +77,10 @@ class Corpus:
     ) -> Corpus:
         """Draw `samples` texts with `seed`, encode them and cut each to `length` tokens.
 
-        Raises `CorpusError` if there are no texts, or fewer than `samples` (unless allowed).
+        Raises `CorpusError` if there are no texts, or fewer than `samples` (unless allowed), or if
+        more than one in a hundred is a chat that the tokenizer's template does not take.
         """
-        texts = [text for text in texts if _plain(text).strip()]
+        texts = [text for text in texts if plain(text).strip()]
         if not texts:
             raise CorpusError(f"{source}: no text in it")
         if len(texts) < samples and not allow_fewer:
@@ -67,22 +89,64 @@ class Corpus:
                 f"use --samples {len(texts)}, --allow-fewer, or a larger file"
             )
         random.Random(seed).shuffle(texts)
-        sequences = [s for text in texts[:samples] if (s := encode(text)[:length])]
-        if not sequences:
+
+        def encoded(text: Text) -> tuple[list[int], str]:
+            return encode(text)[:length], text_hash(text)
+
+        drawn = ((source, text) for text in texts[:samples])
+        kept = [(s, digest) for s, digest in readable(source, drawn, encoded) if s]
+        if not kept:
             raise CorpusError(f"{source}: the tokenizer makes no token of any of its texts")
-        return cls(sequences, source, length, seed)
+        return cls([s for s, _ in kept], source, length, seed, tuple(d for _, d in kept))
 
 
-def encoder(tokenizer: Any) -> Callable[[Text], list[int]]:
+def text_hash(text: Text) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a text, or of a chat's messages."""
+    whole = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def encoder(tokenizer: Any, length: int | None = None) -> Callable[[Text], list[int]]:
     """Tokens as an engine makes them of a prompt: special ones that begin a text included; a chat
-    through the tokenizer's template, or as its contents, line by line, where it has none."""
+    through the tokenizer's template, or as its contents, line by line, where it has none.
+
+    length: how many are needed; of a very long text no more than it takes is tokenized.
+    """
+    told = False
 
     def encode(text: Text) -> list[int]:
-        if isinstance(text, str) or tokenizer.chat_template is None:
-            return list(tokenizer(_plain(text))["input_ids"])
-        return list(tokenizer(_templated(tokenizer, text), add_special_tokens=False)["input_ids"])
+        nonlocal told
+        if isinstance(text, str):
+            return _tokens(tokenizer, text, length, special=True)
+        if tokenizer.chat_template is None:
+            if not told:
+                told = True
+                print(
+                    "the tokenizer has no chat template: chats are joined, line by line",
+                    file=sys.stderr,
+                )
+            return _tokens(tokenizer, plain(text), length, special=True)
+        return _tokens(tokenizer, _templated(tokenizer, text), length, special=False)
 
     return encode
+
+
+def _tokens(tokenizer: Any, text: str, length: int | None, *, special: bool) -> list[int]:
+    cut = len(text) if length is None else length * _CHARACTERS_A_TOKEN
+    while True:
+        found = list(tokenizer(text[:cut], add_special_tokens=special)["input_ids"])
+        if cut >= len(text) or (length is not None and len(found) >= length + _MARGIN):
+            return found
+        cut *= 4
 
 
 def _templated(tokenizer: Any, chat: Text) -> str:
@@ -90,52 +154,40 @@ def _templated(tokenizer: Any, chat: Text) -> str:
 
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except TemplateError as error:
-        raise CorpusError(
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise TemplateRefusal(
             f"the tokenizer's chat template does not take {str(chat)[:80]}: {error}"
         ) from error
 
 
-def _plain(text: Text) -> str:
-    if isinstance(text, str):
-        return text
-    return "\n".join(str(message.get("content") or "") for message in text)
+class TemplateRefusal(CorpusError, UnreadableError):
+    """A chat that the tokenizer's own template raises at."""
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The texts of a file: paragraphs of .txt; a text, or a chat as "messages", per line of .jsonl
-    or row of .parquet."""
-    path = Path(path)
-    if not path.is_file():
-        raise CorpusError(f"{path}: no such file")
-    readers = {".txt": _paragraphs, ".jsonl": _json_lines, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise CorpusError(f"{path}: expected one of {', '.join(readers)}, not {path.suffix!r}")
-    try:
-        return list(readers[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 text ({error})") from error
+    """The texts and chats of a file, in the shapes of `texts.SHAPES`; see `records.records`."""
+    return readable(str(path), records(path), text_of)
 
 
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
-    """(prompt, answer) of every line of a .jsonl whose first line has both; else none."""
-    path = Path(path)
-    if path.suffix != ".jsonl" or not path.is_file():
+    """(prompt, answer) of every record of a file whose first record has both; else none."""
+    if Path(path).suffix.lower() in (".txt", ".md") or not Path(path).is_file():
         return []
-    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
-    records = ((number, line, _pair_of(line)) for number, line in lines if line.strip())
-    pairs: list[tuple[str, str]] = []
-    for number, line, record in records:
-        if record is None and not pairs:
-            return []
-        prompt, answer = record or (None, None)
-        if not (isinstance(prompt, str) and prompt and isinstance(answer, str) and answer):
-            raise CorpusError(
-                f'{path}:{number}: expected {{"prompt": "...", "answer": "..."}} as on the first '
-                f"line, neither of them empty, got {line[:80]}"
+    found = list(records(path))
+    whole = (record for _, record in found if not isinstance(record, UnreadableError))
+    first = next(whole, None)
+    if not (isinstance(first, dict) and {"prompt", "answer"} <= set(first)):
+        return []
+
+    def pair(record: Any) -> tuple[str, str]:
+        if (read := pair_of(record)) is None:
+            raise UnreadableError(
+                'expected {"prompt": "...", "answer": "..."} as on the first line, got '
+                f"{json.dumps(record)[:80]}"
             )
-        pairs.append((prompt, answer))
-    return pairs
+        return read
+
+    return readable(str(path), found, pair)
 
 
 def draw_pairs(path: str | Path, samples: int, seed: int) -> list[tuple[str, str]]:
@@ -143,52 +195,3 @@ def draw_pairs(path: str | Path, samples: int, seed: int) -> list[tuple[str, str
     pairs = read_pairs(path)
     random.Random(seed).shuffle(pairs)
     return pairs[:samples]
-
-
-def _pair_of(line: str) -> tuple[Any, Any] | None:
-    """A line's prompt and answer, if it has both."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    if not (isinstance(record, dict) and {"prompt", "answer"} <= set(record)):
-        return None
-    return record["prompt"], record["answer"]
-
-
-def _paragraphs(path: Path) -> Iterator[Text]:
-    yield from (part.strip() for part in path.read_text("utf-8").split("\n\n") if part.strip())
-
-
-def _json_lines(path: Path) -> Iterator[Text]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorpusError(f"{path}:{number}: not JSON ({error})") from error
-            yield _text_of(record, f"{path}:{number}")
-
-
-def _parquet_rows(path: Path) -> Iterator[Text]:
-    from pyarrow import parquet
-
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for record in batch.to_pylist():
-            yield _text_of(record, str(path))
-
-
-def _text_of(record: Any, where: str) -> Text:
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        for field in _TEXT_FIELDS:
-            if isinstance(record.get(field), str):
-                return str(record[field])
-        messages = record.get("messages")
-        if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-            return messages
-    keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-    raise CorpusError(f"{where}: no text field ({', '.join(_TEXT_FIELDS)} or messages); has {keys}")

@@ -6,24 +6,19 @@ of the same run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sere import demo_model
-from sere.calibration.corpus import Corpus, draw_pairs, encoder, read_texts
-from sere.demo_model.tasks import examples
 from sere.evaluation.arms import Arm, parse_arm
-from sere.evaluation.decoding import Passage
-from sere.evaluation.quality import EvaluationError, Judge, figures
+from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
+from sere.evaluation.quality import Judge, figures
 from sere.files import check_writable, replaced
-from sere.models.loading import load_model, load_tokenizer
+from sere.models.loading import load_model
 from sere.models.moe import MoELayer, moe_layers
 from sere.results import provenance
 from sere.results.journal import Journal, contents
@@ -53,6 +48,7 @@ def run(
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
     model, layers = load(folder)
+    say_if_seen(table, data)
     passages = load_passages(
         model_name, folder, data, samples=samples, prompt=prompt, length=length, seed=seed
     )
@@ -96,63 +92,6 @@ def load(folder: str) -> tuple[Any, list[MoELayer]]:
     if not torch.cuda.is_available():
         model = model.float()  # CPUs emulate bf16, slowly and with its rounding
     return model, moe_layers(model)
-
-
-def load_passages(
-    model_name: str,
-    folder: str,
-    data: str | None,
-    *,
-    samples: int,
-    prompt: int,
-    length: int,
-    seed: int,
-) -> list[Passage]:
-    """What to decode: held-out tasks of the demo model; or a file's {"prompt", "answer"} lines; or
-    its texts, `prompt` tokens each to begin with and at most `length` to be decoded. Drawn with
-    `seed`; what is drawn twice counts once."""
-    tokenizer = load_tokenizer(folder)
-    encode = encoder(tokenizer)
-    if data is None:
-        if model_name != demo_model.NAME:
-            raise EvaluationError(
-                "--data is needed: text to measure on, not what you calibrated on"
-            )
-        pairs = [(e.prompt, e.answer) for e in examples(samples, seed=seed, split="held_out")]
-    else:
-        pairs = draw_pairs(data, samples, seed)
-    if pairs:
-        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False).input_ids
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        encoded = [
-            (encode(question), answer + end)
-            for (question, _), answer in zip(pairs, answers, strict=True)
-        ]
-        return _distinct([Passage(q + a, len(q)) for q, a in encoded if q and len(a) > 1])
-    assert data is not None
-    corpus = Corpus.from_texts(
-        read_texts(data),
-        encode,
-        source=data,
-        samples=samples,
-        length=prompt + length,
-        seed=seed,
-        allow_fewer=True,
-    )
-    long_enough = [tokens for tokens in corpus.sequences if len(tokens) > prompt + 1]
-    if not long_enough:
-        raise EvaluationError(f"{data}: no text has more than {prompt + 1} tokens: lower --prompt")
-    return _distinct([Passage(tokens, prompt) for tokens in long_enough])
-
-
-def _distinct(passages: Sequence[Passage]) -> list[Passage]:
-    """Without repeats: what is searched on and what is checked never share a passage."""
-    return list({(p.start, *p.tokens): p for p in passages}.values())
-
-
-def passages_hash(passages: Sequence[Passage]) -> str:
-    """SHA-256 of all tokens."""
-    return hashlib.sha256(json.dumps([asdict(p) for p in passages]).encode()).hexdigest()
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model
-from sere.evaluation.evaluate import load, load_passages, passages_hash
+from sere.evaluation.evaluate import load
+from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge
 from sere.files import check_writable
 from sere.models.moe import MoELayer
@@ -48,9 +49,8 @@ def run(
 ) -> dict[str, Any]:
     """Search, check, store: `output` (JSON), a plot beside it, and the policy in the table.
 
-    device: what `sere.step_cost.cost.roofline` is to know of the machine to serve on. bench: a
-    result of `sere bench` to take the cost from instead; cost: instead of both. Raises
-    `BudgetError` where there are too few passages to be sure of anything.
+    device: what `cost.roofline` is to know of the machine to serve on. bench: a result of `sere
+    bench` to take the cost from instead; cost: instead of both. Raises `BudgetError`.
     """
     _check_machine(bench, device)
     wanted = Budget.parse(budget)
@@ -61,6 +61,7 @@ def run(
     table.check_made_for(folder)
     model, layers = load(folder)
     cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})
+    say_if_seen(table, data)
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
     passages = load_passages(model_name, folder, data, **drawn)
     half = _half(len(passages), max(batches), wanted)
