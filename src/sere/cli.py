@@ -31,7 +31,7 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="text: paragraphs of .txt, a text a line of .jsonl, or .parquet",
+        help="text or chats: .txt, .md, .jsonl, .json (also .gz), .parquet",
     )
     parser.add_argument("-o", "--output", default="table.safetensors", metavar="FILE")
     parser.add_argument(
