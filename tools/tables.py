@@ -54,6 +54,58 @@ def bench(stem: str) -> str:
     return f"{where}\n\n{_fenced(speed.as_text(result(stem)))}"
 
 
+def gpu_speed(stem: str, *names: str) -> str:
+    """Milliseconds a decode step, a row for every batch size; speed-ups beside the policies'."""
+    found = result(stem)
+
+    def cell(arm: dict[str, Any]) -> str:
+        return f"{arm['tpot_ms']:.2f}" + (f" ({arm['speedup']:.2f}x)" if arm["policy"] else "")
+
+    rows = []
+    for each in sorted(found["results"], key=lambda each: each["batch"]):
+        arms = {arm["name"]: arm for arm in each["arms"]}
+        experts = " / ".join(f"{arms[name]['active_after']:.0f}" for name in ("stock", *names))
+        rows.append([str(each["batch"]), *(cell(arms[n]) for n in ("stock", *names)), experts])
+    head = ["requests", "re-routing off, ms a step", *names, "experts read, a layer"]
+    made = found["provenance"]
+    where = f"{made['gpu']}, vLLM {_vllm(stem)}, {made['date'][:10]}, commit {made['commit']}"
+    return f"{_markdown(head, rows)}\n\n`{stem}.json`: {where}."
+
+
+def gpu_operator(stem: str, *batches: str) -> str:
+    """Microseconds a layer: floor / published kernel / ours in Triton / ours in CUDA."""
+    found = result(stem)
+    kinds = ("floor", "published", "triton", "cuda")
+    cells = {
+        (r["E"], r["K"], r["T"]): " / ".join(f"{r[k]:.1f}" for k in kinds) for r in found["rows"]
+    }
+    shapes = dict.fromkeys((E, K) for E, K, _ in cells)
+    rows = [[f"({E}, {K})", *(cells[E, K, int(T)] for T in batches)] for E, K in shapes]
+    made = found["provenance"]
+    where = f"{made['gpu']}, driver {made['driver']}, {made['date']}, commit {made['commit']}"
+    return f"{_markdown(['(E, K)', *(f'T={T}' for T in batches)], rows)}\n\n`{stem}.json`: {where}."
+
+
+def gpu_overhead(stem: str) -> str:
+    """What the plug-in costs beside vLLM without it, one process each."""
+    found = result(stem)["kernel"]
+    stock = {each["B"]: each["ms"]["stock"] for each in found["stock"]}
+    rows = [
+        [
+            kernel,
+            str(each["B"]),
+            f"{stock[each['B']]:.2f}",
+            *(
+                f"{each['ms'][n]:.2f} ({each['ms'][n] / stock[each['B']] - 1:+.1%})"
+                for n in ("off", "S=K")
+            ),
+        ]
+        for kernel in ("cuda", "triton")
+        for each in found.get(kernel, ())
+    ]
+    return _markdown(["operator", "requests", "vLLM without sere, ms", "off", "S=K"], rows)
+
+
 def speedup(stem: str, policy: str, batch: str) -> str:
     """One figure of `sere bench`, for a sentence."""
     for each in result(stem)["results"]:
@@ -260,6 +312,9 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 RENDERERS: dict[str, Callable[..., str]] = {
     "demo": demo_table,
     "bench": bench,
+    "gpu-speed": gpu_speed,
+    "gpu-operator": gpu_operator,
+    "gpu-overhead": gpu_overhead,
     "speedup": speedup,
     "pareto": policies,
     "composition": company,

@@ -2,8 +2,11 @@
 
     seconds of a step = sum over MoE layers (b * active experts + a * rows) + rest
 
-The model of OEA (arXiv 2511.02237), which fits measurements on H100 and B200 with R^2 > 0.99. The
-constants come from a device's data sheet (`roofline`) or from the real engine (`from_bench`).
+The model of OEA (arXiv 2511.02237), which fits measurements on H100 and B200 with R^2 > 0.99; and
+one term more. Where 4 rows K <= E, vLLM's Triton experts give each slot a block of its own, which
+reads a whole expert: those that are read already come from the cache, which is faster and not free
+(issue 19). The constants come from a device's data sheet (`roofline`) or from the real engine
+(`from_bench`).
 """
 
 from __future__ import annotations
@@ -21,23 +24,33 @@ from sere.models.moe import MoELayer
 @dataclass(frozen=True)
 class Cost:
     """b: seconds per active expert. a: seconds per row (token). route: seconds that re-routing adds
-    to a layer. rest: seconds of everything else in a step. source: where they come from."""
+    to a layer. rest: seconds of everything else in a step. source: where they come from. again:
+    seconds per slot that reads an expert once more, in the small batches of E and K (0: never)."""
 
     b: float
     a: float
     route: float = 0.0
     rest: float = 0.0
     source: str = "given"
+    again: float = 0.0
+    E: int = 0
+    K: int = 0
 
     def seconds(self, active: float, rows: float, layers: int, *, routed: bool = True) -> float:
         """Of one decode step; active: mean over its layers."""
         layer = self.b * active + self.a * rows + (self.route if routed else 0.0)
+        layer += self.again * read_again(active, rows, self.E, self.K)
         return layers * layer + self.rest
 
     @property
     def of(self) -> str:
         """What the seconds are the time of."""
         return "the whole step" if self.rest else "the experts"
+
+
+def read_again(active: float, rows: float, E: int, K: int) -> float:
+    """Slots of a layer that read an expert which another slot reads, too; active: distinct ones."""
+    return max(rows * K - active, 0.0) if 4 * rows * K <= E else 0.0
 
 
 def roofline(
@@ -48,12 +61,14 @@ def roofline(
     flops: float = 4e14,
     expert_bytes: float | None = None,
     route: float = 5e-6,
+    cache: float = 7.1e12,
 ) -> Cost:
     """From a data sheet.
 
     bandwidth: bytes per second of memory. flops: what the expert kernels reach, per second; the
     defaults are an H100's. expert_bytes: of one expert as it is served, by default in bf16. route:
-    seconds of the operator in a CUDA graph.
+    seconds of the operator in a CUDA graph. cache: bytes per second at which an expert is read
+    again (an H100's, fitted to benchmarks/results/bench_h100_qwen3.json).
     """
     parameters = sum(p.numel() for p in layer.experts.parameters()) / layer.E
     size = expert_bytes or 2 * parameters
@@ -61,7 +76,7 @@ def roofline(
         f"from {size / 1e6:.3g} MB an expert, {bandwidth / 1e9:.4g} GB/s, {flops:.3g} flop/s, "
         f"{route * 1e6:.3g} us to re-route"
     )
-    return Cost(size / bandwidth, size * K / flops, route, 0.0, source)
+    return Cost(size / bandwidth, size * K / flops, route, 0.0, source, size / cache, layer.E, K)
 
 
 @dataclass(frozen=True)
@@ -74,12 +89,15 @@ class Step:
     routed: bool = False
 
 
-def fitted(steps: Sequence[Step], layers: int) -> Cost:
-    """From measured steps, by least squares of relative errors; no constant is negative. Raises
-    `ValueError` where there are not more steps than constants."""
+def fitted(steps: Sequence[Step], layers: int, E: int = 0, K: int = 0) -> Cost:
+    """From measured steps, by least squares of relative errors; no constant is negative. E, K: of
+    an engine whose small batches read an expert for every slot, else 0. Raises `ValueError` where
+    there are not more steps than constants."""
     rows, seconds = np.array([s.rows for s in steps]), np.array([s.seconds for s in steps])
     active, routed = np.array([s.active for s in steps]), np.array([s.routed for s in steps])
-    columns = np.stack([layers * active, layers * rows, layers * routed, np.ones(len(steps))])
+    again = np.array([read_again(s.active, s.rows, E, K) for s in steps])
+    ones = np.ones(len(steps)) / layers
+    columns = layers * np.stack([active, rows, routed, ones, again])
     kept = [number for number, column in enumerate(columns) if column.any()]
     if len(steps) <= len(kept):
         raise ValueError(
@@ -93,11 +111,12 @@ def fitted(steps: Sequence[Step], layers: int) -> Cost:
         if (found >= 0).all() or len(kept) == 1:
             break
         kept.remove(kept[int(found.argmin())])
-    constants = np.zeros(4)
+    constants = np.zeros(len(columns))
     constants[kept] = np.maximum(found, 0) / scale[kept]
     worst = np.abs(constants @ columns / seconds - 1).max()
-    b, a, route, rest = (float(c) for c in constants)
-    return Cost(b, a, route, rest, f"fitted to {len(steps)} measured steps, within {worst:.0%}")
+    b, a, route, rest, slot = (float(c) for c in constants)
+    source = f"fitted to {len(steps)} measured steps, within {worst:.1%}"
+    return Cost(b, a, route, rest, source, slot, E, K)
 
 
 def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
@@ -110,11 +129,12 @@ def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
         found = json.loads(Path(path).read_text())
         sizes, results = found["roofline"]["sizes"], found["results"]
         of = (found["E"], found["K"], sizes["layers"], round(sizes["expert"]))
+        on_gpu = bool(found.get("graphs"))
         steps = [
             Step(arm["active_after"], each["batch"], arm["tpot_ms"] / 1e3, bool(arm["policy"]))
             for each in results
             for arm in each["arms"]
-            if not arm["merge"]
+            if not arm.get("merge")
         ]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; `sere bench MODEL TABLE` writes one") from None
@@ -131,7 +151,7 @@ def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
         )
     if len({step.rows for step in steps}) < 2:
         raise ValueError(f"{path} has one batch size: measure at least two")
-    cost = fitted(steps, len(layers))
+    cost = fitted(steps, len(layers), *((layers[0].E, K) if on_gpu else ()))
     return replace(cost, source=f"{cost.source} of {found['model']} in {found['dtype']}, {path}")
 
 
