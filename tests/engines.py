@@ -44,9 +44,14 @@ def environment(**changes: str) -> dict[str, str]:
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "PYTHONPATH": str(SCRIPT.parent.parent),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), *_given_path()]),
         **changes,
     }
+
+
+def _given_path() -> list[str]:
+    """What a checkout is tested with that is not the installed one."""
+    return [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
 
 
 def run_engine(

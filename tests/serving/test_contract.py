@@ -26,7 +26,7 @@ PUBLIC = {"LLM", "SamplingParams"}
 LOGGER = "vllm.sere"
 # What sere keeps on vLLM's objects, and what is ASGI's, Python's, torch's or transformers'.
 OURS = {"sere", "_sere", "sere_stats"}
-OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "KEY", "name"}  # variables that name an attribute
+OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "_OWNED", "KEY", "name"}  # variables that name an attribute
 ASGI = {"state", "add_middleware"}
 OTHERS = {
     "architectures",

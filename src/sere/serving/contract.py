@@ -18,6 +18,7 @@ _LOADERS = "vllm.model_executor.model_loader"
 _PARALLEL = "vllm.distributed.parallel_state"
 _CORE_CLIENT = "vllm.v1.engine.core_client"
 _KV_CACHE = "vllm.v1.kv_cache_interface"
+_V1_DRAFTERS, _V2_DRAFTERS = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 # What is called, wrapped or derived from: name here -> where.
@@ -84,7 +85,7 @@ _REROUTING = Needs(
         "ModelRunnerV1": ("_prepare_inputs", "_update_states", "_dummy_run"),
         "ModelRunnerV2": ("prepare_inputs", "add_requests", "_dummy_run"),
         "CPUWorker": ("compile_or_warm_up_model",),
-        "GPUWorker": ("compile_or_warm_up_model",),
+        "GPUWorker": ("compile_or_warm_up_model", "load_model"),
         "WorkerBase": ("compile_or_warm_up_model",),
         "Executor": ("compile_or_warm_up_model", "collective_rpc"),
         "InputProcessor": ("_validate_params",),
@@ -96,14 +97,16 @@ _REROUTING = Needs(
         SYMBOLS["BaseRouter"]: ("top_k",),
         (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),
         ("vllm.forward_context", "ForwardContext"): ("no_compile_layers",),
-        SYMBOLS["ModelRunnerV1"]: ("vllm_config", "input_batch"),
+        SYMBOLS["ModelRunnerV1"]: ("vllm_config", "input_batch", "drafter"),
         ("vllm.v1.worker.gpu_input_batch", "InputBatch"): (
             "num_reqs",
             "req_ids",
             "num_computed_tokens_cpu",
             "num_prompt_tokens",
         ),
-        SYMBOLS["ModelRunnerV2"]: ("vllm_config",),
+        SYMBOLS["ModelRunnerV2"]: ("vllm_config", "speculator"),
+        (f"{_V1_DRAFTERS}.llm_base_proposer", "SpecDecodeBaseProposer"): ("load_model",),
+        (f"{_V2_DRAFTERS}.speculator", "DraftModelSpeculator"): ("load_model",),
         ("vllm.v1.worker.gpu.input_batch", "InputBatch"): (
             "req_ids",
             "num_scheduled_tokens",
@@ -136,6 +139,7 @@ _REROUTING = Needs(
             "model",
             "revision",
             "is_submodel_config",
+            "runner_type",
             "hf_config",
             "enforce_eager",
             "get_layers_start_end_indices",

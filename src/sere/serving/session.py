@@ -71,6 +71,13 @@ class Session:
         ranks: [E], which expert-parallel rank holds each expert; None where there is no such.
         """
         known = self.table.fingerprint
+        if index in self.layers:
+            raise ServingError(
+                f"sere cannot re-route {name}: it calls itself layer {index}, as does "
+                f"{self.layers[index].name}, and a table knows one set of experts a layer. Models "
+                "that have several are not supported; if one of the two belongs to a drafter, "
+                "start without speculative_config, or with another method"
+            )
         if index not in self.table.layers:
             raise ServingError(
                 f"sere cannot re-route {name}: the table has no layer {index} (it has "

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sere.kernels.merge import narrow
 from sere.policy import PolicyError
-from sere.serving import random_weights, telemetry, worker
+from sere.serving import drafters, random_weights, telemetry, worker
 from sere.serving.compile_key import keyed
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
@@ -84,6 +84,7 @@ def _wrap_worker_side() -> None:
         wrap(runner, "prepare_inputs", worker.classifying_v2)
         wrap(runner, "add_requests", worker.tracking)
         wrap(runner, "_dummy_run", worker.voiding)
+    wrap(symbol("GPUWorker"), "load_model", drafters.telling_apart)  # other workers inherit it
     sleeps = not lacking("sleep mode")
     for own in map(symbol, filter(here, ("CPUWorker", "GPUWorker"))):
         wrap(own, "compile_or_warm_up_model", worker.self_checking)
@@ -102,6 +103,8 @@ def _checking(reason: str | None, original: Callable[..., None]) -> Callable[...
         if key := misspelt(config.additional_config):
             _say_misspelt(key)
         if asked is None or model is None or model.is_submodel_config:
+            return
+        if drafters.is_drafters(config):
             return
         any_version = isinstance(asked, Mapping) and asked.get("any_version") is True
         if found := reason or (None if any_version else untested_version()):
@@ -164,10 +167,15 @@ def _current_config() -> Any:
     return symbol("get_current_vllm_config")()
 
 
+def _is_to_reroute() -> bool:
+    """Whether layers of the model that is being built are to be re-routed."""
+    return not drafters.is_loading() and given(_current_config()) is not None
+
+
 def _rerouting_factory(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
         router = original(*args, **kwargs)
-        if given(_current_config()) is not None:
+        if _is_to_reroute():
             router.__class__ = _rerouting(router.__class__)
         return router
 
@@ -207,9 +215,11 @@ def _rerouting(router: Any) -> type:
 def _binding(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(runner: Any, *args: Any, **kwargs: Any) -> None:
         original(runner, *args, **kwargs)
-        config = _current_config()
-        if given(config) is None:
+        if drafters.is_loading():
+            drafters.claim(runner)
+        if not _is_to_reroute():
             return
+        config = _current_config()
         session = open_session(config)
         runner.sere = session.bind(
             runner.layer_id,
@@ -228,7 +238,7 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
 
 def _vetoing(original: Callable[..., Any]) -> Callable[..., Any]:
     def is_supported_config(cls: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-        if cls.is_monolithic() and given(_current_config()) is not None:
+        if cls.is_monolithic() and _is_to_reroute():
             return False, "kernel does not support routes adjusted after routing (sere)"
         supported: tuple[bool, str | None] = original(cls, *args, **kwargs)
         return supported

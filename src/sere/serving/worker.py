@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere.policy import Policy
+from sere.serving import drafters
 from sere.serving.session import (
     ServingError,
     Session,
@@ -102,7 +103,11 @@ def self_check(worker: Any) -> None:
     """Raise `ServingError` unless every MoE layer of this worker really re-routes."""
     session = session_of(worker.vllm_config)
     context = worker.vllm_config.compilation_config.static_forward_context
-    runners = [layer for layer in context.values() if isinstance(layer, symbol("MoERunner"))]
+    runners = [
+        layer
+        for layer in context.values()
+        if isinstance(layer, symbol("MoERunner")) and not drafters.owns(layer)
+    ]
     if not runners and is_dense_stage(worker.vllm_config):
         return
     if session is None or not runners:
