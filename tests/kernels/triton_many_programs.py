@@ -21,8 +21,10 @@ def test_many_programs(E: int, K: int, T: int, rho: float, monkeypatch: pytest.M
     plan = Plan.build(similarity, Policy(S=1, rho=rho), K=K)
     for classes in (rows, torch.zeros_like(rows), None):
         mine, theirs = new_counters(), new_counters()
+        own, specified = weights.clone(), weights.clone()
         assert torch.equal(
-            triton_kernel.run(ids, weights, plan, classes, mine),
-            specification(ids, weights, plan, classes, theirs),
+            triton_kernel.run(ids, own, plan, classes, mine),
+            specification(ids, specified, plan, classes, theirs),
         )
+        assert torch.equal(own, specified)
         assert torch.equal(mine, theirs)

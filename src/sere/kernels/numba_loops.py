@@ -24,6 +24,7 @@ from sere.kernels.reference import (
 
 VOID, FAST, EXACT = (int(c) for c in RowClass)
 _RESCUED = -1  # the rank of an expert that rule 5 made primary
+_NOWHERE, _APART = -1, -2  # where a slot goes: a freed one, and one that rule 9 leaves alone
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,23 +83,22 @@ def reroute(
     moved = critical = 0
     if tau >= 0 and S < K:
         _keep(votes[E + 1 :], neighbours, errors, first_rank, s, settings[2], tau)
-    lowest, primaries = E, 0
-    for e in range(E - 1, -1, -1):
-        if first_rank[e] < s:
-            lowest = e
-            primaries += 1
-    if lowest < E and S < K:
+    if S < K and first_rank.min() < s:
         if settings[4] == 0:
             scales = scales[:0]
         places = np.full(E, -1, np.int64)
-        after = primaries
+        active = np.empty(E, np.int64)
+        after = 0
         for e in range(E):
             if s <= first_rank[e] < NAMED:
                 places[e] = _place(neighbours[e], first_rank, s)
-                after += places[e] < 0
-        moved, critical = _move(
-            ids, weights, neighbours, scales, rows, first_rank, s, lowest, places
+            if first_rank[e] < s or (first_rank[e] < NAMED and places[e] < 0):
+                active[after] = e
+                after += 1
+        moved, critical, added = _move(
+            ids, weights, neighbours, scales, rows, first_rank, s, active[:after], places
         )
+        after += added
     if counters.size > 0 and S != OFF and len(ids) > 0:
         _count(counters, rows, votes[E] == 0, before, after, moved, critical)
 
@@ -202,7 +202,10 @@ def _largest_shares(ids: Any, weights: Any, rows: Any, largest: Any) -> None:
             counts = 0 <= ids[t, k] < E and weights[t, k] != 0
             whole[k] = 0
             if counts:
-                whole[k] = np.int64(min(abs(weights[t, k]), LARGEST_WEIGHT) * WEIGHT_FRACTION)
+                size = abs(weights[t, k])
+                if not size < LARGEST_WEIGHT:
+                    size = LARGEST_WEIGHT
+                whole[k] = np.int64(size * WEIGHT_FRACTION)
             total += whole[k]
         for k in range(K):
             share = whole[k] * FRACTION // total if whole[k] > 0 else 0
@@ -220,34 +223,103 @@ def _move(
     rows: Any,
     first_rank: Any,
     s: int,
-    lowest: int,
+    active: Any,
     places: Any,
-) -> tuple[int, int]:
-    """Rules 6 and 7, in place; (slots of real rows that moved, critical slots). places: [E], where
-    the stand-in of each expert with a vote is in its list, or -1."""
-    E = len(first_rank)
+) -> tuple[int, int, int]:
+    """Rules 6 to 9, in place; (slots of FAST rows that moved, critical slots, experts that slots of
+    FAST rows keep by staying). active: experts in ascending order. places: [E], where the stand-in
+    of each expert with a vote is in its list, or -1."""
+    E, K = len(first_rank), ids.shape[1]
+    is_active, added = np.zeros(E, np.bool_), np.zeros(E, np.bool_)
+    is_active[active] = True
+    carried = np.full((2, E), -1)  # by expert the last row that carries it, and the slot
+    goes, leaves = np.empty(K, np.int64), np.empty(K, np.bool_)
     moved = critical = 0
-    for t in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
+    for t in range(len(ids)):
+        if rows[t] == EXACT:
+            continue
+        fast = _is_fast(rows[t])
+        inside = leaving = 0
+        for k in range(K):
             e = ids[t, k]
-            if rows[t] == EXACT or e < 0 or e >= E:
-                continue
-            idle = not _is_fast(rows[t]) or weights[t, k] == 0
-            if first_rank[e] < s:
-                critical += first_rank[e] == _RESCUED and not idle
-                continue
-            if idle:
-                ids[t, k] = lowest
-                moved += _is_fast(rows[t])
-                continue
-            if places[e] < 0:
-                critical += 1
-            else:
-                ids[t, k] = neighbours[e, places[e]]
-                if len(scales) > 0:
-                    weights[t, k] *= scales[e, places[e]]
-                moved += 1
-    return moved, critical
+            here = 0 <= e < E
+            goes[k] = e if here else _APART
+            leaves[k] = here and not is_active[e]
+            inside += here
+            leaving += leaves[k]
+            if here and is_active[e] and fast and weights[t, k] != 0:
+                critical += first_rank[e] >= s or first_rank[e] == _RESCUED
+        if leaving > 0 and inside > len(active):
+            leaving -= _stay(weights[t], fast, inside - len(active), leaves, goes, added)
+        if leaving == 0:
+            continue
+        moved += leaving * fast
+        for k in range(K):
+            if leaves[k]:
+                goes[k] = _NOWHERE
+                if fast and weights[t, k] != 0:
+                    e = ids[t, k]
+                    goes[k] = neighbours[e, places[e]]
+                    if len(scales) > 0:
+                        weights[t, k] *= scales[e, places[e]]
+        _make_distinct(t, ids[t], weights[t], fast, goes, active, carried)
+    return moved, critical, added.sum()
+
+
+@_compiled
+def _stay(weights: Any, fast: bool, surplus: int, leaves: Any, goes: Any, added: Any) -> int:
+    """Rule 8 for a row: how many slots stay; they no longer leave, and take no part in rule 9."""
+    stays = np.zeros(len(leaves), np.bool_)
+    for k in range(len(leaves)):
+        if leaves[k]:
+            ahead = 0
+            for j in range(len(leaves)):
+                ahead += leaves[j] and _ahead(weights, fast, j, k)
+            stays[k] = ahead < surplus
+    for k in range(len(leaves)):
+        if stays[k]:
+            if fast:
+                added[goes[k]] = True
+            leaves[k], goes[k] = False, _APART
+    return stays.sum()
+
+
+@_compiled
+def _ahead(weights: Any, fast: bool, j: int, k: int) -> bool:
+    """Whether slot j is better than k: counting ones first."""
+    first, second = fast and weights[j] != 0, fast and weights[k] != 0
+    if first and second:
+        return weights[j] > weights[k] or (weights[j] == weights[k] and j < k)
+    return first or (not second and j < k)
+
+
+@_compiled
+def _make_distinct(
+    t: int, ids: Any, weights: Any, fast: bool, goes: Any, active: Any, carried: Any
+) -> None:
+    """Rule 9 for row t, in place."""
+    freed = np.empty(len(ids), np.int64)
+    count = 0
+    for k in range(len(ids)):
+        e = goes[k]
+        if e == _APART:
+            continue
+        if e == _NOWHERE or carried[0, e] == t:
+            if e != _NOWHERE and fast:
+                weights[carried[1, e]] += weights[k]
+            freed[count] = k
+            count += 1
+        else:
+            carried[0, e], carried[1, e] = t, k
+            ids[k] = e
+    at = t % len(active)
+    for k in freed[:count]:
+        while carried[0, active[at]] == t:
+            at = (at + 1) % len(active)
+        ids[k] = active[at]
+        at = (at + 1) % len(active)
+        if fast:
+            weights[k] = 0
 
 
 @_compiled

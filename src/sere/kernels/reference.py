@@ -26,21 +26,36 @@ The rules, in the order in which they apply:
    row, squared, times the error of the first primary in u's neighbour list. The experts that would
    lose more than tau become primary too, largest loss first (ties: lowest id), while there are
    fewer than `max_active` primaries.
-6. A counting slot of a FAST row whose expert u is not primary goes to the first primary in u's
-   neighbour list, its weight times that neighbour's scale if the plan scales weights; with none in
-   the list, u is critical and stays.
-7. A slot that carries nothing (a VOID row's, or weight 0 in a FAST row) and names an expert that
-   is not primary goes to the lowest-numbered primary, so that it keeps no expert busy.
-8. No primary at all, or S >= K: nothing changes.
+6. From here on only if S < K and there is a primary; otherwise nothing changes. An expert is
+   *active* if it is primary, or *critical*: a FAST row chose it and no primary is in its neighbour
+   list. In FAST and VOID rows a slot whose expert is not active *leaves* it. If it counts and its
+   row is FAST it goes to the first primary in that list, its weight times that neighbour's scale
+   if the plan scales weights.
+7. A slot that leaves and carries nothing (a VOID row's, or weight 0 in a FAST row) has nowhere to
+   go: rule 9 frees it, so that it keeps no expert busy.
+8. If a row has n slots in [0, E) and n is more than the number of active experts (`min_active`
+   below K allows that), the best n less that number of the slots that would leave *stay*: own
+   expert, own weight, no part in rule 9. The best: counting ones in the order of rule 2, then the
+   others in slot order. A row that no slot leaves is the same to the bit.
+9. In every other FAST row the slots in [0, E) name distinct experts. The first slot, in slot order,
+   that goes to an expert or names it still carries the sum of the weights that go there, added in
+   slot order. Every other one is *freed*: weight 0 and a *filler*, an expert that is active anyway
+   and that the row does not name. Fillers are the active experts in ascending order, from position
+   (row of this call mod their number) on, wrapping, without those that the row carries; freed slots
+   take them in slot order. VOID rows likewise, but their weights are left alone.
+
+Only a row that named an expert twice when it came may still do so, if it is left as it was or its
+slots stay. Ids outside [0, E) are never written, and nothing becomes -1.
 
 Rules 1 to 3 and the shares are a batch's `vote`: one number per expert, and the elementwise minimum
 of several batches' votes is the vote of all their rows together. Data-parallel ranks that share
 theirs before they go on have the same primaries; each re-routes its own rows.
 
 Shares, errors and losses are whole numbers (see `plan.py`): sums and comparisons then come out the
-same in any order of the rows, on any machine. Where all scales are 1 the weights do not change by a
-bit. Two slots of a row may end up naming one expert: the mixture then adds both weights, which is
-exact.
+same in any order of the rows, on any machine. Weights are scaled in float32, the product rounded to
+it (no fused multiply-add), then added in float32 and rounded once to their own type; float64 stays
+float64. Expert kernels are written for distinct experts, and several answer others with wrong
+numbers, also for other rows: hence rule 9, which costs the mixture no more than rounding.
 """
 
 from __future__ import annotations
@@ -51,6 +66,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sere.kernels.distinct import NOWHERE, distinct
 from sere.kernels.plan import FRACTION, OFF, Plan
 
 
@@ -85,7 +101,7 @@ NAMED, NEVER = 2**20, 2**30
 WEIGHT_FRACTION = 2**20
 """A weight as a whole number is this many times the weight, rounded down."""
 LARGEST_WEIGHT = 2.0**15
-"""Larger ones count as this much towards shares."""
+"""Larger ones, and what is not a number, count as this much towards shares."""
 
 
 class Routing(NamedTuple):
@@ -94,6 +110,7 @@ class Routing(NamedTuple):
     ids: Tensor  # [T, K], dtype of the input
     weights: Tensor  # [T, K], dtype of the input
     primary: Tensor  # [E] bool, those of rule 5 included
+    moved: Tensor  # [T, K] bool: slots that left their expert, by rule 6 or 7
     critical: Tensor  # [T, K] bool: slots kept because no primary could stand in for their expert
     before: Tensor  # scalar: distinct experts that the real rows name
     after: Tensor  # scalar: distinct experts that they name afterwards
@@ -133,7 +150,7 @@ def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None
     real = (rows != RowClass.VOID)[:, None]
     valid, counts, expert = _slots(topk_ids, topk_weights, E)
 
-    ranks = _ranks(topk_weights, counts)
+    ranks = _ranks(topk_weights, counts, counts)
     ranks = ranks.masked_fill(ranks < (rows - int(RowClass.EXACT))[:, None], 0)
     ranks = (
         ranks.masked_fill(~counts, NAMED).masked_fill(exact, 0).masked_fill(~(valid & real), NEVER)
@@ -171,22 +188,29 @@ def route(
     works = (S < K) & primary.any()
 
     target, place = _targets(plan.neighbours, primary)
-    movable = valid & ~primary[expert] & works
-    moved = torch.where(movable & counts & fast, target[expert], expert)
-    idle = movable & (~(fast | exact) | (fast & ~counts))
-    moved = torch.where(idle, primary.to(torch.int8).argmax(), moved)
-    ids = torch.where(movable, moved.to(topk_ids.dtype), topk_ids)
+    lonely = target == torch.arange(E, device=target.device)
+    active = primary | (lonely & (first_rank < NAMED))
+    carries = counts & fast
+    leaves = valid & ~exact & ~active[expert] & works
+    surplus = valid.sum(1, keepdim=True) - active.sum()
+    stays = leaves & (_ranks(topk_weights, carries, leaves) < surplus)
+    moved = leaves & ~stays
 
-    carried = movable & counts & fast & (ids != topk_ids) & (scaling != 0)
-    weights = torch.where(carried, _scaled(topk_weights, plan, place[expert], expert), topk_weights)
-    stayed = movable & counts & fast & (ids == topk_ids)
-    spared = valid & kept[expert] & counts & fast
+    goes = torch.where(moved, torch.where(carries, target[expert], NOWHERE), expert)
+    joins = valid & ~stays & moved.any(1, keepdim=True)
+    weights = _wide(topk_weights)
+    scaled = moved & carries & (scaling != 0)
+    weights = torch.where(scaled, _scaled(weights, plan, place[expert], expert), weights)
+    ids, weights = distinct(goes, weights, joins, active)
+    ids = torch.where(joins, ids.to(topk_ids.dtype), topk_ids)
+    weights = torch.where(joins & fast, weights.to(topk_weights.dtype), topk_weights)
 
-    wanted = ~primary & (first_rank < NAMED)
-    lonely = wanted & (target == torch.arange(E, device=target.device))
+    critical = carries & works & (kept | (active & ~primary))[expert]
     before = (first_rank < NEVER).sum()
-    after = torch.where(works, primary.sum() + lonely.sum(), before)
-    return Routing(ids, weights, primary, stayed | spared, before, after)
+    added = torch.zeros(E, dtype=torch.int64, device=expert.device)
+    added = added.scatter_reduce(0, expert.reshape(-1), (stays & fast).long().reshape(-1), "amax")
+    after = torch.where(works, active.sum() + added.sum(), before)
+    return Routing(ids, weights, primary, moved & fast, critical, before, after)
 
 
 def _given(rows: Tensor | None, topk_ids: Tensor) -> Tensor:
@@ -209,13 +233,17 @@ def _fast(rows: Tensor) -> Tensor:
     return (rows == RowClass.FAST) | (rows > RowClass.EXACT)
 
 
-def _ranks(weights: Tensor, counts: Tensor) -> Tensor:
-    """[T, K]: how many counting slots of the row come before each slot (rule 2)."""
+def _ranks(weights: Tensor, counts: Tensor, among: Tensor) -> Tensor:
+    """[T, K]: how many of the row's slots `among` come before each slot, counting ones (rule 2)
+    before the others."""
     K, device = weights.shape[1], weights.device
-    earlier = torch.ones(K, K, dtype=torch.bool, device=device).triu(1)
-    mine, other = weights[:, None, :], weights[:, :, None]  # [T, other slot, slot]
-    ahead = (other > mine) | ((other == mine) & earlier)
-    return (ahead & counts[:, :, None]).sum(1)
+    earlier = torch.ones(K, K, dtype=torch.bool, device=device).triu(1)  # [other slot, slot]
+    mine, other = weights[:, None, :], weights[:, :, None]
+    heavier = (other > mine) | ((other == mine) & earlier)
+    ahead = torch.where(
+        counts[:, None, :], heavier & counts[:, :, None], counts[:, :, None] | earlier
+    )
+    return (ahead & among[:, :, None]).sum(1)
 
 
 def _choose_s(
@@ -231,9 +259,9 @@ def _choose_s(
 
 def _largest_shares(weights: Tensor, expert: Tensor, votes: Tensor, E: int) -> Tensor:
     """[E] int64 in units of 1 / FRACTION: the largest share of any voting row; 0 for no vote."""
-    magnitude = weights if weights.dtype == torch.float64 else weights.float()
-    magnitude = magnitude.abs().clamp(max=LARGEST_WEIGHT) * WEIGHT_FRACTION
-    whole = magnitude.long().masked_fill(~votes, 0)
+    magnitude = _wide(weights).abs()
+    magnitude = torch.where(magnitude < LARGEST_WEIGHT, magnitude, LARGEST_WEIGHT)
+    whole = (magnitude * WEIGHT_FRACTION).long().masked_fill(~votes, 0)
     shares = whole * FRACTION // whole.sum(1, keepdim=True).clamp(min=1)
     largest = torch.zeros(E, dtype=torch.int64, device=weights.device)
     return largest.scatter_reduce(0, expert.reshape(-1), shares.reshape(-1), "amax")
@@ -269,13 +297,14 @@ def _targets(neighbours: Tensor, primary: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(hit.any(1), nearest, stay), place
 
 
+def _wide(weights: Tensor) -> Tensor:
+    """In at least float32."""
+    return weights if weights.dtype == torch.float64 else weights.float()
+
+
 def _scaled(weights: Tensor, plan: Plan, place: Tensor, expert: Tensor) -> Tensor:
-    """Weights [T, K] times the scale of each slot's target, in at least float32."""
-    if plan.num_experts == 1:
-        return weights
-    scale = plan.scales[expert, place]
-    exact = weights if weights.dtype == torch.float64 else weights.float()
-    return (exact * scale).to(weights.dtype)
+    """Weights [T, K] times the scale of each slot's target."""
+    return weights if plan.num_experts == 1 else weights * plan.scales[expert, place]
 
 
 def count(
@@ -296,13 +325,12 @@ def count(
     if not len(topk_ids):
         return
     rows = _given(rows, topk_ids)
-    real = (rows != RowClass.VOID)[:, None]
     decoding = (votes[plan.num_experts] == 0).long()
     figures = [
         decoding,
         decoding * routing.before,
         decoding * routing.after,
-        (real & (routing.ids != topk_ids)).sum(),
+        routing.moved.sum(),
         routing.critical.sum(),
         *(of.sum() for of in (_fast(rows), rows == RowClass.EXACT, rows == RowClass.VOID)),
     ]
