@@ -47,7 +47,7 @@ def test_triton_equals_the_specification_in_the_interpreter(files: tuple[str, ..
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *(f"tests/{file}" for file in files)],
+        [*command, *(f"tests/kernels/{file}" for file in files)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

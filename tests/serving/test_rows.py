@@ -208,7 +208,8 @@ def test_eplb_maps_what_was_rerouted(table: Table, monkeypatch: pytest.MonkeyPat
 
     T = 6
     logits = torch.rand(T, E, generator=torch.Generator().manual_seed(0))
-    logits[:, 0] += 1  # everybody's first choice
+    logits[: T // 2, 0] += 1  # first choices
+    logits[T // 2 :, 1] += 1
 
     class Router(BaseRouter):  # type: ignore[misc]
         routing_method_type = None
@@ -231,7 +232,7 @@ def test_eplb_maps_what_was_rerouted(table: Table, monkeypatch: pytest.MonkeyPat
         should_record_tensor=0,
         num_unpadded_tokens_tensors=[0],
     )
-    own, plan = session(table), table.plan(0, Policy(S=1, min_active=1))
+    own, plan = session(table), table.plan(0, Policy(S=1))
     own.begin(np.zeros(T, bool), None, [f"r{i}" for i in range(T)])
     router = Router(K, E, state)
     router.__class__ = _rerouting(Router)

@@ -281,7 +281,7 @@ def _stay(weights: Any, fast: bool, surplus: int, leaves: Any, goes: Any, added:
             if fast:
                 added[goes[k]] = True
             leaves[k], goes[k] = False, _APART
-    return stays.sum()
+    return int(stays.sum())
 
 
 @_compiled
