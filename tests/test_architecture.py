@@ -21,7 +21,7 @@ FILES = {
 HOUSE = """
     __main__
     cli
-    verbs
+    verbs  flags
     demo  doctor
     tuning  speed  engine_runs  page
     evaluation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
     required = needed.get(verb, [])
     given = vars(parser().parse_args([verb, *required]))
     given.pop("verb")
+    given.pop("force", None)  # read by `main`
     signature(getattr(verbs, verb)).bind(**given)
     module, function = VERBS[verb][2].split(":")
     assert (module, function) == ("sere.verbs", verb)
@@ -177,6 +179,72 @@ def test_a_rho_that_cannot_be_meant(
     table.save(tmp_path / "t.safetensors")
     assert main(["inspect", str(tmp_path / "t.safetensors"), f"--rho={rho}"]) == 1
     assert f"rho={float(rho)}: expected a number >= 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "bandwidth=0",
+        "bandwidth=nan",
+        "bandwidth=-5",
+        "tflops=0",
+        "expert-mb=-1",
+        "expert-mb=0",
+        "route-us=-5",
+        "route-us=inf",
+        "seed=-1",
+        "samples=0",
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before: a ZeroDivisionError, or a choice stored in the table."""
+    with pytest.raises(SystemExit) as refused:
+        main(["tune", "absent", "absent", f"--{flag}"])
+    assert refused.value.code == 2
+    assert f"{flag.split('=')[1]}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["calibrate", "m", "--until-stable=90"],
+        ["bench", "m", "--rate=0"],
+        ["bench", "m", "--skew=nan"],
+        ["top", "u", "--interval=0"],
+    ],
+    ids=lambda argv: argv[-1],
+)
+def test_numbers_of_other_verbs_have_ranges_too(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+
+
+def test_ctrl_c_while_something_is_imported(tmp_path: Path) -> None:
+    """What is interrupted may turn it into an error of its own, as numpy does."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, os, signal\n"
+        "real = builtins.__import__\n"
+        "def slow(name, *rest, **more):\n"
+        "    if name == 'torch':\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            while True: pass\n"
+        "        except BaseException: raise AttributeError('half imported')\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = slow\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "sere", "calibrate", "demo", "-o", str(tmp_path / "t")],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_ctrl_c_is_status_130(

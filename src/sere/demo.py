@@ -20,9 +20,8 @@ from tqdm import tqdm
 from sere import demo_model
 from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import FAMILIES, Example, examples, is_correct
-from sere.files import check_writable, replaced
 from sere.policy import Policy
-from sere.results import provenance
+from sere.results import pictures, provenance
 from sere.serving.engine import Batch, Engine
 from sere.table import Table
 
@@ -79,7 +78,7 @@ def run(
     """The main job: prints one table; writes demo.json, demo.png and the table into `output`."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder / "demo.json")
+    pictures.check_result(folder / "demo.json")
     table_path = folder / "demo.safetensors"
     table = calibrate(demo_model.NAME, table_path, method=method, samples=_SAMPLES, seed=seed)
     arms = [Arm(name, policy) for name, policy in _policies(table)]
@@ -93,9 +92,9 @@ def run(
         for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
             arm.take(part, *_decode(engine, arm, part, K))
     result = _result(arms, table, batch)
+    print(as_text(result))
     provenance.save_json(folder / "demo.json", result)
     plot(result, folder / "demo.png")
-    print(as_text(result))
     print(f"\nwritten: {folder}/demo.json, {folder}/demo.png, {table_path}")
 
 
@@ -238,5 +237,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     speed.axvline(1, color="black", linewidth=0.8)
     speed.invert_yaxis()
     speed.set_xlabel("decode tokens/s, ratio to stock (median over batches)")
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    pictures.save(figure, path, dpi=120)

@@ -1,12 +1,26 @@
-"""A user's files: is one there, and writing all of it or none of it."""
+"""A user's files: what may be replaced, and writing all of a file or none of it.
+
+One rule for every output of every verb (issue 21): it may replace a file of ours of the same kind.
+Anything else that is there is refused, unless the user said --force; what the work reads is refused
+in any case. A link is followed. Devices and pipes are written to, never replaced.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import IO, Any
+
+FORCE: ContextVar[bool] = ContextVar("force", default=False)
+"""Whether the user said that outputs may replace what is not ours."""
 
 
 @contextmanager
@@ -18,32 +32,74 @@ def replaced(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_writable(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    device = is_device(path)
+    target = path if device else path.resolve()
+    beside = tempfile.gettempdir() if device else target.parent
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=beside)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
+        if device:
+            with temporary.open("rb") as written, target.open("wb") as opened:
+                shutil.copyfileobj(written, opened)
+            return
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            full = f"{path} cannot be written: {os.strerror(errno.ENOSPC)}"
+            raise OSError(errno.ENOSPC, f"{full}; make room, or choose another output") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | Path, *inputs: str | Path | None) -> None:
-    """Raise `OSError` now, before hours of work, if `path` cannot be written later, or is one of
-    the files that the work reads."""
+def check_writable(path: str | Path, *inputs: str | Path | None, kind: str | None = None) -> None:
+    """Raise `OSError` now, before hours of work, if `path` cannot be written later, is one of the
+    files that the work reads, or, where a kind is named (see `KINDS`), is there and no file of ours
+    of this kind, or another run is at work on it."""
     path = Path(path)
     for given in inputs:
         if given is not None and path.exists() and Path(given).exists() and path.samefile(given):
             raise FileExistsError(f"{path} is what the result is made from: choose another output")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file inside it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} does not exist: create it or choose another output")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} is not writable: choose another output")
+    if is_device(path):
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist: create it or choose another output")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} is not writable: choose another output")
+    if kind and (work := unfinished(path)).is_file():
+        with locked(work):
+            pass
+    if kind and path.exists() and not FORCE.get() and not KINDS[kind](path):
+        raise FileExistsError(
+            f"{path} is there, and no {kind} of sere's: choose another output, or add --force to "
+            "replace it"
+        )
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a file that is there for this process alone. Raises `OSError` if another one has it."""
+    with Path(path).open("rb") as file:
+        lock(file, path)
+        yield
+
+
+def lock(file: IO[Any], path: str | Path) -> None:
+    """Hold an open file until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(
+            f"{path}: another run is at work on it: wait for it, or choose another output"
+        ) from None
 
 
 def is_file(path: Path) -> bool:
@@ -52,6 +108,61 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # too long
         return False
+
+
+def is_device(path: str | Path) -> bool:
+    """Whether it is a device, a pipe or a socket: to be written to, and no place for a file beside.
+    /dev/stdout is, even where it is sent to a file."""
+    path = Path(path)
+    named = path.absolute().parts[1:3]
+    if named[:1] == ("dev",) and named[1:] != ("shm",) and path.exists():
+        return not path.is_dir()
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def unfinished(output: str | Path) -> Path:
+    """Where work on an output keeps what it has so far."""
+    if is_device(output):
+        return Path(tempfile.gettempdir(), f"sere-{os.getpid()}.unfinished")
+    return Path(f"{output}.unfinished")
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 2**28)))
+        return "sere" in header["__metadata__"]
+    except (ValueError, KeyError, TypeError, OverflowError, MemoryError, RecursionError):
+        return False
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "provenance" in found
+
+
+def _is_picture(path: Path) -> bool:
+    """Ours say so; older ones are matplotlib's, and stand beside a result."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    older = b"Matplotlib" in head and is_file(beside := path.with_suffix(".json"))
+    return head.startswith(b"\x89PNG") and (b"sere" in head or (older and _is_result(beside)))
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<title>sere report:" in file.read(4096)
+
+
+KINDS: dict[str, Callable[[Path], bool]] = {
+    "table": _is_table,
+    "result": _is_result,
+    "picture": _is_picture,
+    "page": _is_page,
+}
 
 
 def _umask() -> int:

@@ -23,11 +23,14 @@ def calibrate(output: str, **flags: Any) -> None:
 def inspect(table: str, rho: float, plot: str | None, compare: str | None, json: bool) -> None:
     """`sere inspect TABLE [--plot PNG] [--compare TABLE] [--json]`."""
     from sere.calibration import inspect as inspection
+    from sere.files import check_writable
     from sere.policy import Policy
     from sere.table import Table
 
     rho = Policy(rho=rho).rho  # refuses one that cannot be meant
     loaded = Table.load(table)
+    if plot:
+        check_writable(plot, table, compare, kind="picture")
     if compare:
         from sere.calibration import compare as comparison
 

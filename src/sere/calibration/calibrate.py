@@ -27,7 +27,7 @@ from sere.calibration.stream import read_by_layer
 from sere.calibration.unfinished import Unfinished
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.demo_model.tasks import examples
-from sere.files import check_writable
+from sere.files import check_writable, unfinished
 from sere.models.loading import exceeds_memory, load_model, load_tokenizer
 from sere.models.moe import MoELayer, moe_layers, observed
 from sere.models.skeleton import load_skeleton
@@ -79,7 +79,7 @@ def calibrate(
     method: how similarity is measured; "weights" and "random" are null models, made without text.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
-    _check_output(output, overwrite)
+    _check_output(output, data, overwrite)
     _check_method(method)
     folder = demo_model.resolve(model_name)
     if method in null_models.METHODS:
@@ -100,7 +100,7 @@ def calibrate(
         stream = exceeds_memory(folder)
     if stream:
         _check_unconditional(until_stable)
-        found = _streamed(folder, corpus, method, batch, Path(f"{output}.unfinished"), progress)
+        found = _streamed(folder, corpus, method, batch, unfinished(output), progress)
     else:
         found = _in_memory(folder, corpus, method, batch, until_stable, progress)
     table = _table(folder, found, method, _about(corpus.first(len(found.sequences)), data))
@@ -181,8 +181,8 @@ def _without_text(folder: str, method: str, seed: int, progress: bool) -> Table:
     return _table(folder, _Found(skeleton.model, skeleton.layers, statistics, K, []), method, about)
 
 
-def _check_output(output: str | Path, overwrite: bool) -> None:
-    check_writable(output)
+def _check_output(output: str | Path, data: str | Path | None, overwrite: bool) -> None:
+    check_writable(output, data, kind="table")
     _check_name(Path(output))
     if not overwrite:
         _check_untuned(output)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sere.files import replaced
+from sere.results import pictures
 from sere.table import LayerStatistics, Table
 
 # A layer whose farthest pair is this many times its median pair is scaled by an outlier.
@@ -135,5 +135,4 @@ def plot(table: Table, path: str | Path) -> None:
         image = axis.imshow(layer.similarity.numpy(), vmin=0, vmax=1, cmap="viridis")
         axis.set_title(f"layer {index}")
     figure.colorbar(image, ax=list(axes), label=f"{table.method} similarity")
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    pictures.save(figure, path)

@@ -8,6 +8,7 @@ into place after all else has been written.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 
 import torch
 
-from sere.files import replaced
+from sere.files import lock, replaced
 from sere.table import LayerStatistics
+
+_LOCK = "lock"
+_OURS = re.compile(r"lock|progress\.json|\.progress\.json\..*\.tmp|outputs-\d+|layer-\d+\.pt")
 
 
 class UnfinishedError(ValueError):
@@ -35,9 +39,14 @@ class Unfinished:
     ) -> None:
         """Take up what is there; settings: all that the result depends on, JSON-able.
 
-        Raises `UnfinishedError` if it is the work of other settings.
+        Raises `UnfinishedError` if it is the work of other settings or none of ours, and `OSError`
+        if another run is at work on it.
         """
         self._folder = Path(folder)
+        self._check_ours()
+        self._folder.mkdir(exist_ok=True)
+        self._held = (self._folder / _LOCK).open("wb")
+        lock(self._held, self._folder)
         self._device = torch.device(device)
         self._settings = json.loads(json.dumps(settings))
         self.finished: list[str] = []
@@ -47,6 +56,17 @@ class Unfinished:
         for leftover in self._folder.glob("outputs-*"):
             if leftover != self._outputs(len(self.finished)):
                 shutil.rmtree(leftover)
+
+    def _check_ours(self) -> None:
+        """It is removed at the end, with all that is in it."""
+        if not self._folder.exists():
+            return
+        found = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else ["."]
+        if strangers := [name for name in found if not _OURS.fullmatch(name)]:
+            raise UnfinishedError(
+                f"{self._folder} is no unfinished calibration of sere's (it holds {strangers[0]}): "
+                "choose another output, or remove it"
+            )
 
     def _resume(self) -> None:
         try:
@@ -99,6 +119,7 @@ class Unfinished:
     def remove(self) -> None:
         """The table is written: nothing of this is needed any more."""
         shutil.rmtree(self._folder)
+        self._held.close()
 
     def _outputs(self, number: int) -> Path:
         return self._folder / f"outputs-{number}"

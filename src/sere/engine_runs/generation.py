@@ -25,7 +25,7 @@ from sere.calibration.corpus import draw_pairs
 from sere.demo_model.tasks import examples
 from sere.evaluation.arms import served_policies
 from sere.evaluation.quality import EvaluationError, mean
-from sere.files import check_writable
+from sere.files import check_writable, unfinished
 from sere.policy import Policy
 from sere.results import provenance
 from sere.results.journal import Journal, contents
@@ -137,7 +137,7 @@ def run(
     data: {"prompt", "answer"} lines; by default the demo model's held-out tasks. What was
     interrupted resumes after its last whole batch.
     """
-    check_writable(output, table_path, data)
+    check_writable(output, table_path, data, kind="result")
     table = Table.load(table_path)
     chosen = served_policies(policies, table)
     written = [Written("stock", None), *(Written(*named) for named in chosen.items())]
@@ -153,7 +153,7 @@ def run(
         **contents(demo_model.resolve(model_name), [table]),
     }
     engine = _engine(model_name, table_path, batch, dtype)
-    with Journal(f"{output}.unfinished", settings) as journal:
+    with Journal(unfinished(output), settings) as journal:
         for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
             if (known := journal.get(str(number))) is None:
                 part = pairs[start : start + batch]
@@ -163,16 +163,16 @@ def run(
                 journal.add(str(number), known)
             for one in written:
                 one.parts.append(Part(**known[one.name]))
-    result = {
-        "provenance": provenance.provenance(),
-        "model": model_name,
-        "batch": batch,
-        "prompts": len(pairs),
-        "E": table.fingerprint.E,
-        "arms": [one.beside(written[0]) for one in written],
-    }
-    provenance.save_json(output, result)
-    print(as_text(result))
+        result = {
+            "provenance": provenance.provenance(),
+            "model": model_name,
+            "batch": batch,
+            "prompts": len(pairs),
+            "E": table.fingerprint.E,
+            "arms": [one.beside(written[0]) for one in written],
+        }
+        print(as_text(result))
+        provenance.save_json(output, result)
     print(f"\nwritten: {output}")
     return result
 

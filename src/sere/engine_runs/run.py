@@ -51,7 +51,7 @@ def run(
     as turns of it. score_as_decode: see `sere.engine_runs.hf`. dtype: of vLLM's engine.
     Raises `EvaluationError` for what cannot be run as asked, before a model is loaded.
     """
-    check_writable(output, table_path)
+    check_writable(output, table_path, kind="result")
     _check_backend(backend, dtype=dtype, score_as_decode=score_as_decode)
     table = Table.load(table_path)
     chosen: dict[str, Policy | None] = {"stock": None, **served_policies(policies, table)}
@@ -82,8 +82,8 @@ def run(
             for name, rule in chosen.items()
         ],
     }
-    provenance.save_json(output, result)
     print(as_text(result))
+    provenance.save_json(output, result)
     print(f"\nwritten: {output}")
     return result
 

@@ -17,10 +17,10 @@ from sere import demo_model
 from sere.evaluation.arms import Arm, parse_arm
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge, figures
-from sere.files import check_writable, replaced
+from sere.files import unfinished
 from sere.models.loading import load_model
 from sere.models.moe import MoELayer, moe_layers
-from sere.results import provenance
+from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.results.names import check_names
 from sere.table import Table
@@ -41,7 +41,7 @@ def run(
     layer_error: bool = True,
 ) -> dict[str, Any]:
     """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot."""
-    check_writable(output, table_path, data)
+    pictures.check_result(output, table_path, data)
     table = Table.load(table_path)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
@@ -61,28 +61,28 @@ def run(
         "layer_error": layer_error,
         **contents(folder, [arm.table for arm in arms]),
     }
-    with Journal(f"{output}.unfinished", settings) as journal:
+    with Journal(unfinished(output), settings) as journal:
         judge = Judge(model, layers, passages, journal, layer_error)
         sums = judge.measure(arms, batches)
-    result = {
-        "provenance": provenance.provenance(),
-        "settings": settings,
-        "E": table.fingerprint.E,
-        "K": table.fingerprint.K,
-        "passages": len(passages),
-        "arms": [
-            {
-                "name": arm.name,
-                "rule": arm.rule.to_dict() if arm.rule else None,
-                "batches": {str(batch): figures(sums[arm.name][batch]) for batch in batches},
-            }
-            for arm in arms
-        ],
-    }
-    provenance.save_json(output, result)
-    plot(result, Path(output).with_suffix(".png"))
-    print(as_text(result))
-    print(f"\nwritten: {output}, {Path(output).with_suffix('.png')}")
+        result = {
+            "provenance": provenance.provenance(),
+            "settings": settings,
+            "E": table.fingerprint.E,
+            "K": table.fingerprint.K,
+            "passages": len(passages),
+            "arms": [
+                {
+                    "name": arm.name,
+                    "rule": arm.rule.to_dict() if arm.rule else None,
+                    "batches": {str(batch): figures(sums[arm.name][batch]) for batch in batches},
+                }
+                for arm in arms
+            ],
+        }
+        print(as_text(result))
+        provenance.save_json(output, result)
+    plot(result, pictures.beside(output))
+    print(f"\nwritten: {output}, {pictures.beside(output)}")
     return result
 
 
@@ -166,5 +166,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_xlabel(f"active experts per layer and step (of {result['E']})")
         axes.set_ylabel("KL from stock, nats per token")
         axes.grid(alpha=0.3)
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    pictures.save(figure, path, dpi=120)

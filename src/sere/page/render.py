@@ -42,7 +42,7 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     Raises `ValueError` if there is nothing to show.
     """
     folder = Path(folder)
-    check_writable(output)
+    check_writable(output, kind="page")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder: name the one that holds the results")
     sources: list[Source] = []

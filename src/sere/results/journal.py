@@ -5,17 +5,21 @@ A file of JSON lines beside the result-to-be: first what the work depends on, th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from sere.checkpoint import weight_hashes
+from sere.files import lock
 from sere.table import Table
 
 
@@ -29,40 +33,73 @@ class Journal:
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         """settings: all that the pieces depend on, JSON-able.
 
-        Raises `JournalError` if the file holds pieces of other settings.
+        Raises `JournalError` if the file holds pieces of other settings, or is none of ours, and
+        `OSError` if another run is at work on it.
         """
         self.path = Path(path)
         self._resumes = True
         self._pieces: dict[str, Any] = {}
         head = json.loads(json.dumps(settings))
-        lines = self._lines()
-        if lines and lines[0] != head:
-            raise JournalError(
-                f"{self.path}: unfinished work with other settings ({_differing(lines[0], head)}); "
-                "remove it, or repeat the command that it was left by"
-            )
+        self._file = self._opened()
+        try:
+            lines = self._lines()
+            if lines and lines[0] != head:
+                raise JournalError(
+                    f"{self.path}: unfinished work with other settings "
+                    f"({_differing(lines[0], head)}); remove it, or repeat the command that it was "
+                    "left by"
+                )
+        except JournalError:
+            self._file.close()
+            raise
         self._pieces = dict(lines[1:])
-        self._file = self.path.open("a")
         if not lines:
             self._write(head)
 
+    def _opened(self) -> IO[bytes]:
+        """The file, held for this run alone."""
+        while True:
+            file = self.path.open("a+b")
+            lock(file, self.path)
+            try:
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file
+            except FileNotFoundError:  # another run ended, and removed it, since it was opened
+                pass
+            file.close()
+
     def _lines(self) -> list[Any]:
         """What can be read; a last line that was cut off is dropped from the file too."""
-        lines = []
-        text = self.path.read_text() if self.path.exists() else ""
-        good = 0
-        for line in text.splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            lines.append(json.loads(line))
-            good += len(line)
-        if good < len(text):
-            self.path.write_text(text[:good])
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+            if whole and not isinstance(lines[0], dict):
+                raise ValueError("no settings in it")
+            dict(lines[1:])
+        except (ValueError, TypeError, RecursionError) as error:
+            raise JournalError(
+                f"{self.path} is no unfinished work of sere's ({error}): remove it, or choose "
+                "another output"
+            ) from None
+        if data and not whole.startswith(b"{"):
+            raise JournalError(
+                f"{self.path} is no unfinished work of sere's: remove it, or choose another output"
+            )
+        self._file.truncate(len(whole))
         return lines
 
     def _write(self, line: Any) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """On a disk that is full the work goes on, and cannot be resumed."""
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            print(f"{self.path}: {error.strerror}: this run cannot be resumed", file=sys.stderr)
+            self._file = Path(os.devnull).open("ab")  # noqa: SIM115 - closed with the journal
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -89,9 +126,9 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
         if kind is None or not self._resumes or not self._pieces:
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def _differing(mine: Any, other: dict[str, Any]) -> str:

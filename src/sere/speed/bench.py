@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from sere.files import check_writable
+from sere.files import unfinished
 from sere.policy import Policy
-from sere.results import provenance
+from sere.results import pictures, provenance
 from sere.results.journal import Journal
 from sere.serving.engine import Batch, Engine
 from sere.speed.result import as_text, plot, summary
@@ -62,12 +61,12 @@ def run(
     rates: if any, a server is measured under so many requests per second instead of closed batches.
     The rest: see `sere.speed.setup.subject`. Raises `BenchError` or `GateError` if the gate fails.
     """
-    check_writable(output)
+    pictures.check_result(output, table)
     with subject(model, table, load, **options) as served:
         contenders = contenders_of(policies, served.table)
         rules = [[c.name, c.policy and c.policy.to_dict(), c.merge] for c in contenders]
         pieces = {**served.facts, "rules": rules, "load": {**vars(load), "batches": None}}
-        with Journal(f"{output}.unfinished", pieces) as journal:
+        with Journal(unfinished(output), pieces) as journal:
             if rates:
                 traffic = Traffic(
                     tuple(rates), requests, load.input_len, load.output_len, load.seed
@@ -82,11 +81,11 @@ def run(
                 "load": {**vars(load), "batches": list(load.batches)},
                 **found,
             }
+            print(as_text(result))
             provenance.save_json(output, result)
-    print(as_text(result))
     if not rates:
-        plot(result, Path(output).with_suffix(".png"))
-        output = f"{output}, {Path(output).with_suffix('.png')}"
+        plot(result, pictures.beside(output))
+        output = f"{output}, {pictures.beside(output)}"
     print(f"\nwritten: {output}")
     return result
 

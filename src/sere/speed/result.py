@@ -9,8 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from sere.files import replaced
-from sere.results import provenance
+from sere.results import pictures, provenance
 from sere.results.journal import Journal
 from sere.speed import server
 from sere.speed.setup import Contender, Load, Subject
@@ -192,5 +191,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("requests decoded together")
         axes.grid(alpha=0.3)
         axes.legend()
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    pictures.save(figure, path)

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sere.files import replaced
 from sere.policy import Policy
-from sere.results import provenance
+from sere.results import pictures, provenance
 from sere.step_cost.cost import Cost
 from sere.tuning.search import BUDGETS, ENOUGH
 
@@ -157,8 +156,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(name)
     axes.legend()
     axes.grid(alpha=0.3)
-    with replaced(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    pictures.save(figure, path)
 
 
 def policy_of(point: dict[str, Any] | None) -> Policy | None:

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from sere import demo_model
 from sere.evaluation.evaluate import load
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge
-from sere.files import check_writable
+from sere.files import check_writable, locked, unfinished
 from sere.models.moe import MoELayer
 from sere.policy import STOCK, Policy
-from sere.results import provenance
+from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.step_cost.cost import Cost, from_bench, roofline
 from sere.table import Table
@@ -54,8 +53,8 @@ def run(
     """
     _check_machine(bench, device)
     wanted = Budget.parse(budget)
-    check_writable(output, table_path, data, bench)
-    check_writable(table_path)
+    pictures.check_result(output, table_path, data, bench)
+    check_writable(table_path, kind="table")
     table = Table.load(table_path)
     folder = demo_model.resolve(model_name)
     table.check_made_for(folder)
@@ -73,7 +72,7 @@ def run(
         "method": table.method,
         **contents(folder, [table]),
     }
-    with Journal(f"{output}.unfinished", settings) as journal:
+    with locked(table_path), Journal(unfinished(output), settings) as journal:
         unseen = Judge(model, layers, passages[half:], journal, False, first=half)
         tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
         checker = replace(tuner, judge=unseen, title="check")
@@ -86,9 +85,7 @@ def run(
             "passages": {"search": half, "check": len(passages) - half},
             **_tuned(tuner, checker, sorted(batches), per_layer),
         }
-        provenance.save_json(output, result)
-    _tell(result, output)
-    _store(result, table, table_path)
+        _keep(result, output, table, table_path)
     return result
 
 
@@ -131,11 +128,14 @@ def _check_stock(tuner: Tuner, checker: Tuner, batch: int, journal: Journal) -> 
         raise
 
 
-def _tell(result: dict[str, Any], output: str) -> None:
-    picture = Path(output).with_suffix(".png")
-    plot(result, picture)
+def _keep(result: dict[str, Any], output: str, table: Table, table_path: str) -> None:
+    """What was found is on the screen before any disk can be full."""
     print(as_text(result))
+    provenance.save_json(output, result)
+    picture = pictures.beside(output)
+    plot(result, picture)
     print(f"\nwritten: {output}, {picture}", end="; ")
+    _store(result, table, table_path)
 
 
 def _store(result: dict[str, Any], table: Table, path: str) -> None:

@@ -1,0 +1,290 @@
+"""The flags of every verb, each number with its range. Imports neither torch nor vllm."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+# `sere.calibration.similarity.METHODS`, named here because importing that takes torch.
+_METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
+_NULL_MODELS = ("weights", "random")  # `sere.calibration.null_models.METHODS`
+_SHAPES = (  # `sere.speed.shapes.SHAPES`
+    "qwen1.5-moe-a2.7b",
+    "deepseek-v2-lite",
+    "qwen3-30b-a3b",
+    "gpt-oss-120b",
+    "qwen3-235b-a22b",
+    "deepseek-v3",
+)
+
+
+def calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="text or chats: .txt, .md, .jsonl, .json (also .gz), .parquet",
+    )
+    parser.add_argument("-o", "--output", default="table.safetensors", metavar="FILE")
+    parser.add_argument(
+        "--method",
+        default="frobenius",
+        choices=(*_METHODS, *_NULL_MODELS),
+        help="how to measure similarity; weights and random need no text, to compare with",
+    )
+    parser.add_argument("--samples", type=_positive, default=400, help="texts to draw")
+    parser.add_argument("--length", type=_positive, default=128, help="tokens per text, at most")
+    parser.add_argument("--batch", type=_positive, default=16, help="texts per forward pass")
+    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument(
+        "--allow-fewer", action="store_true", help="accept a corpus that is shorter"
+    )
+    parser.add_argument(
+        "--until-stable",
+        type=_share,
+        metavar="SHARE",
+        help="stop early once every layer would choose this share of its replacements again",
+    )
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="hold one decoder layer in memory at a time; resumable (default: if it has to be)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace a table in which `sere tune` left a policy",
+    )
+
+
+def inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", help="a table made by `sere calibrate`")
+    parser.add_argument("--rho", type=float, default=0.3, help="threshold to judge the layers by")
+    parser.add_argument("--plot", metavar="PNG", help="write heatmaps of all layers")
+    parser.add_argument("--compare", metavar="TABLE", help="another table of the same model")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", default="out", metavar="FOLDER")
+    parser.add_argument("--prompts", type=_positive, default=640, help="held-out prompts")
+    parser.add_argument("--batch", type=_positive, default=32, help="requests decoded together")
+    parser.add_argument("--method", default="frobenius", choices=_METHODS)
+    parser.add_argument("--seed", type=_whole, default=0)
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    _passage_flags(parser, "evaluation.json")
+    parser.add_argument(
+        "--engine",
+        action="store_true",
+        help="let the real vLLM engine write, and compare what it writes",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="hand over to lm-evaluation-harness: names of its tasks, or of --task-folder's",
+    )
+    parser.add_argument("--task-folder", metavar="FOLDER", help="tasks of your own (YAML files)")
+    parser.add_argument(
+        "--backend", choices=("vllm", "hf"), help="what --tasks runs on (default: vllm)"
+    )
+    parser.add_argument("--limit", type=_positive, help="examples of each task, at most")
+    parser.add_argument(
+        "--fewshot",
+        type=_whole,
+        metavar="N",
+        help="solved examples in each prompt (default: each task's own)",
+    )
+    _switch(parser, "--chat", "prompts go through the model's chat template")
+    _switch(
+        parser, "--allow-unsafe-code", "run programs that the model writes (HumanEval, MBPP), here"
+    )
+    _switch(parser, "--score-as-decode", "tokens of given answers are decode steps (--backend hf)")
+    parser.add_argument("--dtype", help="of the vLLM engine (default: the model's own)")
+    parser.add_argument(
+        "--policy",
+        dest="policies",
+        action="append",
+        metavar="JSON",
+        help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5, "name": "mine"}, {"rival": "oea", "k0": 1} '
+        '(no rivals with --engine and --tasks); in one pass also "table": "other.table"; may be '
+        "repeated (default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
+    )
+
+
+def tune(parser: argparse.ArgumentParser) -> None:
+    _passage_flags(parser, "tuning.json")
+    parser.add_argument(
+        "--budget",
+        default="kl=0.01",
+        metavar="NAME=LOSS",
+        help="kl (nats per token), top1 or exact_match (shares lost)",
+    )
+    parser.add_argument(
+        "--per-layer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also look for settings of their own for each layer",
+    )
+    parser.add_argument(
+        "--bench",
+        metavar="FILE",
+        help="what `sere bench` measured of this model where you serve: time is what it says "
+        "(default: what the next four say)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=_above_0,
+        metavar="GB/s",
+        help="of the memory to serve from (default: an H100's 3350)",
+    )
+    parser.add_argument(
+        "--expert-mb",
+        type=_above_0,
+        metavar="MB",
+        help="size of one expert as it is served (default: this model's in bf16)",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=_above_0,
+        help="that the expert kernels reach where you serve (default: 400)",
+    )
+    parser.add_argument(
+        "--route-us",
+        type=_at_least_0,
+        metavar="US",
+        help="what re-routing adds to a layer (default: 5, about a launch in a CUDA graph)",
+    )
+
+
+def bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", help="a folder, a hub name, demo, or a shape: " + ", ".join(_SHAPES)
+    )
+    parser.add_argument("table", nargs="?", help="its table (default: beside it; shapes: random)")
+    parser.add_argument(
+        "--policy",
+        dest="policies",
+        action="append",
+        metavar="JSON",
+        help='e.g. {"S": 1}, {"S": 1, "merge": true}, or the word tuned; may be repeated '
+        "(default: S=2 and S=1)",
+    )
+    _batch_flag(parser)
+    parser.add_argument("--input-len", type=_positive, default=128, help="tokens of a prompt")
+    parser.add_argument("--output-len", type=_positive, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measured, after a warm-up")
+    parser.add_argument(
+        "--rate",
+        dest="rates",
+        type=_rate,
+        action="append",
+        metavar="R",
+        help="measure a server instead, with vLLM's load generator at R requests per second "
+        "(inf: all at once); may be repeated",
+    )
+    parser.add_argument("--requests", type=_positive, default=100, help="at each --rate")
+    parser.add_argument("--layers", type=_positive, help="cut a shape to so many layers")
+    parser.add_argument(
+        "--skew",
+        type=_at_least_0,
+        default=0.0,
+        help="load a shape's experts as rank^-SKEW (0: alike)",
+    )
+    parser.add_argument(
+        "--trace", metavar="TABLE", help="load a shape's experts as this table has recorded"
+    )
+    parser.add_argument("--dtype", help="of the engine (default: float32 on CPUs, else bfloat16)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("-o", "--output", default="bench.json", metavar="FILE")
+
+
+def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
+    parser.add_argument("table", help="its table, made by `sere calibrate`")
+    _batch_flag(parser)
+    parser.add_argument(
+        "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
+    )
+    parser.add_argument("-o", "--output", default=output, metavar="FILE")
+    parser.add_argument("--samples", type=_positive, help="passages, at most (default: 512)")
+    parser.add_argument("--prompt", type=_positive, help="tokens a text begins with (default: 64)")
+    parser.add_argument("--length", type=_positive, help="tokens of a text to decode (default: 64)")
+    parser.add_argument("--seed", type=_whole, default=0)
+
+
+def _switch(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
+    """A flag that is None unless given, so that it can be refused where nobody reads it."""
+    parser.add_argument(name, action="store_true", default=None, help=meaning)
+
+
+def _batch_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch",
+        dest="batches",
+        type=_positive,
+        action="append",
+        metavar="B",
+        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
+    )
+
+
+def top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", help="of a vLLM server, e.g. localhost:8000")
+    parser.add_argument("--interval", type=_above_0, default=2.0, metavar="S", help="seconds")
+    parser.add_argument("--once", action="store_true", help="print one picture, since the start")
+    parser.add_argument("--json", action="store_true", help="print one reading as JSON")
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="results of any verb and of `vllm bench serve`: JSON files and tables",
+    )
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE")
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="also check this model (folder, hub name, demo)")
+    parser.add_argument("table", nargs="?", help="... and that this table fits and would be served")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= {least}")
+    return int(text)
+
+
+def _above_0(text: str) -> float:
+    return _number(text, "a number > 0", lambda value: 0 < value < math.inf)
+
+
+def _at_least_0(text: str) -> float:
+    return _number(text, "a number >= 0", lambda value: 0 <= value < math.inf)
+
+
+def _share(text: str) -> float:
+    return _number(text, "a share from 0 to 1, e.g. 0.9", lambda value: 0 <= value <= 1)
+
+
+def _rate(text: str) -> float:
+    return _number(text, "requests per second > 0, or inf", lambda value: value > 0)
+
+
+def _number(text: str, expected: str, right: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not right(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+    return value

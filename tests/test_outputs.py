@@ -1,0 +1,222 @@
+"""No verb ever costs a user a file: every kind of output path, tried with every verb (issue 21)."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from sere import files
+from sere.cli import main
+from sere.files import KINDS, check_writable, locked, replaced, unfinished
+from sere.results import pictures, provenance
+from sere.results.journal import Journal, JournalError
+from sere.table import Table
+
+POLICY = ["--policy", '{"S": 1}']
+# What a user types, with TABLE for a table and OUT for the output.
+VERBS = {
+    "calibrate": ["calibrate", "demo", "-o", "OUT"],
+    "evaluate": ["evaluate", "demo", "TABLE", *POLICY, "-o", "OUT"],
+    "evaluate --engine": ["evaluate", "demo", "TABLE", "--engine", *POLICY, "-o", "OUT"],
+    "evaluate --tasks": ["evaluate", "demo", "TABLE", "--tasks", "t", *POLICY, "-o", "OUT"],
+    "tune": ["tune", "demo", "TABLE", "-o", "OUT"],
+    "bench": ["bench", "demo", "TABLE", "-o", "OUT"],
+    "inspect": ["inspect", "TABLE", "--plot", "OUT"],
+    "report": ["report", "FOLDER", "-o", "OUT"],
+}
+NOTES = b"what I wrote in a month"
+
+
+@pytest.fixture
+def run(table: Table, tmp_path: Path) -> object:
+    table.save(tmp_path / "t.table")
+
+    def call(verb: str, output: Path, *more: str) -> int:
+        words = {"TABLE": str(tmp_path / "t.table"), "OUT": str(output), "FOLDER": str(tmp_path)}
+        return main([words.get(word, word) for word in VERBS[verb]] + list(more))
+
+    return call
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_file_that_is_none_of_ours_is_kept(
+    verb: str, run: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path / "notes.json", tmp_path / "link"):
+        (tmp_path / "notes.json").write_bytes(NOTES)
+        if path.name == "link":
+            path.symlink_to(tmp_path / "notes.json")
+        assert run(verb, path) == 1  # type: ignore[operator]
+        assert "add --force to replace it" in capsys.readouterr().err
+        assert (tmp_path / "notes.json").read_bytes() == NOTES
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("calibrate", "report")])
+def test_what_is_read_is_never_written_whatever_is_forced(
+    verb: str, run: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (tmp_path / "t.table").read_bytes()
+    assert run(verb, tmp_path / "t.table", "--force") == 1  # type: ignore[operator]
+    assert "is what the result is made from" in capsys.readouterr().err
+    assert (tmp_path / "t.table").read_bytes() == before
+
+
+def test_the_text_of_a_calibration_is_never_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(NOTES)
+    assert main(["calibrate", "demo", "--data", str(text), "-o", str(text), "--force"]) == 1
+    assert "is what the result is made from" in capsys.readouterr().err
+    assert text.read_bytes() == NOTES
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_is_no_output(
+    verb: str, run: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verb, tmp_path) == 1  # type: ignore[operator]
+    assert "name a file inside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "tune", "bench"])
+def test_the_picture_beside_a_result_is_an_output_too(
+    verb: str, run: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.png").write_bytes(NOTES)
+    assert run(verb, tmp_path / "new.json") == 1  # type: ignore[operator]
+    assert "new.png is there, and no picture of sere's" in capsys.readouterr().err
+    assert run(verb, tmp_path / "only.png") == 1  # type: ignore[operator]
+    assert "name the result .json" in capsys.readouterr().err
+
+
+def test_demo_keeps_what_is_in_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo.json").write_bytes(NOTES)
+    assert main(["demo", "-o", str(tmp_path)]) == 1
+    assert "demo.json is there" in capsys.readouterr().err
+    assert (tmp_path / "demo.json").read_bytes() == NOTES
+
+
+def test_ours_are_known_by_what_is_in_them(table: Table, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    table.save(tmp_path / "table")
+    provenance.save_json(tmp_path / "result", {"provenance": provenance.provenance()})
+    pictures.save(Figure(), tmp_path / "picture")
+    (tmp_path / "page").write_text("<html><head><title>sere report: x</title>")
+    Figure().savefig(tmp_path / "result.png")
+    strangers = {"text": NOTES, "empty": b"", "json": b'{"a": 1}', "deep": b"[" * 10**5}
+    for name, content in strangers.items():
+        (tmp_path / name).write_bytes(content)
+    for kind, ours in KINDS.items():
+        for path in tmp_path.iterdir():
+            assert ours(path) == (path.name == kind), (kind, path.name)
+    (tmp_path / "result.json").write_bytes((tmp_path / "result").read_bytes())
+    assert KINDS["picture"](tmp_path / "result.png")  # as sere 0.1 wrote them
+
+
+def test_force_replaces_a_file_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_bytes(NOTES)
+    (tmp_path / "link").symlink_to(tmp_path / "notes")
+    token = files.FORCE.set(True)
+    try:
+        check_writable(tmp_path / "link", kind="result")
+        provenance.save_json(tmp_path / "link", {"provenance": {}})
+    finally:
+        files.FORCE.reset(token)
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "notes").read_text()) == {"provenance": {}}
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    provenance.save_json(pipe, {"provenance": 1})
+    reader.join(10)
+    assert json.loads(got[0]) == {"provenance": 1}
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_device_is_named_and_stays_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["calibrate", "demo", "--method", "random", "-o", "/dev/full", "--force"]
+    assert main(argv) == 1
+    assert "/dev/full cannot be written: No space left" in capsys.readouterr().err
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    assert not Path("/dev/full.unfinished").exists()
+    assert pictures.beside("/dev/full") == Path("/dev/null")
+    assert unfinished("/dev/full").parent != Path("/dev")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    complaint = r"out cannot be written: No space left .*choose another"
+    with pytest.raises(OSError, match=complaint), replaced(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_goes_on_where_its_journal_finds_no_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(tmp_path / "j", {})
+
+    class Full:
+        def write(self, _: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None: ...
+
+    journal._file = Full()  # type: ignore[assignment]
+    with journal:
+        journal.add("a", 1)
+        journal.add("b", 2)
+        assert (journal.get("a"), journal.get("b")) == (1, 2)
+    assert capsys.readouterr().err.count("this run cannot be resumed") == 1
+
+
+def test_one_run_at_a_time(tmp_path: Path, table: Table) -> None:
+    """Two runs on one output, and two that would store a policy in one table."""
+    output = tmp_path / "out.json"
+    with Journal(unfinished(output), {}):
+        with pytest.raises(OSError, match="another run is at work on it"):
+            Journal(unfinished(output), {})
+        with pytest.raises(OSError, match="another run is at work on it"):
+            check_writable(output, kind="result")
+    check_writable(output)
+    table.save(tmp_path / "t")
+    another = pytest.raises(OSError, match="another run is at work")
+    with locked(tmp_path / "t"), another, locked(tmp_path / "t"):
+        pass
+
+
+@pytest.mark.parametrize("content", [NOTES, b"{torn", b"\xff\xfe\n", b"[1]\n", b'{"a": 1}\n3\n'])
+def test_a_foreign_journal_is_refused_and_kept(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "j").write_bytes(content)
+    with pytest.raises(JournalError, match="no unfinished work of sere's"):
+        Journal(tmp_path / "j", {"a": 1})
+    assert (tmp_path / "j").read_bytes() == content
+
+
+def test_a_foreign_folder_is_no_unfinished_calibration(tmp_path: Path) -> None:
+    from sere.calibration.unfinished import Unfinished, UnfinishedError
+
+    (tmp_path / "t.unfinished").mkdir()
+    (tmp_path / "t.unfinished" / "thesis.tex").write_bytes(NOTES)
+    with pytest.raises(UnfinishedError, match=r"no unfinished calibration .*thesis\.tex"):
+        Unfinished(tmp_path / "t.unfinished", {})
+    one = Unfinished(tmp_path / "u", {})
+    with pytest.raises(OSError, match="another run is at work on it"):
+        Unfinished(tmp_path / "u", {})
+    one.remove()
+    assert not (tmp_path / "u").exists()
