@@ -28,6 +28,7 @@ from sere.calibration.unfinished import Unfinished
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.demo_model.tasks import examples
 from sere.files import check_writable, unfinished
+from sere.models.hub import located
 from sere.models.loading import exceeds_memory, load_model, load_tokenizer
 from sere.models.moe import MoELayer, moe_layers, observed
 from sere.models.skeleton import load_skeleton
@@ -81,12 +82,12 @@ def calibrate(
     """
     _check_output(output, data, overwrite)
     _check_method(method)
-    folder = demo_model.resolve(model_name)
     if method in null_models.METHODS:
-        table = _without_text(folder, method, seed, progress)
+        table = _without_text(model_name, located(model_name), method, seed, progress)
         table.save(output)
         return table
-    texts = _texts(folder, data, samples, seed)
+    texts = _texts(demo_model.resolve(model_name), data, samples, seed)
+    folder = located(model_name)
     corpus = Corpus.from_texts(
         texts,
         encoder(load_tokenizer(folder), length),
@@ -103,7 +104,9 @@ def calibrate(
         found = _streamed(folder, corpus, method, batch, unfinished(output), progress)
     else:
         found = _in_memory(folder, corpus, method, batch, until_stable, progress)
-    table = _table(folder, found, method, _about(corpus.first(len(found.sequences)), data))
+    table = _table(
+        model_name, folder, found, method, _about(corpus.first(len(found.sequences)), data)
+    )
     table.save(output)
     if found.work:
         found.work.remove()
@@ -172,13 +175,15 @@ def _streamed(
 
 
 @torch.inference_mode()
-def _without_text(folder: str, method: str, seed: int, progress: bool) -> Table:
+def _without_text(name: str, folder: str, method: str, seed: int, progress: bool) -> Table:
     skeleton = load_skeleton(folder)
-    found = null_models.similarities(skeleton, method, seed, progress)
-    statistics = {i: LayerStatistics.without_text(each) for i, each in found.items()}
+    alike = null_models.similarities(skeleton, method, seed, progress)
+    statistics = {i: LayerStatistics.without_text(each) for i, each in alike.items()}
     K = null_models.experts_per_token(skeleton.model)
     about = {"corpus": "no text", "tokens": 0, "seed": seed}
-    return _table(folder, _Found(skeleton.model, skeleton.layers, statistics, K, []), method, about)
+    return _table(
+        name, folder, _Found(skeleton.model, skeleton.layers, statistics, K, []), method, about
+    )
 
 
 def _check_output(output: str | Path, data: str | Path | None, overwrite: bool) -> None:
@@ -264,10 +269,10 @@ def _about(corpus: Corpus, data: str | Path | None) -> dict[str, Any]:
     }
 
 
-def _table(folder: str, found: _Found, method: str, text: dict[str, Any]) -> Table:
+def _table(name: str, folder: str, found: _Found, method: str, text: dict[str, Any]) -> Table:
     indices = tuple(layer.index for layer in found.layers)
     E = found.layers[0].E
-    router_hash, experts_hash = weight_hashes(_checkpoint_folder(folder), indices, E)
+    router_hash, experts_hash = weight_hashes(folder, indices, E)
     fingerprint = Fingerprint(
         (found.model.config.architectures or [type(found.model).__name__])[0],
         E,
@@ -281,7 +286,7 @@ def _table(folder: str, found: _Found, method: str, text: dict[str, Any]) -> Tab
         found.statistics,
         method,
         {
-            "model": Path(folder).name,
+            "model": Path(name).name,
             "layer_names": [layer.name for layer in found.layers],
             **text,
             "versions": _versions(),
@@ -295,12 +300,3 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def _checkpoint_folder(name: str) -> Path:
-    """Where the checkpoint's files lie: the folder itself, or the hub's local snapshot."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True))

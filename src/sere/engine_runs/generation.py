@@ -26,6 +26,7 @@ from sere.demo_model.tasks import examples
 from sere.evaluation.arms import served_policies
 from sere.evaluation.quality import EvaluationError, mean
 from sere.files import check_writable, unfinished
+from sere.models.hub import located
 from sere.policy import Policy
 from sere.results import provenance
 from sere.results.journal import Journal, contents
@@ -150,7 +151,7 @@ def run(
         "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "max_tokens": max_tokens,
         "dtype": dtype,
-        **contents(demo_model.resolve(model_name), [table]),
+        **contents(located(model_name), [table]),
     }
     engine = _engine(model_name, table_path, batch, dtype)
     with Journal(unfinished(output), settings) as journal:
@@ -182,7 +183,7 @@ def _engine(model_name: str, table_path: str, batch: int, dtype: str) -> Engine:
     prefill mixes with decoding and who decodes with whom is a matter of timing."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return Engine(
-        demo_model.resolve(model_name),
+        located(model_name),
         Path(table_path).absolute(),
         batch=batch,
         dtype=dtype,

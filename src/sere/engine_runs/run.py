@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from sere import demo_model
 from sere.engine_runs.hf import Transformers
 from sere.engine_runs.tasks import Selection, select
 from sere.engine_runs.vllm import Vllm
 from sere.evaluation.arms import served_policies
 from sere.evaluation.quality import EvaluationError
 from sere.files import check_writable
+from sere.models.hub import located
 from sere.models.loading import load_tokenizer
 from sere.policy import Policy
 from sere.results import provenance
@@ -57,7 +57,7 @@ def run(
     chosen: dict[str, Policy | None] = {"stock": None, **served_policies(policies, table)}
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
     _check_scores(selection, score_as_decode)
-    folder = demo_model.resolve(model_name)
+    folder = located(model_name)
     table.check_made_for(folder)
     if chat:
         _check_template(model_name, folder)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from sere import demo_model
 from sere.evaluation.arms import Arm, parse_arm
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge, figures
 from sere.files import unfinished
+from sere.models.hub import located
 from sere.models.loading import load_model
 from sere.models.moe import MoELayer, moe_layers
 from sere.results import pictures, provenance
@@ -45,7 +45,7 @@ def run(
     table = Table.load(table_path)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
-    folder = demo_model.resolve(model_name)
+    folder = located(model_name)
     table.check_made_for(folder)
     model, layers = load(folder)
     say_if_seen(table, data)

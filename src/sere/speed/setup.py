@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sere import demo_model
+from sere.models.hub import located
 from sere.policy import Policy, PolicyError, settings_from_json
 from sere.results import provenance
 from sere.results.names import check_names
@@ -132,7 +132,7 @@ def _served(
     if shape is None:
         if layers is not None:
             raise BenchError(f"--layers cuts shapes ({', '.join(SHAPES)}), not {model}")
-        folder = demo_model.resolve(model)
+        folder = located(model)
         yield folder, Path(table or Path(folder) / FILE_NAME).absolute(), None
         return
     shape = shape.cut(layers)

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sere import demo_model
 from sere.evaluation.evaluate import load
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge
 from sere.files import check_writable, locked, unfinished
+from sere.models.hub import located
 from sere.models.moe import MoELayer
 from sere.policy import STOCK, Policy
 from sere.results import pictures, provenance
@@ -56,7 +56,7 @@ def run(
     pictures.check_result(output, table_path, data, bench)
     check_writable(table_path, kind="table")
     table = Table.load(table_path)
-    folder = demo_model.resolve(model_name)
+    folder = located(model_name)
     table.check_made_for(folder)
     model, layers = load(folder)
     cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})

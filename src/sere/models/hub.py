@@ -1,0 +1,66 @@
+"""Where a model's files are: a folder, the bundled model, or a download from the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sere import demo_model
+from sere.models.loading import LoadError
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_UNUSED = ["consolidated*", "original/*"]
+_SECONDS = 5.0
+
+
+def located(model: str) -> str:
+    """The folder of a model: "demo", a folder, or a hub name, downloaded once.
+
+    Raises `LoadError` for what is no such thing, and within seconds where the hub is out of reach.
+    """
+    folder = Path(demo_model.resolve(model))
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_file():
+        raise LoadError(f"{model} is a file: name the folder that holds the model")
+    if not _NAME.fullmatch(model) or model.startswith((".", "~")):
+        raise LoadError(f"{model}: no such folder")
+    return _downloaded(model)
+
+
+def _downloaded(name: str) -> str:
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    if (kept := _kept(name)) and constants.HF_HUB_OFFLINE:
+        return kept
+    if constants.HF_HUB_OFFLINE:
+        raise LoadError(
+            f"{name}: no such folder, and not downloaded before; HF_HUB_OFFLINE is set, so the hub "
+            "is not asked"
+        )
+    try:
+        HfApi().model_info(name, timeout=_SECONDS)
+        return str(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNUSED))
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+        raise LoadError(
+            f"{name}: no such folder, and the hub has no model of this name that may be read "
+            f"without asking ({type(error).__name__})"
+        ) from error
+    except Exception as error:  # each HTTP client has its own
+        if kept:
+            return kept
+        raise LoadError(
+            f"{name}: no such folder, and the hub is out of reach ({type(error).__name__}): give a "
+            "local folder, or download it where there is a network and set HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def _kept(name: str) -> str | None:
+    """What an earlier download left, if it is there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
