@@ -204,7 +204,7 @@ def test_eplb_maps_what_was_rerouted(table: Table, monkeypatch: pytest.MonkeyPat
     from vllm.model_executor.layers.fused_moe.router import base_router
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-    from sere.serving.vllm_plugin import _rerouting
+    from sere.serving.wiring import _rerouting
 
     T = 6
     logits = torch.rand(T, E, generator=torch.Generator().manual_seed(0))

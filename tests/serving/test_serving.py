@@ -26,7 +26,8 @@ from sere.serving.contract import REROUTING
 from sere.serving.engine import check_plugin_allowed, prepare
 from sere.serving.session import ServingError, check_config, stage_of
 from sere.serving.vllm_plugin import register
-from sere.serving.worker import self_check
+from sere.serving.wiring import install, install_in_worker
+from sere.serving.worker import self_check, sere_layers
 from sere.table import FILE_NAME, Table
 from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, run_engine
 from tests.servers import Server
@@ -190,7 +191,10 @@ def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> 
 
 SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "multi-process": ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+    "multi-process": (
+        {},
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
+    ),
     "tensor parallel": ({"tensor_parallel_size": 2}, SEVERAL),
     "expert parallel": ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, SEVERAL),
     "pipeline parallel": ({"pipeline_parallel_size": 2, "async_scheduling": False}, SEVERAL),
@@ -452,29 +456,30 @@ def test_a_missing_symbol_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MoERunner.gone" in str(symbols.obstacle())
 
 
-@pytest.mark.parametrize(
-    ("feature", "name", "settings", "reason"),
-    [
-        ("shadow", "RoutedExperts", {"shadow": {"every": 9}}, "cannot run the shadow check here"),
-        ("sleep mode", "CPUWorker", {}, "cannot follow an engine that sleeps"),
-    ],
-)
 def test_a_symbol_that_one_feature_needs_stops_that_feature_only(
-    feature: str,
-    name: str,
-    settings: dict[str, Any],
-    reason: str,
-    monkeypatch: pytest.MonkeyPatch,
-    table_path: Path,
+    monkeypatch: pytest.MonkeyPatch, table_path: Path
 ) -> None:
-    monkeypatch.setitem(contract.NEEDS[feature].called, name, ("gone",))
+    monkeypatch.setitem(contract.NEEDS["shadow"].called, "RoutedExperts", ("gone",))
     assert symbols.obstacle() is None
     config = configure(table=str(table_path))
     check_config(config)
-    config.additional_config["sere"].update(settings)
-    config.model_config.enable_sleep_mode = feature == "sleep mode"
-    with pytest.raises(ServingError, match=f"{reason}.*{name}.gone"):
+    config.additional_config["sere"]["shadow"] = {"every": 9}
+    with pytest.raises(
+        ServingError, match=r"cannot run the shadow check here.*RoutedExperts\.gone"
+    ):
         check_config(config)
+
+
+def test_a_worker_that_does_not_say_when_it_sleeps_stops_engines_that_are_to_sleep() -> None:
+    class Worker:
+        load_model = compile_or_warm_up_model = None
+
+    def config(*, sleeps: bool) -> Any:
+        return SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=sleeps))
+
+    install_in_worker(Worker, config(sleeps=False))
+    with pytest.raises(ServingError, match="Worker has no sleep and wake_up"):
+        install_in_worker(Worker, config(sleeps=True))
 
 
 def test_another_rerouting_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,9 +500,10 @@ def test_tables_load_while_another_device_is_the_default(table_path: Path) -> No
 
 def test_registering_twice_wraps_once() -> None:
     register()
-    factory = symbols.module_of("create_fused_moe_router").create_fused_moe_router
+    config = symbols.symbol("VllmConfig")
+    once = config.__post_init__
     register()
-    assert symbols.module_of("create_fused_moe_router").create_fused_moe_router is factory
+    assert config.__post_init__ is once
 
 
 def test_a_dense_model_is_refused(table_path: Path, tmp_path: Path) -> None:
@@ -596,11 +602,20 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
 
         _init_executor = check_health = None
 
-    register()
+    install()
     with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_layers"):
         Executor({}, broken=True).compile_or_warm_up_model()
     Executor({}, broken=False).compile_or_warm_up_model()
     Executor(None, broken=True).compile_or_warm_up_model()
+
+
+def test_a_worker_that_has_not_checked_itself_is_noticed() -> None:
+    """Nothing of its start-up passed through us: its class does not call vLLM's own."""
+    session = SimpleNamespace(checked=False, asleep=False, layers={0: None})
+    with pytest.raises(ServingError, match="_Worker has not checked itself"):
+        sere_layers(_Worker([], session))
+    session.checked = True
+    assert sere_layers(_Worker([], session)) == [0]
 
 
 def test_a_pipeline_stage_may_have_no_moe_layer(table_path: Path) -> None:

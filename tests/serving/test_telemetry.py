@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sere.demo_model.tasks import examples
 from sere.kernels import COUNTERS
-from sere.serving import frontend, symbols, telemetry, vllm_plugin
+from sere.serving import frontend, symbols, telemetry, wiring
 from sere.serving.contract import NEEDS
 from sere.serving.session import ServingError
 from sere.serving.worker import sere_stats, sere_telemetry
@@ -220,7 +220,7 @@ def test_without_the_call_that_asks_all_engines_there_are_no_metrics(
     """Said once, at start; re-routing goes on."""
     monkeypatch.setitem(NEEDS["metrics"].called, "AsyncMPClient", ("gone",))
     attach = symbols.symbol("attach_router")
-    vllm_plugin._export_metrics.__wrapped__()
+    wiring._export_metrics.__wrapped__()
     assert symbols.symbol("attach_router") is attach
     assert "no metrics on /metrics" in caplog.text and "AsyncMPClient.gone" in caplog.text
 

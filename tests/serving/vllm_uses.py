@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _PATH = re.compile(r"\bvllm(?:\.\w+)+")
-_LOOKUPS = ("symbol", "here", "module_of")
+_LOOKUPS = ("symbol", "here", "loaded", "module_of")
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 

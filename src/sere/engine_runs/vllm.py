@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sere.policy import Policy
+from sere.serving.asking import KEY
 from sere.serving.engine import prepare
-from sere.serving.settings import KEY
 
 
 class Vllm:

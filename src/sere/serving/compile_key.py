@@ -17,8 +17,7 @@ from typing import Any
 
 from sere import __version__
 from sere.policy import Policy
-from sere.serving.session import given
-from sere.serving.settings import KEY
+from sere.serving.asking import KEY, given
 
 # Live buffers, or of the front end. A setting that is not named here counts.
 _NOT_COMPILED = {field.name for field in fields(Policy)} | {

@@ -19,12 +19,13 @@ _PARALLEL = "vllm.distributed.parallel_state"
 _CORE_CLIENT = "vllm.v1.engine.core_client"
 _KV_CACHE = "vllm.v1.kv_cache_interface"
 _V1_DRAFTERS, _V2_DRAFTERS = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
+_CPU_WORKER = ("vllm.v1.worker.cpu_worker", "CPUWorker")
+_GPU_WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 # What is called, wrapped or derived from: name here -> where.
 SYMBOLS: dict[str, Where] = {
     "VllmConfig": ("vllm.config", "VllmConfig"),
-    "current_platform": ("vllm.platforms", "current_platform"),
     "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
     "get_forward_context": ("vllm.forward_context", "get_forward_context"),
     "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
@@ -34,8 +35,6 @@ SYMBOLS: dict[str, Where] = {
     "RoutedExperts": (f"{_MOE}.routed_experts", "RoutedExperts"),
     "ModelRunnerV1": (_V1, "GPUModelRunner"),
     "ModelRunnerV2": (_V2, "GPUModelRunner"),
-    "CPUWorker": ("vllm.v1.worker.cpu_worker", "CPUWorker"),
-    "GPUWorker": ("vllm.v1.worker.gpu_worker", "Worker"),
     "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
     "Executor": ("vllm.v1.executor.abstract", "Executor"),
     "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
@@ -53,7 +52,7 @@ SYMBOLS: dict[str, Where] = {
     "ModelConfig": ("vllm.config", "ModelConfig"),
 }
 # Of these, whichever can be imported on a machine are needed there.
-BY_DEVICE = ("ModelRunnerV2", "CPUWorker", "GPUWorker")
+BY_DEVICE = ("ModelRunnerV2",)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ class Needs:
 _REROUTING = Needs(
     called={
         "VllmConfig": ("__post_init__", "compute_hash", "uniform_decode_query_len"),
-        "current_platform": (),
         "get_current_vllm_config": (),
         "get_forward_context": (),
         "create_fused_moe_router": (),
@@ -84,15 +82,13 @@ _REROUTING = Needs(
         "FusedMoEExperts": ("is_supported_config", "is_monolithic"),
         "ModelRunnerV1": ("_prepare_inputs", "_update_states", "_dummy_run"),
         "ModelRunnerV2": ("prepare_inputs", "add_requests", "_dummy_run"),
-        "CPUWorker": ("compile_or_warm_up_model",),
-        "GPUWorker": ("compile_or_warm_up_model", "load_model"),
-        "WorkerBase": ("compile_or_warm_up_model",),
-        "Executor": ("compile_or_warm_up_model", "collective_rpc"),
+        "load_general_plugins": (),
+        "WorkerBase": ("__init__", "compile_or_warm_up_model"),
+        "Executor": ("__init__", "compile_or_warm_up_model", "collective_rpc"),
         "InputProcessor": ("_validate_params",),
         "VLLMValidationError": (),
     },
     read={
-        ("vllm.platforms.interface", "Platform"): ("is_cpu",),
         SYMBOLS["MoERunner"]: ("layer_name", "moe_config", "router"),
         SYMBOLS["BaseRouter"]: ("top_k",),
         (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),
@@ -123,13 +119,14 @@ _REROUTING = Needs(
         SYMBOLS["InputProcessor"]: ("vllm_config",),
         SYMBOLS["Executor"]: ("vllm_config",),
         SYMBOLS["WorkerBase"]: ("vllm_config",),
-        SYMBOLS["CPUWorker"]: ("model_runner",),
-        SYMBOLS["GPUWorker"]: ("model_runner",),
+        _CPU_WORKER: ("compile_or_warm_up_model", "load_model", "model_runner"),
+        _GPU_WORKER: ("compile_or_warm_up_model", "load_model", "model_runner"),
         SYMBOLS["VllmConfig"]: (
             "additional_config",
             "cache_config",
             "compilation_config",
             "device_config",
+            "load_config",
             "model_config",
             "parallel_config",
             "scheduler_config",
@@ -145,6 +142,7 @@ _REROUTING = Needs(
             "get_layers_start_end_indices",
         ),
         ("vllm.config", "CacheConfig"): ("kv_sharing_fast_prefill",),
+        ("vllm.config", "LoadConfig"): ("load_format",),
         ("vllm.config", "DeviceConfig"): ("device", "device_type"),
         ("vllm.config", "ParallelConfig"): (
             "use_sequence_parallel_moe",
@@ -155,6 +153,8 @@ _REROUTING = Needs(
         ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens",),
     },
     parameters={
+        ("vllm.v1.executor.abstract", "Executor.__init__"): ("self", "vllm_config"),
+        ("vllm.v1.worker.worker_base", "WorkerBase.__init__"): ("self", "vllm_config"),
         (_V1, "GPUModelRunner._prepare_inputs"): (
             "self",
             "scheduler_output",
@@ -232,8 +232,12 @@ _METRICS = Needs(
     parameters={(_CORE_CLIENT, "AsyncMPClient.call_utility_all_async"): ("self", "method")},
 )
 _SLEEP = Needs(
-    called={"CPUWorker": ("sleep", "wake_up"), "GPUWorker": ("sleep", "wake_up")},
-    read={SYMBOLS["ModelConfig"]: ("enable_sleep_mode",)},
+    called={},  # of the class of worker that an engine has: looked for when it is made
+    read={
+        SYMBOLS["ModelConfig"]: ("enable_sleep_mode",),
+        _CPU_WORKER: ("sleep", "wake_up"),
+        _GPU_WORKER: ("sleep", "wake_up"),
+    },
     parameters={
         ("vllm.v1.worker.cpu_worker", "CPUWorker.wake_up"): ("self", "tags"),
         ("vllm.v1.worker.gpu_worker", "Worker.wake_up"): ("self", "tags"),
@@ -272,7 +276,6 @@ _BENCH = Needs(
 )
 _DOCTOR = Needs(
     called={
-        "load_general_plugins": (),
         "EngineArgs": ("create_engine_config",),
         "ModelConfig": ("get_num_experts",),
     },

@@ -16,7 +16,7 @@ from typing import Any
 
 from sere.kernels import COUNTERS
 from sere.policy import Policy
-from sere.serving.settings import KEY
+from sere.serving.asking import KEY
 from sere.serving.symbols import lacking
 
 PLUGIN = "sere"

@@ -17,8 +17,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
+from sere.serving.asking import given
 from sere.serving.metrics import Snapshot, families
-from sere.serving.session import given
 
 PATIENCE_S = 2.0
 """How long a scrape waits for the engine before it gives out the figures of the last one."""

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from typing import Any
 
-from sere.serving.settings import KEY
+from sere.serving import wiring
+from sere.serving.asking import KEY
 from sere.serving.symbols import lacking, module_of, obstacle, symbol
 
 RESULT = "REHEARSAL "
@@ -55,14 +56,22 @@ class Rehearsal:
 
 
 def _missing() -> list[str]:
-    """Where vLLM has not been wrapped."""
+    """Where vLLM has not been wrapped, once an engine asks for it."""
+    listening = {"VllmConfig": symbol("VllmConfig").__post_init__}
+    if missing := _untouched(listening):
+        return missing
+    wiring.install()
     places = {
         "router factory": module_of("create_fused_moe_router").create_fused_moe_router,
         "MoERunner": symbol("MoERunner").__init__,
-        "VllmConfig": symbol("VllmConfig").__post_init__,
+        "Executor": symbol("Executor").compile_or_warm_up_model,
     }
-    missing = [name for name, place in places.items() if not hasattr(place, "__wrapped__")]
+    missing = _untouched(places)
     return missing if hasattr(symbol("WorkerBase"), "sere_stats") else [*missing, "worker"]
+
+
+def _untouched(places: dict[str, Any]) -> list[str]:
+    return [name for name, place in places.items() if not hasattr(place, "__wrapped__")]
 
 
 def _main(model: str | None = None, table: str | None = None) -> None:

@@ -17,6 +17,7 @@ from sere.checkpoint import Fingerprint, weight_hashes
 from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
+from sere.serving.asking import KEY, asked_by, given
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.parallel import (
@@ -25,7 +26,7 @@ from sere.serving.parallel import (
     obstacle_to_placement,
 )
 from sere.serving.rows import RowClasses
-from sere.serving.settings import KEY, Settings, cap_of
+from sere.serving.settings import Settings, cap_of
 from sere.serving.shadow import Shadow
 from sere.serving.symbols import lacking
 from sere.serving.tiers import RequestTiers, Tier
@@ -55,6 +56,7 @@ class Session:
     shadow: Shadow | None = field(init=False)
     policy: Policy | None = field(init=False)  # what is on; None is stock routing
     fallback: str | None = None  # why the shadow check switched the policy off
+    checked: bool = False  # the worker's start-up self check is through
     asleep: bool = False  # vLLM's sleep mode: the layers' buffers are unmapped
     last_told: dict[str, Any] | None = None  # see `telemetry.snapshot`
 
@@ -194,18 +196,6 @@ def open_session(config: Any) -> Session:
     return session
 
 
-def given(config: Any) -> Mapping[str, Any] | None:
-    """What the user wrote behind "sere", or None where re-routing was not asked for."""
-    additional = config.additional_config
-    return additional.get(KEY) if isinstance(additional, Mapping) and KEY in additional else None
-
-
-def asked_by(params: Any) -> Any:
-    """What a request's parameters say behind "sere", or None."""
-    extra = getattr(params, "extra_args", None)
-    return extra.get(KEY) if isinstance(extra, Mapping) else None
-
-
 def check_request(config: Any, params: Any) -> None:
     """Raise `PolicyError` if a request asks for what is no tier, or for more than the cap."""
     asked, own = asked_by(params), given(config)
@@ -242,8 +232,6 @@ def check_config(config: Any) -> None:
             "the batch, and re-routing makes them depend on it; unset one of the two"
         )
     _check_rows_are_known(config)
-    if config.model_config.enable_sleep_mode and (reason := lacking("sleep mode")):
-        raise ServingError(f"sere cannot follow an engine that sleeps: {reason}; start without it")
     settings = settings_of(config)
     check_merge(config, settings.merge)
     _check_ranks(config, settings)

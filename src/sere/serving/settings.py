@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,6 @@ from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
 
-KEY = "sere"
 _OWN_KEYS = (
     "table",
     "fingerprint",
@@ -113,16 +111,6 @@ class Settings:
             shadow=shadow,
             **flags,
         )
-
-
-def misspelt(additional: Any) -> str | None:
-    """What the user may have meant for the key "sere" of vLLM's additional_config, where that is
-    not there: a key like it, or settings that belong behind it."""
-    if not isinstance(additional, Mapping) or KEY in additional:
-        return None
-    names = {str(name).lower(): str(name) for name in additional}
-    near = difflib.get_close_matches(KEY, names, n=1)
-    return names[near[0]] if near else names.get("table")
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

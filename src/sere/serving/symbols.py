@@ -6,12 +6,15 @@ Nothing else in the project reaches into vLLM's modules by path (`engine` uses i
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sere.serving.contract import BY_DEVICE, NEEDS, REROUTING, SUPPORTED, SYMBOLS
+
+_WRAPPERS = "_sere_wrappers"
 
 
 def symbol(name: str) -> Any:
@@ -25,14 +28,13 @@ def module_of(name: str) -> Any:
 
 
 def here(name: str) -> bool:
-    """Whether a name of `SYMBOLS` can be imported on this machine, and harms nothing."""
-    return _harmless(name) and _exists(*SYMBOLS[name])
+    """Whether a name of `SYMBOLS` can be imported on this machine."""
+    return _exists(*SYMBOLS[name])
 
 
-def _harmless(name: str) -> bool:
-    """Importing vLLM's CPU worker replaces `torch.cuda.Stream` and more by stand-ins, in the whole
-    process: only where CPUs are the platform (issue 17)."""
-    return name != "CPUWorker" or bool(symbol("current_platform").is_cpu())
+def loaded(name: str) -> bool:
+    """Whether vLLM itself has imported the module of a name of `SYMBOLS` by now."""
+    return SYMBOLS[name][0] in sys.modules
 
 
 def _get(module: str, path: str) -> Any:
@@ -48,9 +50,12 @@ def _exists(module: str, path: str) -> bool:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by `wrapper(original)`."""
+    """Replace `owner.name` by `wrapper(original)`, unless that has been done."""
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+    if wrapper not in getattr(original, _WRAPPERS, ()):
+        wrapped = functools.wraps(original)(wrapper(original))
+        setattr(wrapped, _WRAPPERS, (*getattr(original, _WRAPPERS, ()), wrapper))
+        setattr(owner, name, wrapped)
 
 
 def obstacle(*, any_version: bool = False) -> str | None:
@@ -80,7 +85,7 @@ def missing_symbols(feature: str = REROUTING) -> list[str]:
     missing = []
     for name, members in NEEDS[feature].called.items():
         module, path = SYMBOLS[name]
-        if _harmless(name) and _exists(module, path):
+        if _exists(module, path):
             found = [m for m in members if not _exists(module, f"{path}.{m}")]
             missing += [f"{module}.{path}.{m}" for m in found]
         elif name not in BY_DEVICE:

@@ -1,118 +1,85 @@
-"""The vLLM plug-in: where re-routing meets the engine.
+"""The plug-in's entry point: what being installed does to a process of vLLM, which is next to none.
 
-vLLM has no stable hook between router and experts, so a few private symbols (all named in
-`symbols`) are wrapped, once per process, before a model is built:
+vLLM runs `register` in every process, before it is known whether an engine asks for re-routing.
+So it imports nothing of vLLM, and only listens where configs come by:
 
-* the config: bad settings are refused before anything is loaded, and of good ones only what changes
-  compiled code counts in the key of the compile cache (see `compile_key`);
-* the router factory: every router becomes an instance of a subclass that re-routes its choice;
-* the constructor of a layer's runner: plan, counters and row classes are attached to it;
-* kernel selection: kernels that route by themselves are refused, re-routing could not reach them;
-* model runners and workers: see `worker`.
+* where one is made;
+* where executors and workers are given one, which in processes of their own was made elsewhere.
 
-Without "sere" in `additional_config` every wrapper hands straight through to vLLM.
+The first that has "sere" in `additional_config` puts in all else (`wiring`). In a process that
+never meets one, every other object of vLLM stays as vLLM made it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+from sere.serving import random_weights
+from sere.serving.asking import given, misspelt
+from sere.serving.symbols import loaded, module_of, symbol, wrap
 
-from sere.kernels.merge import narrow
-from sere.policy import PolicyError
-from sere.serving import drafters, random_weights, telemetry, worker
-from sere.serving.compile_key import keyed
-from sere.serving.parallel import expert_ranks
-from sere.serving.probe import sere_probe
-from sere.serving.session import (
-    ServingError,
-    check_config,
-    check_request,
-    given,
-    open_session,
-)
-from sere.serving.settings import misspelt
-from sere.serving.symbols import (
-    here,
-    lacking,
-    module_of,
-    obstacle,
-    symbol,
-    untested_version,
-    wrap,
-)
-
-_MARK = "_sere_registered"
 _LOG = logging.getLogger("vllm.sere")  # below vLLM's own, so that its handlers show it
 
 
 def register() -> None:
     """Entry point of `vllm.general_plugins`; safe to call again."""
-    config = symbol("VllmConfig")
-    if getattr(config, _MARK, False):
-        return
-    setattr(config, _MARK, True)
-    reason = obstacle(any_version=True)
-    wrap(config, "__post_init__", functools.partial(_checking, reason))
-    if reason:
-        return  # an engine that asks for re-routing will be refused with the reason
-    wrap(config, "compute_hash", keyed)
-    _define_operator()
-    if not lacking("bench"):
-        random_weights.register()
-    wrap(module_of("create_fused_moe_router"), "create_fused_moe_router", _rerouting_factory)
-    wrap(symbol("MoERunner"), "__init__", _binding)
-    experts = symbol("FusedMoEExperts")
-    experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
-    wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
-    wrap(symbol("InputProcessor"), "_validate_params", _admitting)
-    _wrap_worker_side()
+    wrap(symbol("VllmConfig"), "__post_init__", _making)
+    wrap(module_of("load_general_plugins"), "load_general_plugins", _loading_again)
+    _listen_to_receivers()
 
 
-def _wrap_worker_side() -> None:
-    runner = symbol("ModelRunnerV1")
-    wrap(runner, "_prepare_inputs", worker.classifying_v1)
-    wrap(runner, "_update_states", worker.tracking)
-    wrap(runner, "_dummy_run", worker.voiding)
-    if here("ModelRunnerV2"):
-        runner = symbol("ModelRunnerV2")
-        wrap(runner, "prepare_inputs", worker.classifying_v2)
-        wrap(runner, "add_requests", worker.tracking)
-        wrap(runner, "_dummy_run", worker.voiding)
-    wrap(symbol("GPUWorker"), "load_model", drafters.telling_apart)  # other workers inherit it
-    sleeps = not lacking("sleep mode")
-    for own in map(symbol, filter(here, ("CPUWorker", "GPUWorker"))):
-        wrap(own, "compile_or_warm_up_model", worker.self_checking)
-        if sleeps:
-            wrap(own, "sleep", telemetry.falling_asleep)
-            wrap(own, "wake_up", telemetry.waking_up)
-    for call in (*worker.REMOTE_CALLS, sere_probe):
-        setattr(symbol("WorkerBase"), call.__name__, call)
+def _listen_to_receivers() -> None:
+    """Those that vLLM has loaded by now: before it makes one it loads plug-ins, maybe again."""
+    for receiver in map(symbol, filter(loaded, ("Executor", "WorkerBase"))):
+        wrap(receiver, "__init__", _receiving)
 
 
-def _checking(reason: str | None, original: Callable[..., None]) -> Callable[..., None]:
+def _loading_again(original: Callable[[], None]) -> Callable[[], None]:
+    def load_general_plugins() -> None:
+        original()
+        _listen_to_receivers()
+
+    return load_general_plugins
+
+
+def _making(original: Callable[..., None]) -> Callable[..., None]:
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:
         original(config, *args, **kwargs)
-        model = config.model_config
-        asked = given(config)
         if key := misspelt(config.additional_config):
             _say_misspelt(key)
-        if asked is None or model is None or model.is_submodel_config:
+        _know_load_format(config)
+        model = config.model_config
+        if given(config) is None or model is None or model.is_submodel_config:
             return
-        if drafters.is_drafters(config):
-            return
-        any_version = isinstance(asked, Mapping) and asked.get("any_version") is True
-        if found := reason or (None if any_version else untested_version()):
-            raise ServingError(f"sere cannot re-route: {found}")
-        check_config(config)
-        _export_metrics()
+        from sere.serving import wiring
+
+        wiring.admit(config)
+        _listen_to_receivers()
 
     return __post_init__
+
+
+def _receiving(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(receiver: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        _know_load_format(vllm_config)
+        if given(vllm_config) is not None:
+            from sere.serving import wiring
+
+            wiring.install()
+            if loaded("WorkerBase") and isinstance(receiver, symbol("WorkerBase")):
+                wiring.install_in_worker(type(receiver), vllm_config)
+        original(receiver, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+def _know_load_format(config: Any) -> None:
+    """Engines with random weights ask for them whether they re-route or not."""
+    if config.load_config.load_format == random_weights.LOAD_FORMAT:
+        random_weights.register()
 
 
 @functools.cache
@@ -122,148 +89,3 @@ def _say_misspelt(key: str) -> None:
         'write {"sere": {"table": ...}}',
         key,
     )
-
-
-def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
-    def compile_or_warm_up_model(executor: Any) -> None:
-        original(executor)
-        if given(executor.vllm_config) is None:
-            return
-        try:
-            executor.collective_rpc(worker.sere_layers.__name__)
-        except Exception as error:
-            raise ServingError(
-                "sere is not loaded in every worker: install the same version on every host, and "
-                f"let VLLM_PLUGINS name 'sere' there if it is set ({error})"
-            ) from error
-
-    return compile_or_warm_up_model
-
-
-def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _validate_params(processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            check_request(processor.vllm_config, params)
-        except PolicyError as error:
-            refusal = symbol("VLLMValidationError")
-            raise refusal(f'"sere": {error}', parameter="extra_args") from None
-        return original(processor, params, *args, **kwargs)
-
-    return _validate_params
-
-
-@functools.cache
-def _export_metrics() -> None:
-    """Put sere's metrics on `/metrics`; called where a config is made, so not in workers."""
-    if reason := lacking("metrics"):
-        _LOG.warning("sere: no metrics on /metrics: %s", reason)
-        return
-    from sere.serving.frontend import exporting
-
-    wrap(module_of("attach_router"), "attach_router", exporting)
-
-
-def _current_config() -> Any:
-    return symbol("get_current_vllm_config")()
-
-
-def _is_to_reroute() -> bool:
-    """Whether layers of the model that is being built are to be re-routed."""
-    return not drafters.is_loading() and given(_current_config()) is not None
-
-
-def _rerouting_factory(original: Callable[..., Any]) -> Callable[..., Any]:
-    def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
-        router = original(*args, **kwargs)
-        if _is_to_reroute():
-            router.__class__ = _rerouting(router.__class__)
-        return router
-
-    return create_fused_moe_router
-
-
-@functools.cache
-def _rerouting(router: Any) -> type:
-    """A subclass of a router class that re-routes what it chose.
-
-    A subclass and not a proxy: vLLM asks routers for their type and reads their state.
-    """
-    if "Simulator" in router.__name__:
-        raise ServingError(f"sere cannot re-route {router.__name__}: it invents its routes")
-
-    choose = router._compute_routing
-
-    def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        weights, ids = choose(self, *args, **kwargs)
-        layer = self._sere
-        if layer.traced and torch.compiler.is_compiling():
-            ids = torch.ops.sere.reroute(ids, weights, layer.name)
-        else:
-            ids = layer.forward(ids, weights)
-        if layer.merges and not layer.live.idle:
-            ids, weights = narrow(ids, weights)
-        return weights, ids
-
-    members = {
-        "_compute_routing": _compute_routing,
-        # Read by vLLM 0.33: no kernel that routes inside itself. 0.32 needs `_vetoing`.
-        "supports_monolithic_kernels": False,
-    }
-    return type(f"Rerouting{router.__name__}", (router,), members)
-
-
-def _binding(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(runner: Any, *args: Any, **kwargs: Any) -> None:
-        original(runner, *args, **kwargs)
-        if drafters.is_loading():
-            drafters.claim(runner)
-        if not _is_to_reroute():
-            return
-        config = _current_config()
-        session = open_session(config)
-        runner.sere = session.bind(
-            runner.layer_id,
-            runner.layer_name,
-            E=runner.moe_config.num_logical_experts,
-            K=runner.router.top_k,
-            ranks=expert_ranks(runner, config),
-        )
-        runner.sere.traced = not config.model_config.enforce_eager
-        runner.router._sere = runner.sere
-        if session.shadow is not None:
-            session.shadow.watch(runner.layer_id, runner.sere, runner.routed_experts)
-
-    return __init__
-
-
-def _vetoing(original: Callable[..., Any]) -> Callable[..., Any]:
-    def is_supported_config(cls: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-        if cls.is_monolithic() and _is_to_reroute():
-            return False, "kernel does not support routes adjusted after routing (sere)"
-        supported: tuple[bool, str | None] = original(cls, *args, **kwargs)
-        return supported
-
-    return is_supported_config
-
-
-# --- the operator as vLLM sees it -------------------------------------------------------------
-
-_LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-untyped-call]
-
-
-def _define_operator() -> None:
-    """`torch.ops.sere.reroute`: opaque to torch.compile, which on the CPU traces through routers
-    and would freeze what they saw while tracing."""
-    _LIBRARY.define("reroute(Tensor topk_ids, Tensor(a!) topk_weights, str layer_name) -> Tensor")
-    _LIBRARY.impl("reroute", _reroute, "CompositeExplicitAutograd")
-    torch.library.register_fake("sere::reroute", _like_ids, lib=_LIBRARY)
-
-
-def _reroute(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
-    layers = symbol("get_forward_context")().no_compile_layers
-    ids: Tensor = layers[layer_name].sere.forward(topk_ids, topk_weights)
-    return ids.clone() if ids is topk_ids else ids  # an operator must not return its input
-
-
-def _like_ids(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
-    return torch.empty_like(topk_ids)

@@ -8,12 +8,11 @@ from typing import Any
 
 from sere.policy import Policy
 from sere.serving import drafters
+from sere.serving.asking import asked_by, given
 from sere.serving.session import (
     ServingError,
     Session,
-    asked_by,
     check_merge,
-    given,
     is_dense_stage,
     open_session,
     session_of,
@@ -94,6 +93,7 @@ def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
         if given(worker.vllm_config) is not None:
             self_check(worker)
             sere_reset(worker)  # model runner V2 warms up with requests that look real
+            _session(worker).checked = True
         return result
 
     return compile_or_warm_up_model
@@ -156,8 +156,11 @@ def sere_policy(worker: Any, settings: Mapping[str, Any] | None) -> None:
 
 
 def sere_layers(worker: Any) -> list[int]:
-    """Which decoder layers this worker re-routes."""
-    return sorted(_session(worker).layers)
+    """Which decoder layers this worker re-routes. Raises unless it has checked that it does."""
+    session = _session(worker)
+    if not session.checked:
+        raise ServingError(f"{type(worker).__name__} has not checked itself: it was made unnoticed")
+    return sorted(session.layers)
 
 
 def sere_stats(worker: Any) -> dict[int, dict[str, int]]:

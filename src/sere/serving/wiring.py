@@ -1,0 +1,236 @@
+"""Where re-routing meets the engine: what is put into vLLM once a config asks for it.
+
+vLLM has no stable hook between router and experts, so a few private symbols (all named in
+`contract`) are wrapped, once per process, before a model is built:
+
+* the config's hash: only what changes compiled code counts in it (see `compile_key`);
+* the router factory: every router becomes an instance of a subclass that re-routes its choice;
+* the constructor of a layer's runner: plan, counters and row classes are attached to it;
+* kernel selection: kernels that route by themselves are refused, re-routing could not reach them;
+* model runners and workers: see `worker`.
+
+An engine without "sere" in the same process passes straight through every wrapper.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere.kernels.merge import narrow
+from sere.policy import PolicyError
+from sere.serving import drafters, telemetry, worker
+from sere.serving.asking import given
+from sere.serving.compile_key import keyed
+from sere.serving.parallel import expert_ranks
+from sere.serving.probe import sere_probe
+from sere.serving.session import ServingError, check_config, check_request, open_session
+from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
+
+_LOG = logging.getLogger("vllm.sere")
+
+
+def admit(config: Any) -> None:
+    """Make this process re-route engines of such a config, or refuse it: raises `ServingError`."""
+    if drafters.is_drafters(config):
+        return
+    asked = given(config)
+    any_version = isinstance(asked, Mapping) and asked.get("any_version") is True
+    if reason := obstacle(any_version=any_version):
+        raise ServingError(f"sere cannot re-route: {reason}")
+    install()
+    check_config(config)
+    _export_metrics()
+
+
+@functools.cache
+def install() -> None:
+    """Wrap what is not the worker's own; once per process. Raises `ServingError`."""
+    if reason := obstacle(any_version=True):
+        raise ServingError(f"sere cannot re-route: {reason}")
+    wrap(symbol("VllmConfig"), "compute_hash", keyed)
+    _define_operator()
+    wrap(module_of("create_fused_moe_router"), "create_fused_moe_router", _rerouting_factory)
+    wrap(symbol("MoERunner"), "__init__", _binding)
+    experts = symbol("FusedMoEExperts")
+    experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
+    wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
+    wrap(symbol("InputProcessor"), "_validate_params", _admitting)
+    runner = symbol("ModelRunnerV1")
+    wrap(runner, "_prepare_inputs", worker.classifying_v1)
+    wrap(runner, "_update_states", worker.tracking)
+    wrap(runner, "_dummy_run", worker.voiding)
+    if here("ModelRunnerV2"):
+        runner = symbol("ModelRunnerV2")
+        wrap(runner, "prepare_inputs", worker.classifying_v2)
+        wrap(runner, "add_requests", worker.tracking)
+        wrap(runner, "_dummy_run", worker.voiding)
+    for call in (*worker.REMOTE_CALLS, sere_probe):
+        setattr(symbol("WorkerBase"), call.__name__, call)
+
+
+def install_in_worker(own: Any, config: Any) -> None:
+    """Wrap the class of worker that vLLM chose, which need not be one that this file could name.
+
+    Raises `ServingError` if its engine is to sleep and it does not say when.
+    """
+    wrap(own, "load_model", drafters.telling_apart)
+    wrap(own, "compile_or_warm_up_model", worker.self_checking)
+    if hasattr(own, "sleep") and hasattr(own, "wake_up"):
+        wrap(own, "sleep", telemetry.falling_asleep)
+        wrap(own, "wake_up", telemetry.waking_up)
+    elif config.model_config.enable_sleep_mode:
+        raise ServingError(
+            f"sere cannot follow an engine that sleeps: {own.__name__} has no sleep and wake_up; "
+            "start without it"
+        )
+
+
+def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
+    def compile_or_warm_up_model(executor: Any) -> None:
+        original(executor)
+        if given(executor.vllm_config) is None:
+            return
+        try:
+            executor.collective_rpc(worker.sere_layers.__name__)
+        except Exception as error:
+            raise ServingError(
+                "sere is not loaded in every worker: install the same version on every host, and "
+                f"let VLLM_PLUGINS name 'sere' there if it is set ({error})"
+            ) from error
+
+    return compile_or_warm_up_model
+
+
+def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _validate_params(processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            check_request(processor.vllm_config, params)
+        except PolicyError as error:
+            refusal = symbol("VLLMValidationError")
+            raise refusal(f'"sere": {error}', parameter="extra_args") from None
+        return original(processor, params, *args, **kwargs)
+
+    return _validate_params
+
+
+@functools.cache
+def _export_metrics() -> None:
+    """Put sere's metrics on `/metrics`; called where a config is made, so not in workers."""
+    if reason := lacking("metrics"):
+        _LOG.warning("sere: no metrics on /metrics: %s", reason)
+        return
+    from sere.serving.frontend import exporting
+
+    wrap(module_of("attach_router"), "attach_router", exporting)
+
+
+def _current_config() -> Any:
+    return symbol("get_current_vllm_config")()
+
+
+def _is_to_reroute() -> bool:
+    """Whether layers of the model that is being built are to be re-routed."""
+    return not drafters.is_loading() and given(_current_config()) is not None
+
+
+def _rerouting_factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_fused_moe_router(*args: Any, **kwargs: Any) -> Any:
+        router = original(*args, **kwargs)
+        if _is_to_reroute():
+            router.__class__ = _rerouting(router.__class__)
+        return router
+
+    return create_fused_moe_router
+
+
+@functools.cache
+def _rerouting(router: Any) -> type:
+    """A subclass of a router class that re-routes what it chose.
+
+    A subclass and not a proxy: vLLM asks routers for their type and reads their state.
+    """
+    if "Simulator" in router.__name__:
+        raise ServingError(f"sere cannot re-route {router.__name__}: it invents its routes")
+
+    choose = router._compute_routing
+
+    def _compute_routing(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, ids = choose(self, *args, **kwargs)
+        layer = self._sere
+        if layer.traced and torch.compiler.is_compiling():
+            ids = torch.ops.sere.reroute(ids, weights, layer.name)
+        else:
+            ids = layer.forward(ids, weights)
+        if layer.merges and not layer.live.idle:
+            ids, weights = narrow(ids, weights)
+        return weights, ids
+
+    members = {
+        "_compute_routing": _compute_routing,
+        # Read by vLLM 0.33: no kernel that routes inside itself. 0.32 needs `_vetoing`.
+        "supports_monolithic_kernels": False,
+    }
+    return type(f"Rerouting{router.__name__}", (router,), members)
+
+
+def _binding(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(runner: Any, *args: Any, **kwargs: Any) -> None:
+        original(runner, *args, **kwargs)
+        if drafters.is_loading():
+            drafters.claim(runner)
+        if not _is_to_reroute():
+            return
+        config = _current_config()
+        session = open_session(config)
+        runner.sere = session.bind(
+            runner.layer_id,
+            runner.layer_name,
+            E=runner.moe_config.num_logical_experts,
+            K=runner.router.top_k,
+            ranks=expert_ranks(runner, config),
+        )
+        runner.sere.traced = not config.model_config.enforce_eager
+        runner.router._sere = runner.sere
+        if session.shadow is not None:
+            session.shadow.watch(runner.layer_id, runner.sere, runner.routed_experts)
+
+    return __init__
+
+
+def _vetoing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def is_supported_config(cls: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+        if cls.is_monolithic() and _is_to_reroute():
+            return False, "kernel does not support routes adjusted after routing (sere)"
+        supported: tuple[bool, str | None] = original(cls, *args, **kwargs)
+        return supported
+
+    return is_supported_config
+
+
+# --- the operator as vLLM sees it -------------------------------------------------------------
+
+_LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _define_operator() -> None:
+    """`torch.ops.sere.reroute`: opaque to torch.compile, which on the CPU traces through routers
+    and would freeze what they saw while tracing."""
+    _LIBRARY.define("reroute(Tensor topk_ids, Tensor(a!) topk_weights, str layer_name) -> Tensor")
+    _LIBRARY.impl("reroute", _reroute, "CompositeExplicitAutograd")
+    torch.library.register_fake("sere::reroute", _like_ids, lib=_LIBRARY)
+
+
+def _reroute(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
+    layers = symbol("get_forward_context")().no_compile_layers
+    ids: Tensor = layers[layer_name].sere.forward(topk_ids, topk_weights)
+    return ids.clone() if ids is topk_ids else ids  # an operator must not return its input
+
+
+def _like_ids(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(topk_ids)
