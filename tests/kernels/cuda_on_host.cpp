@@ -2,6 +2,7 @@
 // warp is one thread, blocks run one after another. Built as a library by tests/kernels/cuda_on_host.py,
 // and with -DRACES -fsanitize=thread as a program that fails if two threads race.
 
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <random>
@@ -11,6 +12,7 @@
 #define LANES 1
 #define __device__
 #define __global__
+#define __launch_bounds__(threads)
 #define __shared__ static
 
 struct Index {
@@ -24,6 +26,11 @@ static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static unsigned __ballot_sync(unsigned, bool value) { return value; }
 static int __shfl_sync(unsigned, int value, int) { return value; }
 static int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
+static double __dmul_rn(double a, double b) { return a * b; }
+static float __fadd_rn(float a, float b) { return a + b; }
+static double __dadd_rn(double a, double b) { return a + b; }
 
 template <class T>
 static void atomicMin(T* where, T value) {
@@ -44,6 +51,16 @@ static void atomicMax(T* where, T value) {
 template <class T>
 static void atomicAdd(T* where, T value) {
     std::atomic_ref<T>(*where).fetch_add(value);
+}
+
+template <class T>
+static void atomicOr(T* where, T value) {
+    std::atomic_ref<T>(*where).fetch_or(value);
+}
+
+template <class T>
+static T atomicAnd(T* where, T value) {
+    return std::atomic_ref<T>(*where).fetch_and(value);
 }
 
 #include "reroute.cu"
@@ -88,12 +105,13 @@ extern "C" void host_reroute(int share, int threads, const int* given, BATCH_PAR
         return;
     }
     std::vector<int> votes(2 * E + 1, NEVER);
-    if (!given)
+    if (given)
+        std::copy(given, given + votes.size(), votes.begin());
+    else
         host_vote(share, threads, votes.data(), ids, ids_row, ids_slot, weights, weights_row,
                   weights_slot, rows, T, K, E, settings);
-    const int* cast = given ? given : votes.data();
     launch(blocks, threads,
-           batch(reroute_move, share, cast, neighbours, errors, scales, settings, out, counters));
+           batch(reroute_move, share, votes.data(), neighbours, errors, scales, settings, out, counters));
 }
 
 #ifdef RACES

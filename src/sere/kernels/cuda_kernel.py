@@ -26,6 +26,7 @@ MAX_E, MAX_K = 1024, 32
 ONE_BLOCK = 8192
 """Up to how many slots one block serves."""
 THREADS = 1024
+_SOURCES = ("reroute.cu", "distinct.cuh")
 _C_TYPES = {
     torch.int16: "short",
     torch.int32: "int",
@@ -62,6 +63,8 @@ def run(
     else:
         if votes is None:
             votes = vote(topk_ids, weights, plan, rows)
+        elif counters is not None:
+            votes = votes.clone()  # blocks tell each other what they counted
         share, blocks = _split(T, K)
         kernels.launch("reroute_move", blocks, *batch, share, votes.data_ptr(), *decision)
     if weights is not topk_weights:
@@ -156,7 +159,7 @@ def compiled(architecture: str, ids: torch.dtype, weights: torch.dtype) -> bytes
     """
     from cuda.bindings import nvrtc
 
-    source = (files("sere.kernels") / "reroute.cu").read_text()
+    source = source_text()
     macros = {"ID": _C_TYPES[ids], "WEIGHT": _C_TYPES[weights]}
     key = repr((source, architecture, macros, nvrtc.nvrtcVersion()))
     path = _cache_folder() / f"reroute-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
@@ -170,6 +173,12 @@ def compiled(architecture: str, ids: torch.dtype, weights: torch.dtype) -> bytes
     except OSError:
         pass  # a read-only home: compiled again next time, half a second
     return cubin
+
+
+def source_text() -> str:
+    """reroute.cu, with the file that it includes."""
+    main, included = ((files("sere.kernels") / name).read_text() for name in _SOURCES)
+    return main.replace(f'#include "{_SOURCES[1]}"', included)
 
 
 def _compile(source: str, architecture: str, macros: dict[str, str]) -> bytes:

@@ -5,7 +5,7 @@
 //   tally    how many experts have each rank, from which every thread finds s    (rule 4)
 //   look up  a warp walks a secondary's neighbour list, 32 entries at a time     (rules 5, 6)
 //   rescue   with a tolerance: what loses too much becomes primary; look up again  (rule 5)
-//   move     every slot to its expert's target, and count                        (rules 6 to 8)
+//   move     every slot to its expert's target, no row to one expert twice       (distinct.cuh)
 // Batches too large for one block take three launches: a fill, `vote` by many blocks into global
 // memory, and the rest by many blocks.
 //
@@ -15,6 +15,8 @@
 #ifndef LANES
 #define LANES 32
 #endif
+enum { THREADS = 1024 };  // a launch's blocks, at most
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
 
 enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };  // EXACT + n: a FAST row that keeps n slots
 // first_rank of an expert that rule 5 made primary, and of those that nobody voted for: named by a
@@ -52,9 +54,10 @@ struct Shared {
     int target[MAX_E];
     int loss[MAX_E];
     int tally[MAX_K + 1];  // experts by first_rank; the last: named, but without a vote
-    int lowest;
-    int critical_experts;
-    int rescued_experts;
+    unsigned active[MAX_E / 32];  // bits of primaries and critical experts
+    unsigned stayed[MAX_E / 32];  // bits of what FAST rows name besides, being short of experts
+    short in_order[MAX_E];        // the active experts, ascending
+    short standing[MAX_E];        // where an active expert stands among them
     int counts[COUNTERS];
 };
 
@@ -112,11 +115,7 @@ __device__ static void clear(Shared& shared, int E) {
     }
     for (int i = threadIdx.x; i <= MAX_K; i += blockDim.x) shared.tally[i] = 0;
     for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x) shared.counts[i] = 0;
-    if (threadIdx.x == 0) {
-        shared.lowest = NEVER;
-        shared.critical_experts = 0;
-        shared.rescued_experts = 0;
-    }
+    for (int i = threadIdx.x; i < MAX_E / 32; i += blockDim.x) shared.active[i] = shared.stayed[i] = 0;
 }
 
 __device__ static void vote(
@@ -190,14 +189,14 @@ __device__ static void look_up(
             const int e = first + i * warps;
             if (e >= batch.E) break;
             const int rank = shared.first_rank[e];
-            if (lane == 0 && rank < s) atomicMin(&shared.lowest, e);
+            if (lane == 0 && rank < s) atomicOr(&shared.active[e / 32], 1u << e % 32);
             if (rank < s || rank >= NAMED) continue;
             const int length = batch.E - 1;
             const int found = nearest(shared, neighbours + e * length, length, s, listed[i]);
             if (lane == 0) {
                 shared.place[e] = found;
                 if (found < 0)
-                    atomicAdd(&shared.critical_experts, 1);
+                    atomicOr(&shared.active[e / 32], 1u << e % 32);
                 else
                     shared.target[e] = neighbours[e * length + found];
             }
@@ -208,6 +207,8 @@ __device__ static void look_up(
 // Rule 5: what would lose more than tau becomes primary, the largest loss first.
 __device__ static void rescue(const Batch& batch, const Decision& decision, Shared& shared, int s, int primaries) {
     const int tau = decision.settings[TAU], room = decision.settings[MAX_ACTIVE] - primaries;
+    // Found again by the next look-up: what had no stand-in may have one then.
+    for (int i = threadIdx.x; i < MAX_E / 32; i += blockDim.x) shared.active[i] = 0;
     for (int e = threadIdx.x; e < batch.E; e += blockDim.x) {
         const int rank = shared.first_rank[e], place = shared.place[e];
         if (rank < s || rank >= NAMED || place < 0) continue;
@@ -223,72 +224,90 @@ __device__ static void rescue(const Batch& batch, const Decision& decision, Shar
             ahead += shared.loss[other] > loss || (shared.loss[other] == loss && other < e);
         if (ahead >= room) continue;
         shared.first_rank[e] = RESCUED;
-        atomicAdd(&shared.rescued_experts, 1);
     }
-    if (threadIdx.x == 0) shared.critical_experts = 0;  // counted again by the next look-up
     __syncthreads();
 }
 
+#include "distinct.cuh"
+
 __device__ static void move(
-    const Batch& batch, const Decision& decision, Shared& shared, int s, bool movable, int start, int stop) {
+    const Batch& batch, const Decision& decision, Shared& shared, int s, int active, int start, int stop) {
+    __shared__ Rows rows;
     int rerouted = 0, critical = 0;
-    const bool scales = decision.settings[SCALES] != 0;
-    for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x) {
-        const int t = slot / batch.K, k = slot % batch.K, kind = kind_of(batch, t);
-        const long long e = expert_at(batch, t, k);
-        long long goes_to = e;
-        if (movable && kind != EXACT && in_range(batch, e)) {
-            const bool idle = kind != FAST || weight_at(batch, t, k) == 0;
-            if (shared.first_rank[e] < s)
-                critical += shared.first_rank[e] == RESCUED && !idle;
-            else if (idle)
-                goes_to = shared.lowest;
-            else if (shared.place[e] < 0)
-                ++critical;
-            else {
-                goes_to = shared.target[e];
-                if (scales) weight_at(batch, t, k) *= decision.scales[e * (batch.E - 1) + shared.place[e]];
-            }
-            rerouted += kind == FAST && goes_to != e;
+    const int turn = blockDim.x > batch.K ? blockDim.x / batch.K : 1;
+    list_active(shared, batch.E);
+    for (int first = start; first < stop; first += turn) {
+        const int slots = (first + turn < stop ? turn : stop - first) * batch.K;
+        critical += aim(batch, shared, rows, s, first, slots);
+        __syncthreads();
+        if (active < batch.K) {
+            hold(batch, rows, shared.stayed, first, slots, active);
+            __syncthreads();
         }
-        decision.out[slot] = (ID)goes_to;
+        carry(batch, decision, shared, rows, first, slots, active);
+        __syncthreads();
+        rerouted += fill(batch, decision, shared, rows, first, slots, active);
+        if (first + turn < stop) __syncthreads();
     }
-    if (!decision.counters) return;
     if (rerouted) atomicAdd(&shared.counts[REROUTED], rerouted);
     if (critical) atomicAdd(&shared.counts[CRITICAL], critical);
+}
+
+__device__ static void copy(const Batch& batch, ID* out, int start, int stop) {
+    for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x)
+        out[slot] = (ID)expert_at(batch, slot / batch.K, slot % batch.K);
+}
+
+__device__ static void count_rows(const Batch& batch, Shared& shared, int start, int stop) {
     for (int t = start + threadIdx.x; t < stop; t += blockDim.x) {
         const int kind = kind_of(batch, t);
         atomicAdd(&shared.counts[kind == FAST ? ROWS_FAST : kind == EXACT ? ROWS_EXACT : ROWS_VOID], 1);
     }
 }
 
-// Everything after the vote. `any_fast` is null where this block sees all rows.
+// What stayed is active, too: each expert counts once, in the block that is the first to say so.
+// Nobody else needs this bit of a vote (see `share_in`).
+__device__ static void count_stayed(const Batch& batch, Shared& shared, int* votes) {
+    for (int e = threadIdx.x; e < batch.E; e += blockDim.x)
+        if (bit(shared.stayed, e) && (!votes || atomicAnd(&votes[batch.E + 1 + e], ~NEVER) & NEVER))
+            atomicAdd(&shared.counts[AFTER], 1);
+}
+
+// The largest share that a vote tells of: negative so that the least is wanted everywhere.
+__device__ static int share_in(int vote) { return vote < 0 ? -(vote | NEVER) : 0; }
+
+// Everything after the vote. `votes` is null where this block sees all rows.
 __device__ static void decide_and_move(
     const Batch& batch, const Decision& decision, Shared& shared, int (&listed)[GROUP], int start,
-    int stop, const int* any_fast) {
+    int stop, int* votes) {
     tally(batch, shared);
     __syncthreads();
-    int primaries;
+    int primaries, active = 0;
     const int s = choose_s(shared, decision.settings, batch.K, &primaries);
     const bool movable = decision.settings[SETTING_S] < batch.K && primaries > 0;
     if (movable) look_up(batch, decision.neighbours, shared, s, listed);
     __syncthreads();
     if (movable && decision.settings[TAU] >= 0) {
         rescue(batch, decision, shared, s, primaries);
-        primaries += shared.rescued_experts;
         prefetch(batch, decision.neighbours, threadIdx.x / LANES, listed);
         look_up(batch, decision.neighbours, shared, s, listed);
         __syncthreads();
     }
-    move(batch, decision, shared, s, movable, start, stop);
+    for (int word = 0; word < MAX_E / 32; ++word) active += __popc(shared.active[word]);
+    if (movable)
+        move(batch, decision, shared, s, active, start, stop);
+    else
+        copy(batch, decision.out, start, stop);
     if (!decision.counters || decision.settings[SETTING_S] == OFF) return;
+    count_rows(batch, shared, start, stop);
     __syncthreads();
-    if (threadIdx.x == 0 && blockIdx.x == 0 && (any_fast ? *any_fast == 0 : shared.counts[ROWS_FAST] > 0)) {
+    count_stayed(batch, shared, votes);
+    if (threadIdx.x == 0 && blockIdx.x == 0 && (votes ? votes[batch.E] == 0 : shared.counts[ROWS_FAST] > 0)) {
         int before = 0;
         for (int rank = 0; rank <= batch.K; ++rank) before += shared.tally[rank];
         shared.counts[STEPS] = 1;
         shared.counts[BEFORE] = before;
-        shared.counts[AFTER] = movable ? primaries + shared.critical_experts : before;
+        atomicAdd(&shared.counts[AFTER], movable ? active : before);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x)
@@ -306,7 +325,7 @@ __device__ static void decide_and_move(
 #define DECISION \
     Decision { neighbours, errors, scales, settings, out, counters }
 
-extern "C" __global__ void reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
+KERNEL reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
     __shared__ Shared shared;
     const Batch batch = BATCH;
     int listed[GROUP];
@@ -320,7 +339,7 @@ extern "C" __global__ void reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS
 
 // votes: [2 E + 1], filled with NEVER: first ranks, then 0 if there is a FAST row, then the largest
 // shares, negative so that the least is wanted everywhere.
-extern "C" __global__ void reroute_vote(
+KERNEL reroute_vote(
     BATCH_PARAMETERS, int share, int* votes, const int* settings) {
     __shared__ Shared shared;
     const Batch batch = BATCH;
@@ -338,8 +357,8 @@ extern "C" __global__ void reroute_vote(
     if (threadIdx.x == 0 && shared.counts[ROWS_FAST]) atomicMin(&votes[E], 0);
 }
 
-extern "C" __global__ void reroute_move(
-    BATCH_PARAMETERS, int share, const int* votes, DECISION_PARAMETERS) {
+KERNEL reroute_move(
+    BATCH_PARAMETERS, int share, int* votes, DECISION_PARAMETERS) {
     __shared__ Shared shared;
     const Batch batch = BATCH;
     const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
@@ -348,10 +367,9 @@ extern "C" __global__ void reroute_move(
     clear(shared, E);
     __syncthreads();
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        const int share_below = votes[E + 1 + e];
         shared.first_rank[e] = votes[e];
-        shared.share[e] = share_below < 0 ? -share_below : 0;
+        shared.share[e] = share_in(votes[E + 1 + e]);
     }
     __syncthreads();
-    decide_and_move(batch, DECISION, shared, listed, start, stop, &votes[E]);
+    decide_and_move(batch, DECISION, shared, listed, start, stop, votes);
 }

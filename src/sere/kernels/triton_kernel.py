@@ -42,6 +42,8 @@ def run(
         return out
     if votes is None:
         votes = vote(topk_ids, topk_weights, plan, rows)
+    elif counters is not None:
+        votes = votes.clone()  # programs tell each other what they counted
     share, grid = _split(T, sizes["ROWS"])
     _decide_and_move[grid](*batch, votes, share, *decision, **sizes)
     return out
@@ -83,4 +85,5 @@ def _sizes(E: int, K: int) -> dict[str, int]:
         "ROWS": max(1, (THREADS if E_PADDED <= 256 else TILE // E_PADDED) // K_PADDED),
         "LISTED": min(max(4, TILE // E_PADDED), triton.next_power_of_2(max(E - 1, 1))),
         "num_warps": THREADS // 32,
+        "enable_fp_fusion": False,  # a scaled weight is rounded before it is added
     }
