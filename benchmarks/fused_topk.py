@@ -105,7 +105,7 @@ def choose(
         _choose[(triton.cdiv(T, compiled["CHOOSING"]),)](
             *(logits, logits.stride(0), renormalize, ids, weights, rows, T),
             **{name: compiled[name] for name in _choose.arg_names if name in compiled},
-            num_warps=compiled["num_warps"],
+            **{name: compiled[name] for name in ("num_warps", "enable_fp_fusion")},
         )
     return weights, ids
 

@@ -48,7 +48,7 @@ def triton_compiled(kernel: Any, E: int, K: int, gpu: int) -> Any:
     """Compile one Triton kernel for the types that vLLM uses, specialised as its launches are."""
     names = kernel.arg_names
     known = {**fused_topk.sizes(E, K), "ids_slot": 1, "weights_slot": 1}
-    options = {"num_warps": known["num_warps"]}
+    options = {name: known[name] for name in ("num_warps", "enable_fp_fusion")}
     constants = {name: value for name, value in known.items() if name in names}
     types = {"renormalize": "i1", **POINTERS, **dict.fromkeys(constants, "constexpr")}
     # One layer's settings are a piece of all layers'; other tensors begin where PyTorch allocates.

@@ -130,6 +130,8 @@ int main() {
         for (auto& error : errors) error = random() % FRACTION;
         settings[TAU] = round % 2 ? FRACTION : -1;
         settings[SCALES] = round % 2;
+        settings[MIN_ACTIVE] = round % 3 ? 4 : 1;  // 1: fewer experts than a row has slots
+        settings[MAX_ACTIVE] = round % 3 ? 12 : 2;
         for (auto& id : ids) id = (int)(random() % (E + 2)) - 1;
         for (auto& weight : weights) weight = (random() % 5) / 4.0f;
         for (auto& row : rows) row = random() % 3;

@@ -102,8 +102,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_cuda_compiles_without_a_gpu_or_a_toolkit(gpu: int, cache: Path) -> None:
-    for ids in (torch.int32, torch.int64):
-        assert len(cuda_kernel.compiled(f"sm_{gpu}", ids, torch.float32)) > 1000
+    """A block's threads fit into the 65536 registers of an SM, whatever the types."""
+    from kernel_code import figures
+
+    types = [(torch.int32, torch.float32), (torch.int64, torch.float64)]
+    for ids, weights in types:
+        kernels = figures(cuda_kernel.compiled(f"sm_{gpu}", ids, weights))
+        assert len(kernels) == 3
+        for kernel in kernels.values():
+            assert kernel["registers"] * cuda_kernel.THREADS <= 65536
     assert len(list(cache.iterdir())) == 2
 
 
@@ -122,7 +129,7 @@ def test_ranks_that_compile_at_once_leave_one_whole_file(cache: Path) -> None:
     assert [rank.wait() for rank in ranks] == [0, 0, 0]
     (kept,) = cache.iterdir()
     assert kept.read_bytes() == cuda_kernel._compile(
-        (Path(cuda_kernel.__file__).parent / "reroute.cu").read_text(),
+        cuda_kernel.source_text(),
         "sm_90",
         {"ID": "int", "WEIGHT": "float"},
     )
@@ -143,16 +150,25 @@ def test_cuda_has_no_data_race(tmp_path: Path) -> None:
     assert subprocess.run([program], capture_output=True).returncode == 0
 
 
+# The last lines before a barrier.
+BARRIERS = (
+    "    vote(batch, settings, shared, 0, T);\n",
+    "        critical += aim(batch, shared, rows, s, first, slots);\n",
+    "            hold(batch, rows, shared.stayed, first, slots, active);\n    ",
+    "        carry(batch, decision, shared, rows, first, slots, active);\n",
+)
+
+
 @pytest.mark.skipif(not cuda_on_host.COMPILER, reason="no g++")
-def test_the_race_test_finds_a_missing_barrier(tmp_path: Path) -> None:
-    source = (Path(cuda_kernel.__file__).parent / "reroute.cu").read_text()
-    before, barrier, after = source.partition(
-        "    vote(batch, settings, shared, 0, T);\n    __syncthreads();\n"
-    )
+@pytest.mark.parametrize("line", BARRIERS)
+def test_the_race_test_finds_a_missing_barrier(line: str, tmp_path: Path) -> None:
+    before, barrier, after = cuda_kernel.source_text().partition(f"{line}    __syncthreads();\n")
+    if not barrier:
+        before, barrier, after = cuda_kernel.source_text().partition(
+            f"{line}        __syncthreads();\n"
+        )
     assert barrier
-    (tmp_path / "reroute.cu").write_text(
-        f"{before}    vote(batch, settings, shared, 0, T);\n{after}"
-    )
+    (tmp_path / "reroute.cu").write_text(f"{before}{line}{after}")
     program = tmp_path / "races"
     first = f"-I{tmp_path}"  # found before the real one
     cuda_on_host.build(
