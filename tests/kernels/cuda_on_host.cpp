@@ -130,11 +130,11 @@ int main() {
         for (auto& error : errors) error = random() % FRACTION;
         settings[TAU] = round % 2 ? FRACTION : -1;
         settings[SCALES] = round % 2;
-        settings[MIN_ACTIVE] = round % 3 ? 4 : 1;  // 1: fewer experts than a row has slots
-        settings[MAX_ACTIVE] = round % 3 ? 12 : 2;
+        settings[MIN_ACTIVE] = round % 3 ? 4 : 1;
         for (auto& id : ids) id = (int)(random() % (E + 2)) - 1;
         for (auto& weight : weights) weight = (random() % 5) / 4.0f;
-        for (auto& row : rows) row = random() % 3;
+        for (auto& row : rows) row = round % 3 ? random() % 3 : VOID;
+        if (round % 3 == 0) rows[0] = FAST;  // fewer active experts than a row has slots
         for (int share : {0, 8})
             host_reroute(share, 6, nullptr, ids.data(), K, 1, weights.data(), K, 1, rows.data(), T, K, E,
                          neighbours.data(), errors.data(), scales.data(), settings.data(),
