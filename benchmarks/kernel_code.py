@@ -78,6 +78,7 @@ def figures(cubin: bytes) -> dict[str, dict[str, int]]:
         found[name] = {
             "instructions": sum(op != "NOP" for op in code),
             "barriers": sum(op.startswith("BAR") for op in code),
+            "fused_multiply_adds": sum(op.startswith(("FFMA", "DFMA")) for op in code),
             "registers": int(used["REG"]),
             "shared_bytes": int(used["SHARED"]),
             "stack_bytes": int(used["STACK"]),
