@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sere.kernels import Plan, RowClass, reference
 from sere.kernels.triton_kernel import _sizes
-from sere.kernels.triton_programs import VOID, _all_at_once
+from sere.kernels.triton_programs import VOID, _all_at_once, launched
 
 MAX_T = 64
 _TAKEN = tl.constexpr(2**31 - 1)  # above every gap
@@ -124,7 +124,7 @@ def sizes(E: int, K: int) -> dict[str, int]:
     return {**operator, "CHOOSING": min(8, max(1, 1024 // operator["E_PADDED"]))}
 
 
-@triton.jit
+@launched
 def _fused(
     logits, logits_row, renormalize, ids, weights, rows, T, arrived,
     neighbours, errors, scales, settings, out, counters,
@@ -144,7 +144,7 @@ def _fused(
         )  # fmt: skip
 
 
-@triton.jit
+@launched
 def _choose(
     logits, logits_row, renormalize, ids, weights, rows, T,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,

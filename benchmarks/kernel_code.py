@@ -36,6 +36,7 @@ POINTERS = dict.fromkeys(
 )
 POINTERS |= {"weights": "*fp32", "scales": "*fp32", "logits": "*bf16"}
 POINTERS |= {"rows": "*i8", "counters": "*i64"}
+_ALIGNED = {"logits", "arrived", "logits_row"}  # specialised; others are not, see `launched`
 TRITON_KERNELS = (
     triton_programs._all_at_once,
     triton_programs._vote,
@@ -51,13 +52,17 @@ def triton_compiled(kernel: Any, E: int, K: int, gpu: int) -> Any:
     options = {name: known[name] for name in ("num_warps", "enable_fp_fusion")}
     constants = {name: value for name, value in known.items() if name in names}
     types = {"renormalize": "i1", **POINTERS, **dict.fromkeys(constants, "constexpr")}
-    # One layer's settings are a piece of all layers'; other tensors begin where PyTorch allocates.
-    aligned = {*POINTERS} - {"settings"} | ({"logits_row"} if E % 16 == 0 else set())
+    assert {*kernel.do_not_specialize} >= {*triton_programs.VARYING}
+    assert {*kernel.do_not_specialize_on_alignment} >= {*triton_programs.POINTERS}
     source = ASTSource(
         kernel,
         signature={name: types.get(name, "i32") for name in names},
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in aligned},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in _ALIGNED.intersection(names)
+            if name != "logits_row" or E % 16 == 0
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
 

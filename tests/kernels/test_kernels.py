@@ -71,6 +71,47 @@ def test_triton_compiles_without_a_gpu(gpu: int, E: int, K: int) -> None:
             assert code["fused_multiply_adds"] == 0
 
 
+def test_triton_compiles_nothing_more_once_a_server_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own key of a compiled kernel, for an H100: the first call compiles every form,
+    and no batch size, stride between rows or address asks for another."""
+    pytest.importorskip("triton")
+    from sere.kernels import triton_kernel
+
+    keys: dict[str, set[str]] = {"first": set(), "later": set()}
+    moment = "first"
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            target = make_backend(GPUTarget("cuda", 90, 32))
+            self.bind = create_function_from_signature(kernel.signature, kernel.params, target)
+            self.name = kernel.__name__
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: self.warmup(*args, grid=grid, **options)
+
+        def warmup(self, *args: Any, grid: Any, **options: Any) -> None:
+            _, *key = self.bind(*map(MockTensor.wrap_dtype, args), **options)
+            keys[moment].add(f"{self.name} {key}")
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import MockTensor, create_function_from_signature
+
+    for name in ("_all_at_once", "_vote", "_decide_and_move"):
+        monkeypatch.setattr(triton_kernel, name, Recorded(getattr(triton_kernel, name)))
+    monkeypatch.setattr(triton_kernel, "_PREPARED", set())
+    plan = Plan.off(128)
+    for T in (1, 2, 3, 16, 17, 128, 129, 512, 4096):
+        for shift in (0, 1):  # where a tensor begins in its memory
+            ids = torch.zeros(T * 8 + shift, dtype=torch.int32)[shift:].view(T, 8)
+            weights = torch.zeros(T, 8 + shift)[:, shift:]
+            rows = torch.zeros(T + shift, dtype=torch.int8)[shift:]
+            triton_kernel.run(ids, weights, plan, rows, new_counters())
+            moment = "later"
+    assert len(keys["first"]) == 3
+    assert keys["later"] == keys["first"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_the_fused_top_k_chooses_as_vllms_router(renormalize: bool, dtype: torch.dtype) -> None:

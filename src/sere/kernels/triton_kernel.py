@@ -35,6 +35,7 @@ def run(
     if T == 0 or K == 0:
         return out
     sizes = _sizes(plan.num_experts, K)
+    _prepare(topk_ids, topk_weights, plan, rows, counters)
     batch = _batch(topk_ids, topk_weights, rows)
     decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, out, counters)
     if votes is None and T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
@@ -59,6 +60,29 @@ def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None
         batch = _batch(topk_ids, topk_weights, rows)
         _vote[grid](*batch, votes, share, plan.settings, **sizes)
     return votes
+
+
+_PREPARED = set[tuple[object, ...]]()
+
+
+def _prepare(
+    topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor | None
+) -> None:
+    """Compile every form of the kernel when the first is needed, which is at start-up: a batch of
+    another size later compiles nothing while requests wait."""
+    E, K = plan.num_experts, topk_ids.shape[1]
+    slots = topk_ids.stride(1), topk_weights.stride(1)
+    given = rows is None, counters is None
+    key = (topk_ids.device, E, K, topk_ids.dtype, topk_weights.dtype, slots, given)
+    if key in _PREPARED:
+        return
+    _PREPARED.add(key)
+    sizes, grid, votes = _sizes(E, K), (1,), torch.int32
+    batch = _batch(topk_ids, topk_weights, rows)
+    decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, topk_ids, counters)
+    _all_at_once.warmup(*batch, *decision, grid=grid, **sizes)
+    _vote.warmup(*batch, votes, 1, plan.settings, grid=grid, **sizes)
+    _decide_and_move.warmup(*batch, votes, 1, *decision, grid=grid, **sizes)
 
 
 def _batch(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> tuple[object, ...]:

@@ -6,6 +6,8 @@ are found by comparing slots with experts, and looked up with `tl.gather`.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -21,8 +23,19 @@ RESCUED = tl.constexpr(-1)  # `first_rank` of an expert that rule 5 made primary
 _FRACTION = tl.constexpr(FRACTION)
 _WEIGHT_FRACTION, _LARGEST_WEIGHT = tl.constexpr(WEIGHT_FRACTION), tl.constexpr(LARGEST_WEIGHT)
 
+VARYING = ("T", "share", "ids_row", "weights_row")
+POINTERS = (
+    *("ids", "weights", "rows", "votes", "neighbours", "errors", "scales", "settings"),
+    *("out", "counters"),
+)
+# Compiled once, whatever a batch's size is and wherever its tensors begin: a server must not wait
+# for a compiler. Rows of E - 1 entries are not aligned anyway.
+launched = functools.partial(
+    triton.jit, do_not_specialize=VARYING, do_not_specialize_on_alignment=POINTERS
+)
 
-@triton.jit
+
+@launched
 def _all_at_once(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T,
     neighbours, errors, scales, settings, out, counters,
@@ -44,7 +57,7 @@ def _all_at_once(
     _count_step(counters, settings, fast, before, after + tl.sum(stayed))
 
 
-@triton.jit
+@launched
 def _vote(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share, settings,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
@@ -63,7 +76,7 @@ def _vote(
     tl.atomic_min(votes + E + 1 + experts, -largest, mask=(largest > 0) & (experts < E))
 
 
-@triton.jit
+@launched
 def _decide_and_move(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, votes, share,
     neighbours, errors, scales, settings, out, counters,
