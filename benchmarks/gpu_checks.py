@@ -1,8 +1,9 @@
 """All checks that need a GPU, in one command; correctness only, the result as JSON.
 
-    python benchmarks/gpu_checks.py -o benchmarks/results/gpu_checks.json
+    python benchmarks/gpu_checks.py -o benchmarks/results/gpu_checks.json [--only NAME ...]
 
-Each check prints one line. Engine checks need a CUDA build of a supported vLLM and are listed as
+Each check has a limit of its own and says how long it took; what ended is in the result at once.
+Engine checks need a CUDA build of a supported vLLM and are listed as
 not run without it. Speed is another command, for when these pass:
 
     python benchmarks/bench_reroute.py -o benchmarks/results/reroute.json
@@ -15,39 +16,48 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import fused_topk
+import one_by_one
 import torch
 
 from sere import demo_model
-from sere.kernels import Plan, RowClass, implementation_for, implementations, new_counters
+from sere.kernels import (
+    Plan,
+    RowClass,
+    implementation_for,
+    implementations,
+    new_counters,
+    reference,
+)
 from sere.kernels.plan import Substitution
 from sere.policy import Policy
 from sere.results import provenance
 
 GPU_IMPLEMENTATIONS = ("triton", "cuda")
+DEVICE = "cuda"
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]
 
 
 def implementations_compile() -> str:
     """Every implementation that a GPU can have is there."""
-    reasons = {name: implementations._obstacle(name, "cuda") for name in GPU_IMPLEMENTATIONS}
+    reasons = {name: implementations._obstacle(name, DEVICE) for name in GPU_IMPLEMENTATIONS}
     assert not any(reasons.values()), reasons
-    return f"{', '.join(reasons)}; default: {implementation_for(torch.device('cuda'))}"
+    return f"{', '.join(reasons)}; default: {implementation_for(torch.device(DEVICE))}"
 
 
-def operator_equals_specification() -> str:
+def operator_equals_specification(batches: Iterable[Batch] = ()) -> str:
     """Every regime on the GPU against the specification on the CPU, bit for bit, counters too."""
     cases = 0
-    for ids, weights, similarity, rows, policy in _batches():
+    for ids, weights, similarity, rows, policy in batches or _batches():
         plan = _plan(similarity, policy, ids.shape[1])
         for dtype in (torch.int32, torch.int64):
             expected, scaled, counted = _specified(ids.to(dtype), weights, plan, rows)
             for name, run in _usable():
-                counters = new_counters("cuda")
-                inputs = ids.to(dtype).cuda(), weights.cuda(), plan.to("cuda"), rows.cuda()
+                counters = new_counters(DEVICE)
+                inputs = _there(ids.to(dtype)), _there(weights), plan.to(DEVICE), _there(rows)
                 torch.full_like(inputs[0], -7)  # poison what the result will be allocated from
                 got = run(*inputs, counters)
                 where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
@@ -58,23 +68,88 @@ def operator_equals_specification() -> str:
     return f"{cases} batches equal"
 
 
-def ranks_that_vote_together_route_as_one_batch() -> str:
-    """Halves of batches, their votes combined, against the specification of the whole."""
+def no_row_names_an_expert_twice() -> str:
+    """Fewer experts than slots, weights of 0, duplicates to begin with, padding, every type: equal
+    to the specification, and distinct where the input was."""
+    g, cases = torch.Generator().manual_seed(2), 0
+    weight_types = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    id_types = (torch.int32, torch.int64, torch.int16)
+    for seed in range(240):
+        E, K, T = ((8, 8), (32, 4), (128, 8), (60, 6))[seed % 4] + (
+            (1, 7, 64, 1500)[seed // 4 % 4],
+        )
+        ids = torch.rand(T, E, generator=g).argsort(1)[:, :K]
+        ids = ids.masked_fill(torch.rand(T, K, generator=g) < 0.05, -1)
+        twice = seed % 5 == 4
+        if twice:
+            ids = torch.randint(-1, E + 1, (T, K), generator=g)
+        weights = (torch.rand(T, K, generator=g) * 4).ceil() / 4 + 0.01 * (seed % 2)
+        weights = weights.masked_fill(torch.rand(T, K, generator=g) < 0.1, 0)
+        ids, weights = ids.to(id_types[seed % 3]), weights.to(weight_types[seed // 16 % 4])
+        few = seed // 4 % 3 != 0  # nobody votes but the first row: experts run out
+        rows = torch.randint(0, 6, (T,), generator=g).masked_fill(
+            torch.arange(T) > 0, 0 if few else 1
+        )
+        policy = Policy(S=1, min_active=1, weights=("keep", "scale")[seed // 2 % 2])
+        plan = _plan(torch.rand(E, E, generator=g), policy, K)
+        rows = rows.to(torch.int8)
+        expected, carried, counted = _specified(ids, weights, plan, rows)
+        for name, run in _usable():
+            counters, own = new_counters(DEVICE), _there(weights)
+            got = run(_there(ids), own, plan.to(DEVICE), _there(rows), counters).cpu()
+            assert torch.equal(got, expected), (name, seed)
+            assert torch.equal(own.cpu(), carried), (name, seed)
+            assert torch.equal(counters.cpu(), counted), (name, seed)
+            inside = got.long().masked_fill((got < 0) | (got >= E), E)
+            named = torch.zeros(T, E + 1, dtype=torch.int64)
+            named.scatter_add_(1, inside, torch.ones_like(inside))
+            assert twice or (named[:, :E] <= 1).all(), (name, seed)
+            cases += 1
+    return f"{cases} batches equal"
+
+
+def triton_compiles_once() -> str:
+    """No batch size or address asks for another compilation after the first call."""
+    import triton
+
+    run, compiled = implementations.load("triton"), []
+    hooks, name = triton.knobs.runtime, "jit_post_compile_hook"
+    before = getattr(hooks, name)
+    plan = _plan(torch.rand(96, 96), Policy(S=1), 6).to(DEVICE)
+    try:
+        for T in (8, 1, 2, 16, 17, 31, 128, 500, 512, 4096):
+            ids = torch.rand(T, 96, device=DEVICE).argsort(1)[:, :6].to(torch.int32)
+            rows = torch.ones(T + 1, dtype=torch.int8, device=DEVICE)[1:]
+            run(ids, torch.rand(T, 6, device=DEVICE), plan, rows, None)
+            setattr(hooks, name, lambda *args, **more: compiled.append(more))
+    finally:
+        setattr(hooks, name, before)
+    assert not compiled, compiled[0]
+    return "10 sizes"
+
+
+def ranks_that_vote_together_agree(batches: Iterable[Batch] = ()) -> str:
+    """Halves of batches with the votes of both, against the specification; votes stay."""
     cases = 0
-    for ids, weights, similarity, rows, policy in _batches((3, 32, 257, 4096)):
+    for ids, weights, similarity, rows, policy in batches or _batches((3, 32, 257, 4096)):
         plan = _plan(similarity, policy, ids.shape[1])
-        expected, scaled, _ = _specified(ids, weights, plan, rows)
-        half, there = len(ids) // 2, plan.to("cuda")
-        halves = [t.cuda().split([half, len(ids) - half]) for t in (ids, weights, rows)]
+        half, there = len(ids) // 2, plan.to(DEVICE)
+        halves = [t.split([half, len(ids) - half]) for t in (ids, weights, rows)]
         parts = list(zip(*halves, strict=True))
+        whole = reference.vote(ids, weights, plan, rows)
         for name, run in _usable():
             vote = implementations.load_vote(name)
-            votes = torch.stack([vote(i, w, there, r) for i, w, r in parts]).amin(0)
-            moved = [(i, w.clone(), r) for i, w, r in parts]
-            got = [run(i, w, there, r, None, votes) for i, w, r in moved]
+            said = [vote(_there(i), _there(w), there, _there(r)) for i, w, r in parts]
+            votes = torch.stack(said).amin(0)
             where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
-            assert torch.equal(torch.cat(got).cpu(), expected), where
-            assert torch.equal(torch.cat([w for _, w, _ in moved]).cpu(), scaled), where
+            for i, w, r in parts:
+                expected, carried, counted = _specified(i, w, plan, r, whole)
+                own, counters = _there(w), new_counters(DEVICE)
+                got = run(_there(i), own, there, _there(r), counters, votes)
+                assert torch.equal(votes.cpu(), whole), where
+                assert torch.equal(got.cpu(), expected), where
+                assert torch.equal(own.cpu(), carried), where
+                assert torch.equal(counters.cpu(), counted), where
             cases += 1
     return f"{cases} batches equal"
 
@@ -94,8 +169,8 @@ def ten_thousand_random_batches() -> str:
         plan = _plan(torch.rand(E, E, generator=g), policy, K)
         expected, scaled, _ = _specified(ids, weights, plan, rows)
         for name, run in _usable():
-            on_gpu = weights.cuda()
-            got = run(ids.cuda(), on_gpu, plan.to("cuda"), rows.cuda(), None)
+            on_gpu = _there(weights)
+            got = run(_there(ids), on_gpu, plan.to(DEVICE), _there(rows), None)
             assert torch.equal(got.cpu(), expected), (name, seed)
             assert torch.equal(on_gpu.cpu(), scaled), (name, seed)
     return "equal"
@@ -108,9 +183,9 @@ def graph_replay_sees_new_rows_and_policy() -> str:
         for T in (32, 2048):
             batches = [b for b in _batches((T,)) if b[0].shape[1] == 8 and b[2].shape[0] == 128]
             ids, weights, similarity, rows, policy = (
-                x.cuda() if isinstance(x, torch.Tensor) else x for x in batches[0]
+                _there(x) if isinstance(x, torch.Tensor) else x for x in batches[0]
             )
-            plan, counters = _plan(similarity, policy, 8), new_counters("cuda")
+            plan, counters = _plan(similarity, policy, 8), new_counters(DEVICE)
             run(ids, weights, plan, rows, counters)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -135,18 +210,19 @@ def graph_replay_sees_new_rows_and_policy() -> str:
 def fused_top_k_equals_specification() -> str:
     """Softmax, top-k and operator in one launch: the experts exactly, weights nearly as PyTorch's
     softmax; and bit for bit what the specification makes of the kernel's own top-k."""
-    cases, arrived = 0, torch.zeros(1, dtype=torch.int32, device="cuda")
-    for seed, (ids, _, similarity, rows, policy) in enumerate(_batches((0, 1, 7, 33, 64))):
+    cases, arrived = 0, torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    batches = _batches((0, 1, 7, 33, 64), ((60, 4), (128, 8)))  # each shape and type is compiled
+    for seed, (ids, _, similarity, rows, policy) in enumerate(batches):
         E, K, T = len(similarity), ids.shape[1], len(ids)
         logits = _logits(seed, T, E)
         plan, own = _plan(similarity, policy, K), (seed % 2 == 0)
         where = (T, E, K, policy, logits.dtype)
         expected, chosen = fused_topk.chosen(logits, K, renormalize=own, rows=rows)
-        inputs = logits.cuda(), K, plan.to("cuda"), rows.cuda()
+        inputs = _there(logits), K, plan.to(DEVICE), _there(rows)
         weights, first = fused_topk.choose(inputs[0], K, inputs[3], renormalize=own)
         assert torch.equal(first.cpu(), chosen), where
         torch.testing.assert_close(weights.cpu(), expected, rtol=1e-5, atol=1e-30)
-        counters = new_counters("cuda")
+        counters = new_counters(DEVICE)
         scaled, got = fused_topk.run(*inputs, counters, renormalize=own, arrived=arrived)
         ids, weights, counted = _specified(chosen, weights.cpu(), plan, rows)
         assert torch.equal(got.cpu(), ids), where
@@ -160,8 +236,8 @@ def fused_top_k_equals_specification() -> str:
 def fused_top_k_in_a_graph() -> str:
     """Replayed with other logits; programs that arrive in any order leave the ticket ready."""
     plan = _plan(torch.rand(128, 128, generator=torch.Generator().manual_seed(0)), Policy(S=1), 8)
-    on_gpu, arrived = plan.to("cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
-    logits = _logits(0, 64, 128).cuda()
+    on_gpu, arrived = plan.to(DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    logits = _there(_logits(0, 64, 128))
 
     def launch() -> torch.Tensor:
         return fused_topk.run(logits, 8, on_gpu, None, None, renormalize=True, arrived=arrived)[1]
@@ -191,33 +267,45 @@ def vllms_top_k_chooses_the_same() -> str:
         for renormalize in (True, False):
             logits = _logits(seed, 64, E, spoilt=False)
             expected, chosen = fused_topk.chosen(logits, K, renormalize=renormalize)
-            weights, ids, _ = top_k(logits.cuda(), logits.cuda(), K, renormalize)
+            weights, ids, _ = top_k(_there(logits), _there(logits), K, renormalize)
             assert torch.equal(ids.cpu(), chosen), (E, K, logits.dtype)
             torch.testing.assert_close(weights.cpu(), expected, rtol=1e-5, atol=1e-30)
     return "the same experts in the same order"
 
 
-def sanitizer_finds_nothing() -> str:
-    """compute-sanitizer's memcheck and racecheck over both forms of the kernels."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+def memcheck_finds_nothing() -> str:
+    """compute-sanitizer's memcheck over all forms of the kernels."""
+    return _sanitizer("memcheck")
+
+
+def racecheck_finds_nothing() -> str:
+    """compute-sanitizer's racecheck (shared memory) over all forms of the kernels."""
+    return _sanitizer("racecheck")
+
+
+def _sanitizer(check: str) -> str:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
         raise ImportError("compute-sanitizer is not on the PATH")
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__]
-        done = subprocess.run([*command, "--sanitized"], capture_output=True, text=True)
-        assert done.returncode == 0, f"{check}: {done.stdout[-1500:]}"
-    return "memcheck and racecheck are clean"
+    command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__]
+    done = subprocess.run([*command, "--sanitized"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1500:]
+    return "clean"
 
 
 def sanitized() -> None:
-    """What runs under the sanitizer: small, both forms."""
-    for T in (33, 2048):
-        for ids, weights, similarity, rows, policy in _batches((T,), ((128, 8),)):
-            plan = _plan(similarity, policy, 8).to("cuda")
+    """What runs under the sanitizer: small, all forms."""
+    for T in (9, 1100):  # one block, and many
+        for number, (ids, weights, similarity, rows, policy) in enumerate(
+            _batches((T,), ((32, 8),))
+        ):
+            if number not in (0, 4):
+                continue
+            plan = _plan(similarity, policy, 8).to(DEVICE)
             for _, run in _usable():
-                run(ids.cuda(), weights.cuda(), plan, rows.cuda(), new_counters("cuda"))
-    arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
-    logits = _logits(0, 33, 128).cuda()
+                run(_there(ids), _there(weights), plan, _there(rows), new_counters(DEVICE))
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    logits = _there(_logits(0, 9, 32))
     fused_topk.run(logits, 8, plan, None, None, renormalize=True, arrived=arrived)
     torch.cuda.synchronize()
 
@@ -245,26 +333,33 @@ def engine_with_graphs() -> str:
     return "32 prompts"
 
 
-CHECKS: list[Callable[[], str]] = [
-    implementations_compile,
-    operator_equals_specification,
-    ranks_that_vote_together_route_as_one_batch,
-    ten_thousand_random_batches,
-    graph_replay_sees_new_rows_and_policy,
-    fused_top_k_equals_specification,
-    fused_top_k_in_a_graph,
-    vllms_top_k_chooses_the_same,
-    sanitizer_finds_nothing,
-    engine_with_graphs,
-]
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]
+# How many seconds each may take, what it compiles included.
+CHECKS: dict[Callable[[], str], float] = {
+    implementations_compile: 60,
+    operator_equals_specification: 120,
+    no_row_names_an_expert_twice: 120,
+    ranks_that_vote_together_agree: 60,
+    graph_replay_sees_new_rows_and_policy: 60,
+    triton_compiles_once: 60,
+    engine_with_graphs: 240,
+    vllms_top_k_chooses_the_same: 60,
+    memcheck_finds_nothing: 120,
+    ten_thousand_random_batches: 120,
+    fused_top_k_equals_specification: 150,
+    fused_top_k_in_a_graph: 90,
+    racecheck_finds_nothing: 180,
+}
 
 
 def _usable() -> Iterator[tuple[str, implementations.Implementation]]:
     for name in GPU_IMPLEMENTATIONS:
-        if implementations._obstacle(name, "cuda") is None:
+        if implementations._obstacle(name, DEVICE) is None:
             yield name, implementations.load(name)
+
+
+def _there(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of its own on the device."""
+    return tensor.to(DEVICE, copy=True)
 
 
 def _logits(seed: int, T: int, E: int, *, spoilt: bool = True) -> torch.Tensor:
@@ -285,11 +380,15 @@ def _plan(similarity: torch.Tensor, policy: Policy, K: int) -> Plan:
 
 
 def _specified(
-    ids: torch.Tensor, weights: torch.Tensor, plan: Plan, rows: torch.Tensor
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    plan: Plan,
+    rows: torch.Tensor,
+    votes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """New ids, scaled weights and counters of the specification."""
+    """New ids, weights and counters of the specification."""
     counters, scaled = new_counters(), weights.clone()
-    ids = implementations.load("reference")(ids, scaled, plan, rows, counters)
+    ids = reference.run(ids, scaled, plan, rows, counters, votes)
     return ids, scaled, counters
 
 
@@ -315,9 +414,12 @@ def _batches(
 
 def main() -> int:
     """Run every check; 0 if none failed."""
+    by_name = {check.__name__: check for check in CHECKS}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="gpu_checks.json")
+    parser.add_argument("--only", nargs="+", choices=by_name, default=list(by_name))
     parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing was run", file=sys.stderr)
@@ -325,18 +427,18 @@ def main() -> int:
     if arguments.sanitized:
         sanitized()
         return 0
-    results: dict[str, Any] = {}
-    for check in CHECKS:
-        try:
-            results[check.__name__] = f"ok: {check()}"
-        except ImportError as error:
-            results[check.__name__] = f"not run: {error}"
-        except Exception as error:  # one failing check must not hide the others
-            results[check.__name__] = f"FAILED: {type(error).__name__}: {error}"
-        print(f"{check.__name__}: {results[check.__name__]}", flush=True)
+    if arguments.serve:
+        one_by_one.serve(by_name, arguments.serve)
+        return 0
     where = {**provenance.provenance(), "gpu": torch.cuda.get_device_name()}
-    provenance.save_json(arguments.output, {"provenance": where, "checks": results})
-    return int(any(result.startswith("FAILED") for result in results.values()))
+    results = one_by_one.run(
+        [sys.executable, __file__, "--serve"],
+        {name: CHECKS[by_name[name]] for name in arguments.only},
+        lambda so_far: provenance.save_json(
+            arguments.output, {"provenance": where, "checks": so_far}
+        ),
+    )
+    return int(one_by_one.failed(results))
 
 
 if __name__ == "__main__":

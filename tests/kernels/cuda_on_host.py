@@ -111,6 +111,15 @@ def build(
     assert COMPILER
     macros = [f"-DID={C_TYPES[ids]}", f"-DWEIGHT={C_TYPES[weights]}"]
     kernels = f"-I{Path(sere.__file__).parent / 'kernels'}"
-    flags = ["-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", *macros, *options, include or kernels]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-pthread",
+        "-ffp-contract=off",
+        *macros,
+        *options,
+        include or kernels,
+    ]
     harness = str(HERE / "cuda_on_host.cpp")
-    subprocess.run([COMPILER, *flags, harness, "-o", str(target)], check=True)
+    subprocess.run([COMPILER, *flags, include or kernels, harness, "-o", str(target)], check=True)

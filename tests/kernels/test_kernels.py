@@ -57,7 +57,9 @@ def test_triton_equals_the_specification_in_the_interpreter(files: tuple[str, ..
     assert "passed" in done.stdout and "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize(("gpu", "E", "K"), [(80, 128, 8), (90, 60, 4), (90, 896, 16), (100, 60, 4)])
+@pytest.mark.parametrize(
+    ("gpu", "E", "K"), [(80, 128, 8), (90, 60, 4), (90, 896, 16), (100, 60, 4)]
+)
 def test_triton_compiles_without_a_gpu(gpu: int, E: int, K: int) -> None:
     """The interpreter accepts what the compiler does not; and it fuses no multiplication with an
     addition, where the specification rounds in between."""
