@@ -34,7 +34,6 @@ def arguments() -> tuple[Any, ...]:
 # --- Triton ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=False, reason="Triton does not have rule 9 yet")
 @pytest.mark.parametrize(
     "files",
     [("test_reroute.py", "triton_many_programs.py"), ("triton_fused_topk.py",)],

@@ -52,8 +52,7 @@ if not INTERPRETED:
     RUNNERS["numba, bound"] = run_bound
 # In two halves, for ranks that vote together.
 HALVES = {name: (load_vote(name), run) for name, run in RUNNERS.items() if "," not in name}
-CUDA_IS_PORTED = False
-if CUDA_IS_PORTED and not INTERPRETED and cuda_on_host.COMPILER:
+if not INTERPRETED and cuda_on_host.COMPILER:
     HALVES["CUDA"] = (cuda_on_host.vote, cuda_on_host.many_blocks)
     RUNNERS["CUDA, one block"] = cuda_on_host.one_block
     RUNNERS["CUDA, many blocks"] = cuda_on_host.many_blocks

@@ -5,26 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sere.kernels import Plan, new_counters, triton_kernel
+from sere.kernels import new_counters, triton_kernel
 from sere.kernels.reference import run as specification
 from sere.policy import Policy
-from tests.kernels.test_reroute import batch
+from tests.kernels.test_reroute import batch, plan_of
 
 
-@pytest.mark.parametrize(("E", "K", "T"), [(8, 2, 5), (32, 4, 70), (60, 4, 33), (33, 3, 1)])
-@pytest.mark.parametrize("rho", [0.0, 0.5])
-def test_many_programs(E: int, K: int, T: int, rho: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("E", "K", "T"), [(8, 4, 5), (32, 4, 70), (60, 4, 33), (33, 3, 1)])
+@pytest.mark.parametrize(
+    "policy", [Policy(S=1), Policy(S=1, rho=0.5, min_active=1), Policy(S=1, tau=0.05, min_active=1)]
+)
+def test_many_programs(
+    E: int, K: int, T: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in one go, and given the votes, which are left as they are."""
     monkeypatch.setattr(triton_kernel, "ONE_PROGRAM", 0)
     ids, weights, similarity = batch(T, T, K, E, coarse=True)
     ids, weights = ids.masked_fill(weights == 0.5, -1), weights.masked_fill(weights == 0.75, 0)
-    rows = torch.arange(T).remainder(3).to(torch.int8)
-    plan = Plan.build(similarity, Policy(S=1, rho=rho), K=K)
-    for classes in (rows, torch.zeros_like(rows), None):
-        mine, theirs = new_counters(), new_counters()
-        own, specified = weights.clone(), weights.clone()
-        assert torch.equal(
-            triton_kernel.run(ids, own, plan, classes, mine),
-            specification(ids, specified, plan, classes, theirs),
-        )
-        assert torch.equal(own, specified)
-        assert torch.equal(mine, theirs)
+    rows, plan = torch.arange(T).remainder(3).to(torch.int8), plan_of(similarity, policy, K)
+    short = torch.zeros_like(rows).index_fill_(0, torch.tensor([T // 2]), 1)  # of experts
+    for classes in (rows, torch.zeros_like(rows), short, None):
+        votes = triton_kernel.vote(ids, weights, plan, classes)
+        for given in (None, votes, votes):
+            mine, theirs = new_counters(), new_counters()
+            own, carried = weights.clone(), weights.clone()
+            assert torch.equal(
+                triton_kernel.run(ids, own, plan, classes, mine, given),
+                specification(ids, carried, plan, classes, theirs, given),
+            )
+            assert torch.equal(own, carried)
+            assert torch.equal(mine, theirs)
