@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sere.kernels import Plan, RowClass, reference
 from sere.kernels.triton_kernel import _sizes
-from sere.kernels.triton_programs import VOID, _all_at_once, launched
+from sere.kernels.triton_programs import _all_at_once, launched
+from sere.kernels.triton_votes import VOID
 
 MAX_T = 64
 _TAKEN = tl.constexpr(2**31 - 1)  # above every gap
