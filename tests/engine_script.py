@@ -2,6 +2,7 @@
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
 `steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["refused", tier],
+["beam", prompts, width, tokens, tier], ["beam_online", ...], ["made_elsewhere", tier],
 ["rpc", method, args...], ["meet", folder] (all data-parallel ranks), a mishap: ["remove", path],
 ["replace", path, by], ["asleep"], ["killed", process], or a check that needs the model in this
 process: ["capture"], ["captured"], ["addresses"].
@@ -9,6 +10,7 @@ process: ["capture"], ["captured"], ["addresses"].
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -72,6 +74,51 @@ class Steps:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "accepted"
+
+    def beam(
+        self, prompts: list[str], width: int, tokens: int, tier: Any = None, *, online: bool = False
+    ) -> list[Any]:
+        """[token ids, sum of their logprobs] of the beams of each prompt, as `LLM.beam_search` or
+        as an API server finds them; what is said to a search that is refused."""
+        from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import BeamSearchParams
+
+        asked = BeamSearchParams(beam_width=width, max_tokens=tokens)
+        asked.extra_args = None if tier is None else {"sere": tier}
+        try:
+            if online:
+                return asyncio.run(_search_online(self.llm, prompts, asked))
+            found = self.llm.beam_search([{"prompt": prompt} for prompt in prompts], asked)
+        except VLLMValidationError as error:
+            return [str(error)]
+        return [[[b.tokens, b.cum_logprob] for b in one.sequences] for one in found]
+
+    def beam_online(self, *arguments: Any) -> list[Any]:
+        return self.beam(*arguments, online=True)
+
+    def made_elsewhere(self, tier: Any) -> list[str]:
+        """What the engine says to requests for this tier that another front end made: where they
+        are handed in, and where its core takes them."""
+        from vllm import SamplingParams
+
+        engine, said = self.llm.llm_engine, []
+        for take in (
+            lambda r: engine.add_request(r.request_id, r, r.sampling_params),
+            lambda r: engine.engine_core.add_request(r),
+        ):
+            request = engine.input_processor.process_inputs(
+                "made",
+                {"type": "token", "prompt_token_ids": [5]},
+                SamplingParams(max_tokens=1),
+                ("generate",),
+            )
+            request.sampling_params.extra_args = {"sere": tier}
+            try:
+                take(request)
+                said.append("accepted")
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+        return said
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=tuple(args))
@@ -138,6 +185,39 @@ class Steps:
 
     def addresses(self) -> list[int]:
         return [t.data_ptr() for _, layer in _moe_layers(self.llm) for t in layer.sere.buffers()]
+
+
+async def _search_online(llm: Any, prompts: list[str], asked: Any) -> list[Any]:
+    """The searches of all prompts at once, each beside one that asks for nothing."""
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.sampling_params import BeamSearchParams
+
+    class Client:
+        """As much of vLLM's asynchronous engine as a search calls."""
+
+        vllm_config = llm.llm_engine.vllm_config
+        input_processor = llm.llm_engine.input_processor
+
+        async def generate(self, prompt: Any, params: Any, name: str, **_: Any) -> Any:
+            await asyncio.sleep(0)  # others come between
+            llm.llm_engine.add_request(name, prompt, params)
+            while llm.llm_engine.has_unfinished_requests():
+                outputs = llm.llm_engine.step()
+            yield outputs[0]
+
+    class Server(BeamSearchOnlineMixin):
+        renderer = llm.llm_engine.renderer
+        engine_client = Client()
+
+    async def search(i: int, params: Any) -> list[Any]:
+        ids = Server.renderer.get_tokenizer().encode(prompts[i])
+        prompt = {"type": "token", "prompt_token_ids": ids}
+        (found,) = [one async for one in Server().beam_search(prompt, str(id(params)), params)]
+        return [[list(ids) + list(b.token_ids), b.cumulative_logprob] for b in found.outputs]
+
+    plain = BeamSearchParams(beam_width=asked.beam_width, max_tokens=asked.max_tokens)
+    searches = [search(i, params) for i in range(len(prompts)) for params in (asked, plain)]
+    return list(await asyncio.gather(*searches))
 
 
 def _moe_layers(llm: Any) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,16 @@ from typing import Any
 from sere.serving.server import NAME, serving
 from tests.engines import OPTIONS, environment
 
-# The cache of prefixes as the server has it by default.
-SETTINGS = {**OPTIONS, "enable_prefix_caching": True}
+_CHAT = (
+    "{% for one in messages %}{{ one.content if one.content is string else one.content[0].text }}"
+)
+# The cache of prefixes as the server has it by default; chats; tokens in, tokens out.
+SETTINGS = {
+    **OPTIONS,
+    "enable_prefix_caching": True,
+    "enable_scale_out": True,
+    "chat_template": _CHAT + "{% endfor %}",
+}
 
 
 class Server:
@@ -26,6 +35,16 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as response:
             text: str = response.read().decode()
             return text
+
+    def post(self, path: str, body: dict[str, Any], **headers: str) -> tuple[int, str]:
+        """The status and the answer, whatever they are."""
+        headers = {"Content-Type": "application/json", **headers}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
     def complete(self, prompts: list[str], max_tokens: int, **more: Any) -> Any:
         """Greedy completions of a batch, as the server answers them."""

@@ -95,10 +95,13 @@ def test_bad_settings_name_what_was_expected(
 def engine(table_path: Path) -> dict[str, Any]:
     """One engine with S=1; every run has the same sixteen prompts."""
     generate = ["generate", PROMPTS, TOKENS]
+    beams, beams_online = (["beam" + kind, PROMPTS[:3], 2, 5] for kind in ("", "_online"))
     steps: dict[str, list[Any]] = {
         "stock policy": ["rpc", "sere_policy", None],
         "stock": generate,
         "mixed, off": [*generate, MIXED],
+        "stock beams": beams,
+        "stock beams online": beams_online,
         "S=1 policy": ["rpc", "sere_policy", {"S": 1}],
         "S=1": generate,
         "reset": ["rpc", "sere_reset"],
@@ -109,6 +112,12 @@ def engine(table_path: Path) -> dict[str, Any]:
         "exact stats": ["rpc", "sere_stats"],
         "all rows": ["rpc", "sere_policy", {"S": 1, "rows": "all"}],
         "mixed, all rows": [*generate, MIXED],
+        "exact beams": [*beams, "exact"],
+        "fast beams": beams,
+        "exact beams online": [*beams_online, "exact"],
+        "fast beams online": beams_online,
+        "beams, malformed": [*beams, "fastest"],
+        "beams online, malformed": [*beams_online, "fastest"],
         "S=2 policy": ["rpc", "sere_policy", {"S": 2}],
         "mixed, S=2": [*generate, MIXED],
         "S=1 again": ["rpc", "sere_policy", {"S": 1}],
@@ -116,6 +125,7 @@ def engine(table_path: Path) -> dict[str, Any]:
         "keeping": [*generate, ["S=2", None, {"S": 4}, "fast"] * 4],
         "recording": ["rpc", "sere_recording"],
         "malformed": ["refused", "fastest"],
+        "made elsewhere": ["made_elsewhere", "fastest"],
         "above the cap": ["refused", "exact"],
         "within the cap": ["refused", "S=3"],
     }
@@ -169,4 +179,23 @@ def test_a_request_keeps_at_least_its_own_best_experts(engine: dict[str, Any]) -
 @pytest.mark.engine
 def test_malformed_requests_are_answered(engine: dict[str, Any]) -> None:
     assert engine["malformed"].startswith("VLLMValidationError: \"sere\": 'fastest': expected")
+    handed_in, in_the_core = engine["made elsewhere"]
+    assert handed_in == in_the_core == engine["malformed"]
     assert engine["above the cap"] == engine["within the cap"] == "accepted"
+
+
+@pytest.mark.engine
+def test_a_beam_search_has_the_tier_that_it_asks_for(engine: dict[str, Any]) -> None:
+    """Its steps are prompts, so that a policy for all rows matters. On a server each search runs
+    beside one that asks for nothing, and neither asks for the other."""
+    stock, online = engine["stock beams"], engine["stock beams online"]
+    assert engine["exact beams"] == stock != engine["fast beams"]
+    assert engine["exact beams online"][0::2] == online[0::2] != engine["fast beams online"][0::2]
+    assert engine["exact beams online"][1::2] == engine["fast beams online"][1::2]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["beams", "beams online"])
+def test_a_beam_search_for_what_is_no_tier_is_refused(kind: str, engine: dict[str, Any]) -> None:
+    (said,) = engine[f"{kind}, malformed"]
+    assert said.startswith("\"sere\": 'fastest': expected")

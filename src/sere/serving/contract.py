@@ -6,17 +6,14 @@ needs stops that feature. `tests/serving/test_contract.py` finds uses that are n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from sere.serving.contract_front_end import FRONT_END_NEEDS, FRONT_END_SYMBOLS
+from sere.serving.needs import Needs, Where
 
 SUPPORTED = ((0, 32), (0, 34))  # versions of vLLM: from, up to but not including
-
-Where = tuple[str, str]
-"""(module, path of attributes)."""
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 _LOADERS = "vllm.model_executor.model_loader"
 _PARALLEL = "vllm.distributed.parallel_state"
-_CORE_CLIENT = "vllm.v1.engine.core_client"
 _KV_CACHE = "vllm.v1.kv_cache_interface"
 _V1_DRAFTERS, _V2_DRAFTERS = "vllm.v1.spec_decode", "vllm.v1.worker.gpu.spec_decode"
 _CPU_WORKER = ("vllm.v1.worker.cpu_worker", "CPUWorker")
@@ -24,7 +21,7 @@ _GPU_WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 # What is called, wrapped or derived from: name here -> where.
-SYMBOLS: dict[str, Where] = {
+SYMBOLS: dict[str, Where] = FRONT_END_SYMBOLS | {
     "VllmConfig": ("vllm.config", "VllmConfig"),
     "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
     "get_forward_context": ("vllm.forward_context", "get_forward_context"),
@@ -42,9 +39,6 @@ SYMBOLS: dict[str, Where] = {
     "get_tp_group": (_PARALLEL, "get_tp_group"),
     "get_dp_group": (_PARALLEL, "get_dp_group"),
     "determine_expert_map": (f"{_MOE}.expert_map_manager", "determine_expert_map"),
-    "attach_router": ("vllm.entrypoints.serve.instrumentator.metrics", "attach_router"),
-    "AsyncMPClient": (_CORE_CLIENT, "AsyncMPClient"),
-    "AsyncLLM": ("vllm.v1.engine.async_llm", "AsyncLLM"),
     "BaseModelLoader": (f"{_LOADERS}.base_loader", "BaseModelLoader"),
     "model_loaders": (_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER"),
     "load_general_plugins": ("vllm.plugins", "load_general_plugins"),
@@ -53,22 +47,6 @@ SYMBOLS: dict[str, Where] = {
 }
 # Of these, whichever can be imported on a machine are needed there.
 BY_DEVICE = ("ModelRunnerV2",)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one feature relies on.
-
-    called: names of `SYMBOLS`, and the attributes of each that are called or wrapped. Looked for
-        at start.
-    read: attributes of vLLM's objects, by class. Most exist on instances only: these are looked for
-        in each version's sources, by `tools/vllm_contract.py`, and so are the following.
-    parameters: where -> its first parameters.
-    """
-
-    called: dict[str, tuple[str, ...]]
-    read: dict[Where, tuple[str, ...]] = field(default_factory=dict)
-    parameters: dict[Where, tuple[str, ...]] = field(default_factory=dict)
 
 
 _REROUTING = Needs(
@@ -217,20 +195,6 @@ _UNION = Needs(
         ),
     },
 )
-_METRICS = Needs(
-    called={
-        "attach_router": (),
-        "AsyncLLM": (),
-        "AsyncMPClient": ("call_utility_all_async",),
-    },
-    read={
-        SYMBOLS["AsyncLLM"]: ("engine_core",),
-        SYMBOLS["AsyncMPClient"]: ("engine_ranks_managed",),
-        # What this function stores in the application's state.
-        ("vllm.entrypoints.openai.api_server", "init_app_state"): ("engine_client", "vllm_config"),
-    },
-    parameters={(_CORE_CLIENT, "AsyncMPClient.call_utility_all_async"): ("self", "method")},
-)
 _SLEEP = Needs(
     called={},  # of the class of worker that an engine has: looked for when it is made
     read={
@@ -287,7 +251,7 @@ NEEDS: dict[str, Needs] = {
     "shadow": _SHADOW,
     PLACEMENT: _PLACEMENT,
     UNION: _UNION,
-    "metrics": _METRICS,
+    **FRONT_END_NEEDS,
     "sleep mode": _SLEEP,
     "bench": _BENCH,
     "doctor": _DOCTOR,

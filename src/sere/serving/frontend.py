@@ -17,6 +17,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
+from sere.serving import admission
 from sere.serving.asking import given
 from sere.serving.metrics import Snapshot, families
 
@@ -36,6 +37,7 @@ def exporting(original: Callable[..., None]) -> Callable[..., None]:
     def attach_router(app: Any) -> None:
         original(app)
         app.add_middleware(AppendMetrics)
+        admission.wrap_server()
 
     return attach_router
 

@@ -17,7 +17,7 @@ from sere.checkpoint import Fingerprint, weight_hashes
 from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
-from sere.serving.asking import KEY, asked_by, given
+from sere.serving.asking import KEY, given
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.parallel import (
@@ -196,9 +196,12 @@ def open_session(config: Any) -> Session:
     return session
 
 
-def check_request(config: Any, params: Any) -> None:
-    """Raise `PolicyError` if a request asks for what is no tier, or for more than the cap."""
-    asked, own = asked_by(params), given(config)
+def check_request(config: Any, asked: Any) -> None:
+    """Raise `PolicyError` if a request asks for what is no tier, or for more than the cap.
+
+    asked: what it says behind "sere" (see `asked_by`).
+    """
+    own = given(config)
     if asked is None or own is None:
         return
     cap = getattr(config.compilation_config, _CAP, None)

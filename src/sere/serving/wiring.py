@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from sere.kernels.merge import narrow
-from sere.policy import PolicyError
-from sere.serving import drafters, telemetry, worker
+from sere.serving import admission, drafters, telemetry, worker
 from sere.serving.asking import given
 from sere.serving.compile_key import keyed
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
-from sere.serving.session import ServingError, check_config, check_request, open_session
+from sere.serving.session import ServingError, check_config, open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
 
 _LOG = logging.getLogger("vllm.sere")
@@ -45,6 +44,7 @@ def admit(config: Any) -> None:
         raise ServingError(f"sere cannot re-route: {reason}")
     install()
     check_config(config)
+    admission.wrap_front_end()
     _export_metrics()
 
 
@@ -60,7 +60,7 @@ def install() -> None:
     experts = symbol("FusedMoEExperts")
     experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
     wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
-    wrap(symbol("InputProcessor"), "_validate_params", _admitting)
+    wrap(symbol("InputProcessor"), "_validate_params", admission.admitting)
     runner = symbol("ModelRunnerV1")
     wrap(runner, "_prepare_inputs", worker.classifying_v1)
     wrap(runner, "_update_states", worker.tracking)
@@ -96,6 +96,7 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
         original(executor)
         if given(executor.vllm_config) is None:
             return
+        admission.wrap_engine()
         try:
             executor.collective_rpc(worker.sere_layers.__name__)
         except Exception as error:
@@ -105,18 +106,6 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
             ) from error
 
     return compile_or_warm_up_model
-
-
-def _admitting(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _validate_params(processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            check_request(processor.vllm_config, params)
-        except PolicyError as error:
-            refusal = symbol("VLLMValidationError")
-            raise refusal(f'"sere": {error}', parameter="extra_args") from None
-        return original(processor, params, *args, **kwargs)
-
-    return _validate_params
 
 
 @functools.cache
