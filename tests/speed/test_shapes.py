@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sere.cli import _SHAPES
+from sere.flags import _SHAPES
 from sere.serving.random_weights import chosen, fill, reached, row_sizes
 from sere.speed.shapes import SHAPES, ShapeError, shape_named
 from sere.step_cost.roofline import Sizes
