@@ -32,6 +32,7 @@ from sere.evaluation.quality import Judge, figures
 from sere.files import check_writable, replaced
 from sere.kernels import Plan
 from sere.kernels.plan import Substitution
+from sere.models.adapters import Changed
 from sere.models.moe import MoELayer
 from sere.policy import Policy
 from sere.results import provenance
@@ -107,10 +108,11 @@ class Renormalised(Arm):
     """A policy after which every row's weights are brought back to their sum: never served."""
 
     def route(
-        self, layer: MoELayer, ids: Tensor, weights: Tensor, logits: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        new, scaled = super().route(layer, ids, weights.clone(), logits)
-        return new, scaled * (weights.sum(1, keepdim=True) / scaled.sum(1, keepdim=True))
+        self, layer: MoELayer, ids: Tensor, weights: Tensor, *rest: Any, **more: Any
+    ) -> Changed:
+        new = super().route(layer, ids, weights.clone(), *rest, **more)
+        whole = weights.sum(1, keepdim=True) / new.weights.sum(1, keepdim=True)
+        return new._replace(weights=new.weights * whole)
 
 
 class ShareAlone(Arm):

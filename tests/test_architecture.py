@@ -30,12 +30,13 @@ HOUSE = """
     models
     results  monitoring  demo_model  serving
     table
+    statistics
     kernels
-    policy  checkpoint
-    files
+    policy  checkpoint  maps
+    files  checks
 """
 FLOORS = [set(line.split()) for line in HOUSE.splitlines() if line.strip()]
-CORE = {"table", "kernels", "policy", "checkpoint", "files"}
+CORE = {"table", "statistics", "kernels", "policy", "checkpoint", "maps", "files", "checks"}
 MAY_SERVE = {"speed", "demo", "doctor", "engine_runs"}  # who starts an engine
 MODULES_AT_THE_TOP, LINES, LINES_OF_A_FUNCTION = 16, 360, 60
 

@@ -128,10 +128,19 @@ def unfinished(output: str | Path) -> Path:
 
 
 def _is_table(path: Path) -> bool:
+    return _holds(path, "sere")
+
+
+def _is_maps(path: Path) -> bool:
+    return _holds(path, "sere_maps")
+
+
+def _holds(path: Path, key: str) -> bool:
+    """Whether it is a safetensors file with this metadata."""
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 2**28)))
-        return "sere" in header["__metadata__"]
+        return key in header["__metadata__"]
     except (ValueError, KeyError, TypeError, OverflowError, MemoryError, RecursionError):
         return False
 
@@ -159,6 +168,7 @@ def _is_page(path: Path) -> bool:
 
 KINDS: dict[str, Callable[[Path], bool]] = {
     "table": _is_table,
+    "maps": _is_maps,
     "result": _is_result,
     "picture": _is_picture,
     "page": _is_page,

@@ -52,6 +52,12 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
         help="hold one decoder layer in memory at a time; resumable (default: if it has to be)",
     )
     parser.add_argument(
+        "--maps",
+        type=_positive,
+        metavar="RANK",
+        help="fit linear maps of at most this rank too, into FILE.maps (fill: linear)",
+    )
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="also replace a table in which `sere tune` left a policy",

@@ -6,23 +6,42 @@ knows nothing about models. What the numbers mean is specified in `sere.kernels.
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from sere.checks import (
+    PolicyError as PolicyError,
+)
+from sere.checks import (
+    check_choice,
+    check_count,
+    check_quantile,
+    check_tau,
+    checked_rho,
+    is_index,
+)
+from sere.checks import (
+    check_keys as check_keys,
+)
+
 # What a layer may override; `rows` is a property of the whole engine.
-LAYER_KEYS = ("S", "rho", "rho_quantile", "tau", "min_active", "max_active", "fill", "weights")
+LAYER_KEYS = (
+    "S",
+    "rho",
+    "rho_quantile",
+    "tau",
+    "min_active",
+    "max_active",
+    "fill",
+    "rank",
+    "weights",
+)
 # What a batch size may override: all that is read afresh for every batch.
 BATCH_KEYS = ("S", "tau", "min_active", "max_active")
 _THRESHOLDS = ("rho", "rho_quantile", "tau")
-
-
-class PolicyError(ValueError):
-    """A policy that cannot be meant: names the value, what was expected and what to do."""
+_FILLS = ("similar", "error", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -43,8 +62,10 @@ class Policy:
         of one token is left exactly as it was.
     max_active: S shrinks (never below 1) until the batch has at most this many primaries.
         None means no ceiling. With tau also the ceiling of what it loads.
-    fill: which primary stands in: the most "similar" by the table, or that with the least expected
-        "error". None means "error" with tau, else "similar".
+    fill: what stands in: the primary that is most "similar" by the table, or that with the least
+        expected "error"; or no expert, but a "linear" map of the layer's input or its "constant"
+        alone (`sere calibrate --maps`). None means "error" with tau, else "similar".
+    rank: of linear maps, at most that of the file; None means all of it.
     weights: "keep" a moved slot's weight, or "scale" it by the least-squares factor that makes the
         stand-in's output nearest. None means "scale" with tau, else "keep".
     rows: "decode" re-routes only decode rows; "all" also prefill rows, as the paper's code does.
@@ -60,21 +81,23 @@ class Policy:
     tau: float | None = None
     min_active: int | None = None
     max_active: int | None = None
-    fill: Literal["similar", "error"] | None = None
+    fill: Literal["similar", "error", "linear", "constant"] | None = None
+    rank: int | None = None
     weights: Literal["keep", "scale"] | None = None
     rows: Literal["decode", "all"] = "decode"
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     batches: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_count("S", self.S, optional=False)
-        _check_count("min_active", self.min_active, optional=True)
-        _check_count("max_active", self.max_active, optional=True)
-        object.__setattr__(self, "rho", _checked_rho(self.rho))
-        _check_quantile(self.rho_quantile)
-        _check_tau(self.tau)
-        _check_choice("fill", self.fill, ("similar", "error"))
-        _check_choice("weights", self.weights, ("keep", "scale"))
+        check_count("S", self.S, optional=False)
+        check_count("min_active", self.min_active, optional=True)
+        check_count("max_active", self.max_active, optional=True)
+        object.__setattr__(self, "rho", checked_rho(self.rho))
+        check_quantile(self.rho_quantile)
+        check_tau(self.tau)
+        check_choice("fill", self.fill, _FILLS)
+        check_count("rank", self.rank, optional=True)
+        check_choice("weights", self.weights, ("keep", "scale"))
         self._check_one_threshold()
         if self.min_active and self.max_active and self.min_active > self.max_active:
             raise PolicyError(
@@ -91,11 +114,32 @@ class Policy:
         given = [f"{name}={v}" for name, none in off.items() if (v := getattr(self, name)) != none]
         if len(given) > 1:
             raise PolicyError(f"{' and '.join(given)}: give one threshold, not several")
-        if self.fill == "error" and (self.rho or self.rho_quantile is not None):
+        if self.fill not in (None, "similar") and (self.rho or self.rho_quantile is not None):
             raise PolicyError(
-                'rho and rho_quantile are thresholds of similarity, fill="error" looks at none: '
-                "use tau instead"
+                f'rho and rho_quantile are thresholds of similarity, fill="{self.fill}" looks at '
+                "none: use tau instead"
             )
+        if self.frees and self.weights == "scale":
+            raise PolicyError(
+                f'weights="scale" is a factor of the expert that stands in, and under '
+                f'fill="{self.fill}" none does: leave weights out'
+            )
+        if self.rank is not None and self.fill != "linear":
+            raise PolicyError(f'rank={self.rank} is for fill="linear": add it, or leave rank out')
+
+    @property
+    def frees(self) -> bool:
+        """Whether no expert stands in: a slot is freed, and a map answers instead."""
+        return self.fill in ("linear", "constant")
+
+    def rank_of(self, largest: int) -> int:
+        """Of the maps that answer, where the file's are of rank `largest`."""
+        return 0 if self.fill == "constant" else self.rank or largest
+
+    @property
+    def frees_anywhere(self) -> bool:
+        """Whether it does so in any layer."""
+        return any(own.frees for own in (self, *map(self.for_layer, self.layers)))
 
     @property
     def fills_by_error(self) -> bool:
@@ -105,7 +149,8 @@ class Policy:
     @property
     def scales(self) -> bool:
         """Whether moved slots' weights are scaled."""
-        return (self.weights or ("keep" if self.tau is None else "scale")) == "scale"
+        unless_told = "keep" if self.tau is None or self.frees else "scale"
+        return (self.weights or unless_told) == "scale"
 
     @property
     def needs_errors(self) -> bool:
@@ -117,7 +162,7 @@ class Policy:
             raise PolicyError(f'layers={self.layers!r}: expected {{layer index: {{"S": 4}}}}')
         layers: dict[int, dict[str, Any]] = {}
         for key, override in self.layers.items():
-            if not _is_index(key):
+            if not is_index(key):
                 raise PolicyError(f"layers: {key!r} is not a decoder layer index such as 0 or 17")
             if not isinstance(override, Mapping):
                 raise PolicyError(f'layers[{key}]={override!r}: expected settings, e.g. {{"S": 4}}')
@@ -131,7 +176,7 @@ class Policy:
             raise PolicyError(f'batches={self.batches!r}: expected {{rows: {{"S": 1}}}}')
         batches: dict[int, dict[str, Any] | None] = {}
         for key, override in self.batches.items():
-            if not _is_index(key) or not int(key):
+            if not is_index(key) or not int(key):
                 raise PolicyError(f"batches: {key!r} is not a number of rows such as 1 or 32")
             if override is not None and not isinstance(override, Mapping):
                 raise PolicyError(
@@ -146,7 +191,7 @@ class Policy:
         check_keys(f"batches[{key}]", override, (*BATCH_KEYS, "layers"))
         own, layers = dict(override), override.get("layers", {})
         if not isinstance(layers, Mapping) or not all(
-            _is_index(i) and isinstance(o, Mapping) for i, o in layers.items()
+            is_index(i) and isinstance(o, Mapping) for i, o in layers.items()
         ):
             raise PolicyError(f'batches[{key}]: layers={layers!r}: expected {{index: {{"S": 4}}}}')
         own["layers"] = {int(i): dict(o) for i, o in layers.items()}
@@ -200,6 +245,8 @@ class Policy:
         """One threshold takes the place of the others."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         base = own | {"layers": {}, "batches": {}}
+        if override.get("fill") in ("similar", "error", "constant"):
+            base |= {"rank": None}
         if any(name in override for name in _THRESHOLDS):
             base |= {"rho": 0.0, "rho_quantile": None, "tau": None}
         return Policy(**{**base, **override})
@@ -282,64 +329,6 @@ def _as_json(override: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     layers = {str(index): dict(o) for index, o in override.get("layers", {}).items()}
     return {**override, **({"layers": layers} if layers else {})}
-
-
-def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:
-    """Raise `PolicyError` for a key that nobody would read, with the nearest known one."""
-    for key in given:
-        if key not in known:
-            alike = {name.lower(): name for name in known}
-            near = difflib.get_close_matches(str(key).lower(), alike, n=1)
-            hint = (
-                f"did you mean {alike[near[0]]!r}?" if near else f"known keys: {', '.join(known)}"
-            )
-            raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
-
-
-def _is_index(key: Any) -> bool:
-    """Whether a key, a string in JSON, is a whole number that could count anything."""
-    return str(key).isdecimal() and len(str(key)) < 10
-
-
-def _check_count(name: str, value: Any, *, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PolicyError(f"{name}={value!r}: expected a whole number >= 1")
-    if value < 1:
-        raise PolicyError(f"{name}={value}: expected a whole number >= 1")
-
-
-def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value is not None and value not in known:
-        raise PolicyError(f"{name}={value!r}: expected one of {', '.join(known)}")
-
-
-def _check_tau(value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2:
-        raise PolicyError(
-            f"tau={value!r}: expected a loss per token and expert, 0 <= tau < 2, usually 0.001 to "
-            "0.1"
-        )
-
-
-def _check_quantile(value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise PolicyError(
-            f"rho_quantile={value!r}: expected a share of the experts, 0 <= share < 1"
-        )
-
-
-def _checked_rho(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PolicyError(f"rho={value!r}: expected a number >= 0, usually between 0 and 1")
-    if not (0 <= value <= sys.float_info.max or value == math.inf):
-        raise PolicyError(f"rho={value}: expected a number >= 0, usually between 0 and 1")
-    return float(value)
 
 
 STOCK = Policy(S=1, batches={1: None})

@@ -22,88 +22,17 @@ from sere.checkpoint import Fingerprint, weight_hashes
 from sere.files import is_file, replaced
 from sere.kernels import Plan
 from sere.kernels.plan import Placement, Substitution, settings_of
+from sere.maps import Maps, MapsError, opened
 from sere.policy import Policy, PolicyError
+from sere.statistics import TENSORS, check_layer, is_identity
+from sere.statistics import LayerStatistics as LayerStatistics
+from sere.statistics import TableError as TableError
 
 FORMAT = 2
 # Beside a model. Not *.safetensors: vLLM would take it for a shard of the model's weights.
 FILE_NAME = "sere.table"
 # What reading a file that is no table, or no longer one, can end in.
 _UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError)
-# An expert of so little energy, as a share of the layer's largest, counts as this much.
-_SILENT = 1e-6
-_TENSORS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
-
-
-class TableError(ValueError):
-    """A table that must not be used: names the file, the fault and what to do next."""
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What calibration knows of one MoE layer. Tensors are float32, [E, E] where nothing is said.
-
-    similarity: in [0, 1], diagonal 1; row u tells who can stand in for expert u. The identity means
-        that nothing is known: such a layer is never re-routed.
-    load: [E], share of the router's choices that went to each expert; sums to 1.
-    gram: mean over all tokens of <E_u(x), E_v(x)>; the diagonal is the experts' output energy.
-    cosine: mean over all tokens of the cosine of E_u(x) and E_v(x).
-    directed: mean over the tokens that the router sends to u of <E_u(x), E_v(x)>.
-    directed_energy: mean over the same tokens of |E_v(x)|^2.
-    tokens: how many tokens the layer saw; 0 in a table made without text, whose load and means are
-        all zero.
-    stability: share of replacements that other text of the kind would choose again, by bootstrap;
-        None where it is unknown.
-    """
-
-    similarity: Tensor
-    load: Tensor
-    gram: Tensor
-    cosine: Tensor
-    directed: Tensor
-    directed_energy: Tensor
-    tokens: int
-    stability: float | None = None
-
-    @classmethod
-    def without_text(cls, similarity: Tensor) -> LayerStatistics:
-        """Of a layer that saw no token: `similarity` from elsewhere, or the identity."""
-        E = len(similarity)
-        empty = torch.zeros(E, E)
-        return cls(similarity, torch.zeros(E), empty, empty, empty, empty, tokens=0)
-
-    @classmethod
-    def imagined(cls, E: int, seed: int) -> LayerStatistics:
-        """Of E experts with random vectors for outputs, few of them, so that some are alike and
-        others not; similarity is (cosine + 1) / 2."""
-        outputs = torch.randn(E, 16, generator=torch.Generator().manual_seed(seed))
-        gram = outputs @ outputs.T / 16
-        norm = gram.diagonal().sqrt()
-        cosine = gram / (norm[:, None] * norm[None, :])
-        similarity = ((cosine + 1) / 2).clamp(0, 1).fill_diagonal_(1)
-        energy = gram.diagonal().expand(E, E).clone()
-        return cls(similarity, torch.full((E,), 1 / E), gram, cosine, gram, energy, tokens=1)
-
-    def substitution(self, *, scaled: bool) -> Substitution:
-        """What is lost when one expert answers for another, over the tokens routed to the latter;
-        for an expert that no token chose, over all tokens."""
-        seen = (self.directed_energy.diagonal() > 0)[:, None]
-        energy = self.gram.diagonal()
-        own = torch.where(seen[:, 0], self.directed_energy.diagonal(), energy)
-        return Substitution.of(
-            torch.where(seen, self.directed, self.gram),
-            torch.where(seen, self.directed_energy, energy[None, :]),
-            own,
-            typical=_typical(own, self.load),
-            scaled=scaled,
-        )
-
-
-def _typical(energy: Tensor, load: Tensor) -> float:
-    """The geometric mean of the experts' energies, each as often as it is chosen: a few experts of
-    enormous output do not shift it. Both [E]."""
-    energy = energy.double()
-    audible = energy.clamp(min=max(energy.max().item() * _SILENT, torch.finfo(energy.dtype).tiny))
-    return (load.double() * audible.log()).sum().exp().item()
 
 
 @dataclass(frozen=True)
@@ -115,6 +44,7 @@ class Table:
     method: how similarity was measured, e.g. "frobenius".
     provenance: JSON-able facts: corpus hash, tokens, seed, versions, layer names.
     policy: what `sere tune` chose for this model; serving takes it unless told otherwise.
+    maps: the linear maps that were fitted with it, where they lie beside its file.
     """
 
     fingerprint: Fingerprint
@@ -122,6 +52,7 @@ class Table:
     method: str
     provenance: dict[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
+    maps: Maps | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.layers) != self.fingerprint.layers:
@@ -130,8 +61,8 @@ class Table:
                 f"{list(self.fingerprint.layers)}"
             )
         for index, layer in self.layers.items():
-            _check_layer(index, layer, self.fingerprint.E)
-        if all(_is_identity(layer.similarity) for layer in self.layers.values()):
+            check_layer(index, layer, self.fingerprint.E)
+        if all(is_identity(layer.similarity) for layer in self.layers.values()):
             raise TableError(
                 "every similarity matrix is the identity: no expert would ever be replaced by a "
                 "similar one; calibrate again"
@@ -140,8 +71,10 @@ class Table:
     def plan(self, index: int, policy: Policy, placement: Placement | None = None) -> Plan:
         """The operator's plan for one layer under `policy` (layer overrides applied)."""
         layer, settings = self.layers[index], self._policy_of(index, policy)
-        if _is_identity(layer.similarity):
+        if is_identity(layer.similarity):
             return Plan.build(layer.similarity, settings, K=self.fingerprint.K)
+        if settings.frees:
+            return self._freeing_plan(index, settings)
         substitution = layer.substitution(scaled=settings.scales) if layer.tokens else None
         return Plan.build(
             layer.similarity,
@@ -151,6 +84,40 @@ class Table:
             placement=placement,
         )
 
+    def _freeing_plan(self, index: int, policy: Policy) -> Plan:
+        """No expert stands in for another: each is as far as the next one, which loads experts
+        alike, and takes over nothing; what is lost is what its own map leaves."""
+        layer, E = self.layers[index], self.fingerprint.E
+        lost = layer.left_over(self.maps_for(policy).left[index][:, policy.rank_of(self.R)])
+        after = (torch.arange(E)[None, :] - torch.arange(E)[:, None]) % E
+        return Plan.build(
+            (E - after).double(),
+            policy,
+            K=self.fingerprint.K,
+            substitution=Substitution(lost[:, None].expand(E, E), torch.zeros(E, E)),
+        )
+
+    @property
+    def R(self) -> int:
+        """The largest rank of its maps; 0 if it has none."""
+        return self.maps.R if self.maps else 0
+
+    def maps_for(self, policy: Policy) -> Maps:
+        """Raise `PolicyError` if a layer's policy needs maps that are not there."""
+        if self.maps is None:
+            lost = "maps" in self.provenance
+            raise PolicyError(
+                f'fill="{policy.fill}" needs linear maps, and the table '
+                f"{'has lost its file of them (TABLE.maps)' if lost else 'was made without'}: "
+                "calibrate with --maps 16"
+            )
+        if (policy.rank or 0) > self.R:
+            raise PolicyError(
+                f"rank={policy.rank} exceeds that of the maps, {self.R}: lower it, or calibrate "
+                f"with --maps {policy.rank}"
+            )
+        return self.maps
+
     def settings(self, index: int, policy: Policy) -> Tensor:
         """`Plan.settings` of `plan`, without the lists, which take a sort of [E, E]."""
         return settings_of(self._policy_of(index, policy), self.fingerprint.K)
@@ -158,7 +125,7 @@ class Table:
     def _policy_of(self, index: int, policy: Policy) -> Policy:
         """The layer's own; where nothing is known of its experts, one that moves nothing."""
         settings = policy.for_layer(index)
-        if _is_identity(self.layers[index].similarity):
+        if is_identity(self.layers[index].similarity):
             return Policy(S=settings.S, rho=2.0, max_active=settings.max_active)
         return settings
 
@@ -180,6 +147,18 @@ class Table:
         named = set(policy.layers).union(*(own.layers for own in by_size if own))
         if unknown := sorted(named - set(self.layers)):
             raise PolicyError(f"layers {unknown} of the policy are not among {list(self.layers)}")
+        for own in (policy, *(policy.for_layer(index) for index in policy.layers)):
+            if own.frees:
+                self.maps_for(own)
+
+    def check_served(self, policy: Policy) -> None:
+        """`check_policy` for an engine: raise `PolicyError` for what is only evaluated, too."""
+        self.check_policy(policy)
+        if policy.frees_anywhere:
+            raise PolicyError(
+                'fill="linear" and "constant" are evaluated (`sere evaluate` without --engine and '
+                "--tasks) and not served yet: leave fill out"
+            )
 
     def check_made_for(self, folder: str | Path) -> bool:
         """Raise `TableError` if this table was made for other weights than a local checkpoint's.
@@ -196,7 +175,7 @@ class Table:
         tensors = {
             f"layers.{index}.{name}": getattr(layer, name).float().contiguous().clone()
             for index, layer in self.layers.items()
-            for name in _TENSORS
+            for name in TENSORS
         }
         document = {
             "format": FORMAT,
@@ -225,14 +204,18 @@ class Table:
             with safe_open(path, framework="pt") as file:
                 document = _document(file.metadata() or {})
                 fingerprint = _fingerprint(document["fingerprint"])
+                provenance = _typed(document, "provenance", dict)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(
                 fingerprint,
                 dict(_layers(fingerprint, document, tensors)),
                 _typed(document, "method", str),
-                _typed(document, "provenance", dict),
+                provenance,
                 _policy(document),
+                opened(path, provenance),
             )
+        except MapsError:
+            raise
         except TableError as error:
             raise TableError(f"{path}: {error}") from None
         except _UNREADABLE as error:
@@ -305,7 +288,7 @@ def _layers(
 ) -> Iterator[tuple[int, LayerStatistics]]:
     tokens, stability = _typed(document, "tokens", dict), document.get("stability")
     for index in fingerprint.layers:
-        own: dict[str, Any] = {name: tensors[f"layers.{index}.{name}"] for name in _TENSORS}
+        own: dict[str, Any] = {name: tensors[f"layers.{index}.{name}"] for name in TENSORS}
         for name, tensor in own.items():
             if tensor.dtype != torch.float32:
                 raise TableError(f"layer {index}: {name} is {tensor.dtype}, expected float32")
@@ -319,21 +302,3 @@ def _stability(known: Any, index: int) -> float | None:
     if isinstance(share, bool) or not (share is None or isinstance(share, int | float)):
         raise TableError(f"stability of layer {index} is {share!r} in its metadata")
     return share
-
-
-def _check_layer(index: int, layer: LayerStatistics, E: int) -> None:
-    for name in _TENSORS:
-        tensor, shape = getattr(layer, name), [E] if name == "load" else [E, E]
-        if list(tensor.shape) != shape:
-            raise TableError(f"layer {index}: {name} is {list(tensor.shape)}, expected {shape}")
-        if not torch.isfinite(tensor).all():
-            raise TableError(f"layer {index}: {name} holds NaN or infinity; calibrate again")
-    if layer.similarity.min() < 0 or layer.similarity.max() > 1:
-        low, high = layer.similarity.min().item(), layer.similarity.max().item()
-        raise TableError(f"layer {index}: similarity spans [{low:.3g}, {high:.3g}], not [0, 1]")
-
-
-def _is_identity(similarity: Tensor) -> bool:
-    return torch.equal(
-        similarity, torch.eye(len(similarity), dtype=similarity.dtype, device=similarity.device)
-    )

@@ -136,10 +136,10 @@ def test_what_stands_in_padded_rows_does_not_matter(model_dir: Path, method: str
 
     def similarity(junk: float, mask: torch.Tensor) -> torch.Tensor:
         observer = Observer(method)
-        observer.begin(0, mask)
+        observer.begin(0, mask[None])
         padded = torch.where(real[:, None], hidden, torch.tensor(junk))
         observer(layer, padded, ids, torch.ones(40, K))
-        return observer.finish(layer).similarity
+        return observer.finish(layer)[0].similarity
 
     everything = torch.ones(40, dtype=torch.bool)
     with torch.inference_mode():

@@ -22,12 +22,14 @@ from sere import __version__, demo_model
 from sere.calibration import null_models
 from sere.calibration.corpus import Corpus, Text, encoder, file_hash, read_texts
 from sere.calibration.observation import FOLDS, Observer
+from sere.calibration.saved import save
 from sere.calibration.similarity import METHODS
 from sere.calibration.stream import read_by_layer
 from sere.calibration.unfinished import Unfinished
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.demo_model.tasks import examples
 from sere.files import check_writable, unfinished
+from sere.maps import LayerMaps, beside, identity_of
 from sere.models.hub import located
 from sere.models.loading import exceeds_memory, load_model, load_tokenizer
 from sere.models.moe import MoELayer, moe_layers, observed
@@ -50,6 +52,11 @@ class _Found:
     K: int
     sequences: list[list[int]]  # those that were read
     work: Unfinished | None = None
+    maps: dict[int, LayerMaps] | None = None
+
+    def clean_up(self) -> None:
+        if self.work:
+            self.work.remove()
 
 
 def calibrate(
@@ -65,6 +72,7 @@ def calibrate(
     allow_fewer: bool = False,
     until_stable: float | None = None,
     stream: bool | None = None,
+    maps: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Table:
@@ -76,15 +84,17 @@ def calibrate(
         replacements again on other text of the kind.
     stream: hold one decoder layer in memory at a time; None decides by the free memory. What is
         killed on the way goes on where it was when the same command is run again.
+    maps: also fit linear maps of at most this rank (`sere.maps`), always one layer at a time.
     overwrite: also a table in which `sere tune` left a policy, which is lost.
     method: how similarity is measured; "weights" and "random" are null models, made without text.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     _check_output(output, data, overwrite)
     _check_method(method)
+    _check_maps(maps, method, stream)
     if method in null_models.METHODS:
         table = _without_text(model_name, located(model_name), method, seed, progress)
-        table.save(output)
+        save(table, None, Path(output))
         return table
     texts = _texts(demo_model.resolve(model_name), data, samples, seed)
     folder = located(model_name)
@@ -98,18 +108,16 @@ def calibrate(
         allow_fewer=allow_fewer,
     )
     if stream is None:
-        stream = exceeds_memory(folder)
+        stream = maps is not None or exceeds_memory(folder)
     if stream:
         _check_unconditional(until_stable)
-        found = _streamed(folder, corpus, method, batch, unfinished(output), progress)
+        found = _streamed(folder, corpus, method, batch, maps, output, progress)
     else:
         found = _in_memory(folder, corpus, method, batch, until_stable, progress)
-    table = _table(
-        model_name, folder, found, method, _about(corpus.first(len(found.sequences)), data)
-    )
-    table.save(output)
-    if found.work:
-        found.work.remove()
+    about = _about(corpus.first(len(found.sequences)), data, found)
+    table = _table(model_name, folder, found, method, about)
+    save(table, found.maps, Path(output))
+    found.clean_up()
     return table
 
 
@@ -138,13 +146,19 @@ def _in_memory(
                     read = read[: start + batch]
                     bar.close()
                     break
-    statistics = {layer.index: observer.finish(layer) for layer in layers}
+    statistics = {layer.index: observer.finish(layer)[0] for layer in layers}
     return _Found(model, layers, statistics, observer.K, read)
 
 
 @torch.inference_mode()
 def _streamed(
-    folder: str, corpus: Corpus, method: str, batch: int, unfinished: Path, progress: bool
+    folder: str,
+    corpus: Corpus,
+    method: str,
+    batch: int,
+    maps: int | None,
+    output: str | Path,
+    progress: bool,
 ) -> _Found:
     skeleton = load_skeleton(folder)
     settings = {
@@ -152,6 +166,7 @@ def _streamed(
         "text": corpus.hash,
         "method": method,
         "batch": batch,
+        "maps": maps,
         "versions": _versions(),
     }
     sequences = corpus.sequences
@@ -159,8 +174,8 @@ def _streamed(
         _padded(sequences[start : start + batch], skeleton.model)
         for start in range(0, len(sequences), batch)
     ]
-    observer = Observer(method)
-    work = Unfinished(unfinished, settings, skeleton.model.device)
+    observer = Observer(method, maps=maps)
+    work = Unfinished(unfinished(output), settings, skeleton.model.device)
     with observed(skeleton.layers, observer):
         read_by_layer(
             skeleton,
@@ -170,8 +185,10 @@ def _streamed(
             work,
             progress,
         )
-        statistics = {layer.index: work.statistics(layer.index) for layer in skeleton.layers}
-    return _Found(skeleton.model, skeleton.layers, statistics, work.K, sequences, work)
+    indices = [layer.index for layer in skeleton.layers]
+    statistics = {i: work.statistics(i) for i in indices}
+    fitted = {i: work.maps(i) for i in indices} if maps is not None else None
+    return _Found(skeleton.model, skeleton.layers, statistics, work.K, sequences, work, fitted)
 
 
 @torch.inference_mode()
@@ -188,6 +205,7 @@ def _without_text(name: str, folder: str, method: str, seed: int, progress: bool
 
 def _check_output(output: str | Path, data: str | Path | None, overwrite: bool) -> None:
     check_writable(output, data, kind="table")
+    check_writable(beside(output), data, kind="maps")
     _check_name(Path(output))
     if not overwrite:
         _check_untuned(output)
@@ -202,9 +220,20 @@ def _check_method(method: str) -> None:
 def _check_unconditional(until_stable: float | None) -> None:
     if until_stable is not None:
         raise CalibrationError(
-            "--until-stable needs the whole model in memory: a streamed layer is done with all "
-            "text before the next is read; choose --samples instead"
+            "--until-stable needs the whole model in memory: a streamed layer (as --maps has all "
+            "layers) is done with all text before the next is read; choose --samples instead"
         )
+
+
+def _check_maps(maps: int | None, method: str, stream: bool | None) -> None:
+    if maps is None:
+        return
+    if maps < 1:
+        raise CalibrationError(f"--maps {maps}: expected the largest rank, e.g. 16")
+    if method in null_models.METHODS:
+        raise CalibrationError(f"--maps needs text, which --method {method} does not read")
+    if stream is False:
+        raise CalibrationError("--maps works on one layer at a time: leave out --no-stream")
 
 
 def _check_name(output: Path) -> None:
@@ -256,8 +285,8 @@ def _padded(sequences: list[list[int]], model: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def _about(corpus: Corpus, data: str | Path | None) -> dict[str, Any]:
-    return {
+def _about(corpus: Corpus, data: str | Path | None, found: _Found) -> dict[str, Any]:
+    about: dict[str, Any] = {
         "corpus": corpus.source,
         "corpus_hash": corpus.hash,
         "file_hash": file_hash(data) if data else None,
@@ -267,6 +296,10 @@ def _about(corpus: Corpus, data: str | Path | None) -> dict[str, Any]:
         "length": corpus.length,
         "seed": corpus.seed,
     }
+    if found.maps:
+        rank = next(iter(found.maps.values())).R
+        about["maps"] = {"rank": rank, "identity": identity_of(found.maps)}
+    return about
 
 
 def _table(name: str, folder: str, found: _Found, method: str, text: dict[str, Any]) -> Table:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from sere.calibration.agreement import stability
+from sere.calibration.mapping import HELD_OUT, Rows
 from sere.calibration.similarity import METHODS, Cosine, Directed, Frobenius, Measure, pooled
+from sere.maps import LayerMaps
 from sere.models.moe import MoELayer
 from sere.table import LayerStatistics
 
@@ -30,13 +32,16 @@ class UnfitError(ValueError):
 class _Layer:
     """What accumulates for one layer: the table's statistics, and the chosen method in folds."""
 
-    def __init__(self, E: int, method: str) -> None:
+    def __init__(self, E: int, method: str, rows: Rows | None) -> None:
         self.gram, self.cosine, self.directed = Frobenius(E), Cosine(E), Directed(E)
         self.folds = [METHODS[method](E) for _ in range(FOLDS)]
         self.choices = torch.zeros(E, dtype=torch.int64)
         self.tokens = 0
+        self.rows = rows
 
     def update(self, outputs: Tensor, chosen: Tensor, fold: int) -> None:
+        if self.rows is not None:
+            self.rows.add_outputs(outputs, chosen)
         self.folds[fold].update(outputs, chosen)
         for measure in self._apart():
             measure.update(outputs, chosen)
@@ -70,26 +75,39 @@ class Observer:
 
     method: one of `sere.calibration.similarity.METHODS`.
     K: experts per token, as seen.
+    maps: largest rank of the maps to fit; None for none.
     """
 
     method: str
     K: int = 0
+    maps: int | None = None
     _layers: dict[int, _Layer] = field(default_factory=dict)
     _real: Tensor | None = None
+    _held: Tensor | None = None
     _fold: int = 0
+    _fitting: bool = False
 
     def begin(self, number: int, real: Tensor) -> None:
         """Announce forward pass `number`; real: [B, length] bool, False where there is padding."""
         self._real, self._fold = real.flatten(), number % FOLDS
+        sequence = torch.arange(len(real), device=real.device) + number * len(real)
+        self._held = (sequence % HELD_OUT == HELD_OUT - 1)[:, None].expand_as(real)[real]
 
     def __call__(self, layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        assert self._real is not None, "call `begin` before the forward pass"
+        if self._fitting:  # the experts are being asked for their outputs once more
+            return
+        assert self._real is not None and self._held is not None, "call `begin` before the pass"
         hidden, ids = hidden[self._real], ids[self._real].long()
         self.K = max(self.K, ids.shape[1])
-        own = self._layers.setdefault(layer.index, _Layer(layer.E, self.method))
+        if layer.index not in self._layers:
+            rows = None if self.maps is None else Rows(layer.E, hidden.shape[1])
+            self._layers[layer.index] = _Layer(layer.E, self.method, rows)
+        own = self._layers[layer.index]
         own.tokens += hidden.shape[0]
         chosen = _chosen(ids, weights[self._real], layer.E)
         own.choices += chosen.sum(0).cpu()
+        if own.rows is not None:
+            own.rows.add(hidden, chosen, self._held)
         step = _chunk(layer.E, hidden)
         for part, picks in zip(torch.split(hidden, step), torch.split(chosen, step), strict=True):
             # not given a name here, so that it is gone before the next is made
@@ -99,15 +117,23 @@ class Observer:
         """The least stable layer's stability so far, 0 while unknown."""
         return min((stability(own.folds) or 0 for own in self._layers.values()), default=0)
 
-    def finish(self, layer: MoELayer) -> LayerStatistics:
-        """The layer's statistics; what they were made of is forgotten."""
+    def finish(self, layer: MoELayer) -> tuple[LayerStatistics, LayerMaps | None]:
+        """The layer's statistics, and its maps if they were asked for; what they were made of is
+        forgotten."""
         own = self._layers.pop(layer.index, None)
         if own is None:
             raise UnfitError(
                 f"{layer.name}: its experts were never called; does the model run them some other "
                 "way (use_kernels=True, a decoder that this text does not reach)?"
             )
-        return own.finished()
+        found = own.finished()
+        if own.rows is None or self.maps is None:
+            return found, None
+        self._fitting = True
+        try:
+            return found, own.rows.maps(layer, self.maps, found.directed, found.directed_energy)
+        finally:
+            self._fitting = False
 
 
 def _finite(outputs: Tensor, layer: MoELayer) -> Tensor:

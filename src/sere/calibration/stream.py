@@ -52,9 +52,9 @@ def read_by_layer(
                 for i, each in enumerate(passes):
                     begin(i)
                     arrived[i] = each.switch(i)
-            if unit not in work.finished:
-                found = {layer.index: observer.finish(layer) for layer in moe[unit]}
-                work.finish(unit, found, observer.K)
+                if unit not in work.finished:  # while its weights are there, which maps ask again
+                    found = {layer.index: observer.finish(layer) for layer in moe[unit]}
+                    work.finish(unit, found, observer.K)
             bar.update()
         bar.close()
         for each in passes:

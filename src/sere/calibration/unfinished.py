@@ -17,10 +17,13 @@ from typing import Any
 import torch
 
 from sere.files import lock, replaced
+from sere.maps import LayerMaps
 from sere.table import LayerStatistics
 
 _LOCK = "lock"
-_OURS = re.compile(r"lock|progress\.json|\.progress\.json\..*\.tmp|outputs-\d+|layer-\d+\.pt")
+_OURS = re.compile(
+    r"lock|progress\.json|\.progress\.json\..*\.tmp|outputs-\d+|(layer|maps)-\d+\.pt"
+)
 
 
 class UnfinishedError(ValueError):
@@ -100,10 +103,14 @@ class Unfinished:
         mapped = self._device.type == "cpu"
         return torch.load(path, map_location=self._device, mmap=mapped, weights_only=True)
 
-    def finish(self, unit: str, statistics: dict[int, LayerStatistics], K: int) -> None:
-        """Record that all batches are through a decoder layer."""
-        for index, layer in statistics.items():
+    def finish(
+        self, unit: str, found: dict[int, tuple[LayerStatistics, LayerMaps | None]], K: int
+    ) -> None:
+        """Record that all batches are through a decoder layer, and what was found in it."""
+        for index, (layer, maps) in found.items():
             torch.save(asdict(layer), self._folder / f"layer-{index}.pt")
+            if maps is not None:
+                torch.save(vars(maps), self._folder / f"maps-{index}.pt")
         self.finished.append(unit)
         self.K = K
         state = {"settings": self._settings, "finished": self.finished, "K": K}
@@ -115,6 +122,11 @@ class Unfinished:
         """Of a MoE layer in a finished decoder layer."""
         path = self._folder / f"layer-{index}.pt"
         return LayerStatistics(**torch.load(path, weights_only=True))
+
+    def maps(self, index: int) -> LayerMaps:
+        """Of a MoE layer in a finished decoder layer, if they were asked for."""
+        path = self._folder / f"maps-{index}.pt"
+        return LayerMaps(**torch.load(path, weights_only=True, mmap=True))
 
     def remove(self) -> None:
         """The table is written: nothing of this is needed any more."""

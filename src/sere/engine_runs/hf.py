@@ -86,7 +86,8 @@ class Transformers:
         return new_ids, new_weights
 
     def _routed(self, layer: MoELayer, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return self._arm.route(layer, ids, weights, None, self._counters)
+        new = self._arm.route(layer, ids, weights, None, self._counters)
+        return new.ids, new.weights
 
     def _scored(
         self,

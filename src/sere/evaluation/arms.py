@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sere.evaluation.decoding import RouterOutput
 from sere.evaluation.rivals import Rival, Routed
-from sere.kernels import Plan, reroute
+from sere.kernels import Plan, freed_weights, reroute
+from sere.maps import LayerMaps
+from sere.models.adapters import Changed
 from sere.models.moe import MoELayer
 from sere.policy import Policy, PolicyError, settings_from_json
 from sere.results.names import check_names
@@ -29,6 +32,7 @@ class Arm:
     rule: Policy | Rival | None
     table: Table
     _plans: dict[tuple[int, int], Plan] = field(default_factory=dict)
+    _maps: dict[int, LayerMaps] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.rule, Policy) and self.rule.rows == "all":
@@ -49,14 +53,16 @@ class Arm:
         weights: Tensor,
         said: RouterOutput | None,
         counters: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and weights [T, K] of one decode step, all rows of which are decoded.
+        hidden: Tensor | None = None,
+    ) -> Changed:
+        """What one decode step's experts do, all rows of which are decoded.
 
+        hidden: [T, H], the experts' input, which a policy with linear stand-ins cannot do without.
         said: of those rows, what the router says of all experts, if the rule `needs_logits`.
         counters: what a policy adds its figures to (see `sere.kernels.reroute`).
         """
         if self.rule is None:
-            return ids, weights
+            return Changed(ids, weights)
         if ids.shape[1] != self.table.fingerprint.K:
             raise TableError(
                 f"the table was made for {self.table.fingerprint.K} experts per token and the "
@@ -64,12 +70,45 @@ class Arm:
             )
         if isinstance(self.rule, Policy):
             plan = self._plan(self.rule, layer, ids)
-            return reroute(ids, weights, plan, counters=counters)
+            new = reroute(ids, weights, plan, counters=counters)
+            if not self.rule.for_layer(layer.index).frees:
+                return Changed(*new)
+            assert hidden is not None
+            freed = freed_weights(ids, weights, new[0])
+            return self._answered(layer, hidden, ids, freed, new)
         assert said is not None
         load = self.table.layers[layer.index].load.to(ids.device)
         scores = said.scores(ids, weights)
         ranks = said.ranks(scores, ids, weights)
-        return self.rule.route(Routed(ids, weights, said.logits, scores, ranks, load))
+        return Changed(*self.rule.route(Routed(ids, weights, said.logits, scores, ranks, load)))
+
+    def _answered(
+        self,
+        layer: MoELayer,
+        hidden: Tensor,
+        ids: Tensor,
+        freed: Tensor,
+        new: tuple[Tensor, Tensor],
+    ) -> Changed:
+        """freed: [T, K], what the maps are asked for."""
+        if not layer.adapter.adds:
+            raise PolicyError(
+                f"{self.name}: {layer.name} cannot be given linear stand-ins: its experts weigh "
+                "their input, or are no module of their own"
+            )
+        maps = self._layer_maps(layer.index).to(hidden.device)
+        asked = len(torch.unique(ids[freed != 0]))
+        size = sum(p.numel() for p in layer.experts.parameters()) / layer.E
+        share = (2 * maps.R + 1) * hidden.shape[1] / size
+        return Changed(*new, maps.answers(hidden, ids, freed), asked * share)
+
+    def _layer_maps(self, index: int) -> LayerMaps:
+        if (known := self._maps.get(index)) is None:
+            assert isinstance(self.rule, Policy)
+            policy = self.rule.for_layer(index)
+            maps = self.table.maps_for(policy)
+            known = self._maps[index] = maps.layer(index).of_rank(policy.rank_of(maps.R))
+        return known
 
     def _plan(self, policy: Policy, layer: MoELayer, ids: Tensor) -> Plan:
         bucket = policy.bucket(len(ids))
@@ -108,7 +147,7 @@ def _served(settings: Mapping[str, Any], table: Table) -> tuple[str, Policy]:
     rest = dict(settings)
     name = rest.pop("name", None)
     policy = Policy.from_dict(rest)
-    table.check_policy(policy)
+    table.check_served(policy)
     return name or policy.brief(), policy
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sere.models.adapters import Changed
 from sere.models.moe import MoELayer, routed
 
 
@@ -117,31 +118,32 @@ class Step:
     weights: Tensor
 
 
-Route = Callable[[MoELayer, Step], tuple[Tensor, Tensor]]
+Route = Callable[[MoELayer, Step], tuple[Tensor, Tensor] | Changed]
 
 
 @contextmanager
 def decoded(layers: list[MoELayer], reading: Reading, route: Route) -> Iterator[None]:
     """Run forward passes over `reading` with `route(layer, step)` deciding every decode step's ids
-    and weights [n, K].
+    and weights [n, K], and what is added to the mixture.
 
     Rows of prompts run apart from all others, so that not even a rounding of theirs depends on how
     those are routed.
     """
 
-    def change(
-        layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def change(layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> Changed:
         if len(hidden) != reading.ids.numel():
             raise RuntimeError(
                 f"{layer.name}: it sees {len(hidden)} rows where {reading.ids.numel()} tokens were "
                 "fed: this architecture cannot be evaluated in one pass"
             )
-        new_ids, new_weights = ids.clone(), weights.clone()
+        new_ids, new_weights, added = ids.clone(), weights.clone(), None
         for number, rows in enumerate(torch.split(reading.rows.to(ids.device), reading.sizes)):
             step = Step(number, rows, hidden[rows], ids[rows], weights[rows])
-            new_ids[rows], new_weights[rows] = route(layer, step)
-        return new_ids, new_weights
+            new_ids[rows], new_weights[rows], more, _ = Changed(*route(layer, step))
+            if more is not None:
+                added = hidden.new_zeros(hidden.shape, dtype=more.dtype) if added is None else added
+                added[rows] = more
+        return Changed(new_ids, new_weights, added)
 
     with routed(layers, change, apart=reading.prompts):
         yield

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sere.evaluation.arms import Arm
 from sere.evaluation.decoding import Passage, Reading, Step, decoded, output_matrix, router_logits
+from sere.models.adapters import Changed
 from sere.models.moe import MoELayer
 from sere.results.journal import Journal
 
@@ -39,6 +40,7 @@ class Sums:
     stock to the arm. exact: continuations whose every token was the most likely one. lost_answers:
     continuations that were so under stock and are not under the arm. steps: decode steps; rows:
     their rows. prompt_difference: largest difference of a prompt's logits from stock.
+    read: what all layers' steps read, in units of one expert's weights: active experts, and maps.
     By layer index: active experts summed over steps, before and after; energy of the difference
     that the arm makes to the layer's output, and of the output itself.
     """
@@ -53,6 +55,7 @@ class Sums:
     steps: int = 0
     rows: int = 0
     prompt_difference: float = 0.0
+    read: float = 0.0
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
@@ -140,17 +143,18 @@ def _measured(
 ) -> list[Sums]:
     reading = Reading(passages, batch)
     sums = [Sums() for _ in range(-(-len(passages) // batch))]
-    steps: list[tuple[Step, tuple[Tensor, Tensor]]] = []
+    steps: list[tuple[Step, Changed]] = []
 
-    def route(layer: MoELayer, step: Step) -> tuple[Tensor, Tensor]:
+    def route(layer: MoELayer, step: Step) -> Changed:
         logits = seen[layer.index][step.rows] if arm.needs_logits else None
-        new = arm.route(layer, step.ids, step.weights, logits)
+        new = arm.route(layer, step.ids, step.weights, logits, hidden=step.hidden)
         own, key = sums[reading.batch_of[step.number]], str(layer.index)
         if layer is layers[0]:
             own.steps += 1
             own.rows += len(step.rows)
         own.before[key] = own.before.get(key, 0) + _distinct(step.ids, step.weights)
-        own.after[key] = own.after.get(key, 0) + _distinct(*new)
+        own.after[key] = own.after.get(key, 0) + (active := _distinct(new.ids, new.weights))
+        own.read += active + new.beside
         if layer_error:
             steps.append((step, new))
             if len(steps) == len(reading.sizes):
@@ -209,17 +213,23 @@ def _add_errors(
     sums: list[Sums],
     reading: Reading,
     layer: MoELayer,
-    steps: list[tuple[Step, tuple[Tensor, Tensor]]],
+    steps: list[tuple[Step, Changed]],
 ) -> None:
     """What all decode steps' changes do to one layer's output."""
     hidden, ids, weights, new_ids, new_weights = (
         torch.cat(parts)
         for parts in zip(
-            *((step.hidden, step.ids, step.weights, *new) for step, new in steps), strict=True
+            *((s.hidden, s.ids, s.weights, new.ids, new.weights) for s, new in steps), strict=True
         )
     )
     stock = layer.mixture(hidden, ids, weights)
-    lost = (layer.mixture(hidden, new_ids, new_weights) - stock).square().sum(1)
+    mixture = layer.mixture(hidden, new_ids, new_weights)
+    start = 0
+    for step, new in steps:
+        if new.added is not None:
+            mixture[start : start + len(step.rows)] += new.added
+        start += len(step.rows)
+    lost = (mixture - stock).square().sum(1)
     energy = stock.square().sum(1)
     key, start = str(layer.index), 0
     for number, size in enumerate(reading.sizes):
@@ -278,6 +288,7 @@ def figures(parts: Sequence[Sums]) -> dict[str, Any]:
     return {
         "active": active,
         "active_before": before,
+        "read": mean([(p.read, p.steps * len(layers)) for p in parts]),
         "kl": over("kl", "tokens"),
         "top1": over("top1", "tokens"),
         "perplexity": (perplexity, perplexity * nll[1]),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sere.kernels.freed import freed_weights
 from sere.kernels.implementations import implementation_for, load, load_vote
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS, RowClass, keeping
@@ -21,6 +22,7 @@ __all__ = [
     "COUNTERS",
     "Plan",
     "RowClass",
+    "freed_weights",
     "implementation_for",
     "keeping",
     "new_counters",

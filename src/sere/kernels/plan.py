@@ -35,7 +35,8 @@ def settings_of(policy: Policy, K: int) -> Tensor:
     """`Plan.settings` under a layer's policy, on the CPU; K: experts per token of the model."""
     tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * LOSS_FRACTION)
     ceiling = policy.max_active or NO_CEILING
-    settings = [policy.S, policy.min_active or K, ceiling, tau, int(policy.scales)]
+    scaled = policy.scales or policy.frees  # a freed slot's weight is scaled to 0
+    settings = [policy.S, policy.min_active or K, ceiling, tau, int(scaled)]
     return torch.tensor(settings, dtype=torch.int32, device="cpu")
 
 

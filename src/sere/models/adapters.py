@@ -14,20 +14,46 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Changed(NamedTuple):
+    """What a layer's experts are to do.
+
+    ids, weights: [T, K]. added: [T, H] float32, what is added to their mixture; rows of 0 stay as
+    they are, to the bit. None: nothing. beside: what is read for it, in units of the weights of one
+    expert; for who counts bytes.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    added: Tensor | None = None
+    beside: float = 0.0
+
+    def plus(self, mixture: Tensor) -> Tensor:
+        """The mixture, of any shape that holds [T, H], and what is added."""
+        if self.added is None:
+            return mixture
+        whole = mixture.reshape(self.added.shape).clone()
+        rows = self.added.any(1)
+        whole[rows] = (whole[rows].float() + self.added[rows]).to(whole.dtype)
+        return whole.view_as(mixture)
+
+
+Change = Callable[[Tensor, Tensor, Tensor], Changed]
 Forward = Callable[..., Any]
 
 
 class Adapter(ABC):
     """hooked: the module whose forward is replaced. E: number of routed experts. runs_apart:
-    whether `apart` can do what it says."""
+    whether `apart` can do what it says. adds: whether `changed` adds to the mixture what it is
+    told to."""
 
     runs_apart = False
+    adds = False
 
     def __init__(self, hooked: nn.Module, E: int) -> None:
         self.hooked, self.E = hooked, E
@@ -42,13 +68,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def changed(self, inner: Forward, change: Change) -> Forward:
-        """A forward like `inner` that runs with the ids and weights that `change` returns."""
+        """A forward like `inner` that runs with the ids and weights that `change` returns, and adds
+        what it says, where it `adds`."""
 
 
 class Mixture(Adapter):
     """`experts(hidden, ids, weights)`: 58 architectures."""
 
     runs_apart = True
+    adds = True
 
     def __init__(self, experts: nn.Module) -> None:
         counts = ("num_routed_experts", "num_experts")  # longcat_flash has identity experts besides
@@ -92,8 +120,9 @@ class Mixture(Adapter):
     def changed(self, inner: Forward, change: Change) -> Forward:
         def forward(hidden: Tensor, ids: Tensor, weights: Tensor, *rest: Any) -> Any:
             flat = (hidden.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2))
-            new_ids, new_weights = change(*flat)
-            return inner(hidden, new_ids.view_as(ids), new_weights.view_as(weights), *rest)
+            new = change(*flat)
+            mixture = inner(hidden, new.ids.view_as(ids), new.weights.view_as(weights), *rest)
+            return new.plus(mixture)
 
         return forward
 
@@ -121,7 +150,7 @@ class ScaledInputs(Adapter):
         def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
             scores, logits = inner(hidden)
             weights, ids = scores.topk(self._K)
-            ids, weights = change(hidden, ids, weights)
+            ids, weights, *_ = change(hidden, ids, weights)
             return torch.zeros_like(scores).scatter_add_(1, ids, weights), logits
 
         return forward
@@ -150,7 +179,7 @@ class SortedDispatch(Adapter):
             chosen = experts.repeat_interleave(torch.tensor(sizes, device=slots.device))
             ids = torch.empty_like(slots).scatter_(0, slots, chosen).view(-1, self._K)
             weights = torch.empty_like(gates).scatter_(0, slots, gates).view(-1, self._K)
-            new, scaled = change(hidden, ids, weights)
+            new, scaled, *_ = change(hidden, ids, weights)
             if torch.equal(new, ids) and torch.equal(scaled, weights):
                 return slots, rows, gates, sizes, logits  # even the order of equals, every bit
             slots = new.flatten().argsort(stable=True)
@@ -175,7 +204,7 @@ class OneHot(Adapter):
     def changed(self, inner: Forward, change: Change) -> Forward:
         def forward(hidden: Tensor, mask: Tensor, weights: Tensor) -> Any:
             ids = mask.argmax(-1).where(mask.any(-1), -1)
-            ids, weights = change(hidden, ids, weights)
+            ids, weights, *_ = change(hidden, ids, weights)
             return inner(hidden, self._mask(ids), weights)
 
         return forward

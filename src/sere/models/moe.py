@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sere.checkpoint import layer_index
 from sere.kernels import Plan, reroute
-from sere.models.adapters import Adapter, Change, adapter_of, forward_attribute
+from sere.models.adapters import Adapter, Change, Changed, adapter_of, forward_attribute
 
 # Architectures whose routed experts cannot be calibrated, and why.
 UNSUPPORTED = {
@@ -159,15 +159,15 @@ def rerouted(
         yield
 
 
-LayerChange = Callable[[MoELayer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+LayerChange = Callable[[MoELayer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | Changed]
 
 
 @contextmanager
 def routed(
     layers: list[MoELayer], change: LayerChange, *, apart: Tensor | None = None
 ) -> Iterator[None]:
-    """Run every MoE layer with the (ids, weights) that `change(layer, hidden [T, H], ids [T, K],
-    weights [T, K])` returns.
+    """Run every MoE layer with the (ids, weights), or `Changed`, that `change(layer, hidden [T, H],
+    ids [T, K], weights [T, K])` returns.
 
     apart: indices of rows to run by themselves, so that the others' results do not depend on them
     by a bit (where experts are a module of their own: see `Adapter.apart`).
@@ -186,11 +186,11 @@ def _hooked(layer: MoELayer, change: LayerChange, apart: Tensor | None) -> Itera
     had_own = attribute in vars(module)
     inside = False
 
-    def once(hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def once(hidden: Tensor, ids: Tensor, weights: Tensor) -> Changed:
         nonlocal inside
         inside = True
         try:
-            return change(layer, hidden, ids, weights)
+            return Changed(*change(layer, hidden, ids, weights))
         finally:
             inside = False
 

@@ -1,0 +1,71 @@
+"""What a policy's settings may be, one by one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be meant: names the value, what was expected and what to do."""
+
+
+def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:
+    """Raise `PolicyError` for a key that nobody would read, with the nearest known one."""
+    for key in given:
+        if key not in known:
+            alike = {name.lower(): name for name in known}
+            near = difflib.get_close_matches(str(key).lower(), alike, n=1)
+            hint = (
+                f"did you mean {alike[near[0]]!r}?" if near else f"known keys: {', '.join(known)}"
+            )
+            raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
+
+
+def is_index(key: Any) -> bool:
+    """Whether a key, a string in JSON, is a whole number that could count anything."""
+    return str(key).isdecimal() and len(str(key)) < 10
+
+
+def check_count(name: str, value: Any, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PolicyError(f"{name}={value!r}: expected a whole number >= 1")
+    if value < 1:
+        raise PolicyError(f"{name}={value}: expected a whole number >= 1")
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise PolicyError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+
+def check_tau(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2:
+        raise PolicyError(
+            f"tau={value!r}: expected a loss per token and expert, 0 <= tau < 2, usually 0.001 to "
+            "0.1"
+        )
+
+
+def check_quantile(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise PolicyError(
+            f"rho_quantile={value!r}: expected a share of the experts, 0 <= share < 1"
+        )
+
+
+def checked_rho(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PolicyError(f"rho={value!r}: expected a number >= 0, usually between 0 and 1")
+    if not (0 <= value <= sys.float_info.max or value == math.inf):
+        raise PolicyError(f"rho={value}: expected a number >= 0, usually between 0 and 1")
+    return float(value)
