@@ -120,7 +120,7 @@ class Session:
     def set_policy(self, policy: Policy | None) -> None:
         """Write a new policy into the live buffers; None switches re-routing off."""
         if policy is not None:
-            self.table.check_policy(policy)
+            self.table.check_served(policy)
             if policy.batches and self.live.together:
                 raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
             self.rows.gate = policy.rows
@@ -241,7 +241,7 @@ def check_config(config: Any) -> None:
     if settings.shadow is not None:
         _check_shadow(config)
     table = Table.load(settings.table)
-    table.check_policy(settings.policy)
+    table.check_served(settings.policy)
     check_model(config, settings, table, table.fingerprint.layers)
     if settings.policy.is_stock:
         _LOG.warning(

@@ -171,7 +171,7 @@ def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:
     known = Table.load(table)
     for contender in contenders:
         if contender.policy:
-            known.check_policy(contender.policy)
+            known.check_served(contender.policy)
     return contenders
 
 
