@@ -14,7 +14,7 @@ from torch import nn
 
 from sere.checkpoint import Fingerprint
 from sere.table import LayerStatistics, Table
-from tests.servers import Server, openai_server
+from tests.servers import ADMIN_KEY, Server, openai_server
 
 torch.set_num_threads(1)
 
@@ -149,5 +149,5 @@ def server(table_path: Path) -> Iterator[Server]:
     """One OpenAI server that re-routes and checks itself, shared by the tests of all files."""
     shadow = {"every": 2, "bound": 0.5}
     sere = {"table": str(table_path), "S": 3, "min_active": 1, "shadow": shadow}
-    with openai_server(sere) as running:
+    with openai_server(sere, SERE_ADMIN_KEY=ADMIN_KEY) as running:
         yield running

@@ -12,6 +12,7 @@ from typing import Any
 from sere.serving.server import NAME, serving
 from tests.engines import OPTIONS, environment
 
+ADMIN_KEY = "a key that tests know"
 _CHAT = (
     "{% for one in messages %}{{ one.content if one.content is string else one.content[0].text }}"
 )

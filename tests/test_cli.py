@@ -63,6 +63,7 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
         "tune": ["m", "t"],
         "bench": ["m"],
         "top": ["u"],
+        "switch": ["u"],
         "report": ["d"],
     }
     required = needed.get(verb, [])
@@ -80,6 +81,7 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
         (["inspect", "absent.safetensors"], "absent.safetensors: no such table"),
         (["calibrate", "absent"], "--data FILE is needed"),
         (["top", "127.0.0.1:9"], "http://127.0.0.1:9/metrics cannot be read"),
+        (["switch", "127.0.0.1:9", "off", "--key-file", "absent"], "absent: no key can be read"),
         (["calibrate", "absent", "--data", "absent.txt"], "absent.txt: no such file"),
         (["calibrate", "demo", "-o", "absent/t.safetensors"], "absent does not exist"),
     ],

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sere.table
 from sere.checkpoint import Fingerprint
+from sere.kernels import reroute
 from sere.policy import Policy, PolicyError
 from sere.table import LayerStatistics, Table, TableError
 
@@ -210,6 +211,47 @@ def test_a_layer_of_which_nothing_is_known_is_never_re_routed(table: Table) -> N
 
 def test_a_table_made_without_text_re_routes(make_table: Callable[..., Table]) -> None:
     assert make_table(tokens=0).plan(0, Policy(S=1)).neighbours.min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "moves"),
+    [
+        (Policy(S=1, min_active=1), True),
+        (Policy(S=2), False),  # S = K
+        (Policy(S=1, rho=0.95), False),  # above every similarity
+        (Policy(S=1, rho=0.5, min_active=1), True),
+        (Policy(S=1, tau=0.5, min_active=1), True),
+        (Policy(S=1, min_active=E), False),
+        (Policy(S=2, layers={1: {"S": 1, "min_active": 1}}), True),
+        (Policy(S=1, rho=0.95, layers={1: {"rho": 0.5, "min_active": 1}}), True),
+        (Policy(S=2, batches={8: {"S": 1}}), True),
+        (Policy(S=1, batches={1: {"S": 2}}), False),
+        (Policy(S=1, batches={1: None}), False),
+    ],
+    ids=str,
+)
+def test_whether_a_policy_can_move_anything_is_known_before_it_serves(
+    policy: Policy, moves: bool, table: Table
+) -> None:
+    """As the operator shows on random batches of all sizes."""
+    assert table.can_move(policy) is moves
+    random, moved = torch.Generator().manual_seed(0), False
+    for T in (1, 2, 3, 5, 8, 13):
+        own = policy.at(T)
+        for index in table.layers if own else ():
+            ids = torch.stack([torch.randperm(E, generator=random)[:2] for _ in range(T)])
+            weights = torch.rand(T, 2, generator=random)
+            moved |= not torch.equal(reroute(ids, weights, table.plan(index, own))[0], ids)
+    assert moved is moves
+
+
+def test_a_policy_that_needs_outputs_is_refused_where_nothing_is_known_of_them(
+    make_table: Callable[..., Table],
+) -> None:
+    for policy in (Policy(S=1, tau=0.1), Policy(S=1, layers={1: {"fill": "error"}})):
+        make_table().check_policy(policy)
+        with pytest.raises(PolicyError, match="made without text"):
+            make_table(tokens=0).check_policy(policy)
 
 
 def test_a_plan_follows_the_override_of_its_layer(table: Table) -> None:

@@ -50,6 +50,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     ),
     "report": ("show a folder of results as one HTML page", flags.report, "sere.verbs:report"),
     "top": ("show what re-routing does in a running server, live", flags.top, "sere.verbs:top"),
+    "switch": (
+        "switch re-routing off, on or to another policy in a running server",
+        flags.switch,
+        "sere.verbs:switch",
+    ),
     "doctor": (
         "tell whether re-routing can take effect here, and what hinders it",
         flags.doctor,

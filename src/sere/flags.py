@@ -245,6 +245,20 @@ def top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one reading as JSON")
 
 
+def switch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", help="of a vLLM server, e.g. localhost:8000")
+    parser.add_argument(
+        "to",
+        nargs="?",
+        metavar="off|on|JSON",
+        help="stock routing, what the server began with, or a policy; leave out to be told",
+    )
+    parser.add_argument(
+        "--key-file", metavar="FILE", help="holds the server's key; else SERE_ADMIN_KEY does"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
 def report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",

@@ -312,6 +312,11 @@ class Policy:
         return cls.from_dict(settings_from_json(text))
 
 
+def in_words(policy: Policy | None) -> str:
+    """What differs from the defaults; None is stock routing."""
+    return "stock" if policy is None else policy.brief()
+
+
 def settings_from_json(text: str) -> Mapping[str, Any]:
     """What a policy's JSON text holds, its keys and values unchecked; `PolicyError` if it is no
     JSON object."""

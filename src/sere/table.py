@@ -21,7 +21,7 @@ from torch import Tensor
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.files import is_file, replaced
 from sere.kernels import Plan
-from sere.kernels.plan import Placement, Substitution, settings_of
+from sere.kernels.plan import OUTPUTS_UNKNOWN, Placement, Substitution, can_move, settings_of
 from sere.maps import Maps, MapsError, opened
 from sere.policy import Policy, PolicyError
 from sere.statistics import TENSORS, check_layer, is_identity
@@ -122,6 +122,16 @@ class Table:
         """`Plan.settings` of `plan`, without the lists, which take a sort of [E, E]."""
         return settings_of(self._policy_of(index, policy), self.fingerprint.K)
 
+    def can_move(self, policy: Policy) -> bool:
+        """Whether re-routing under `policy` can move anything, in any layer at any batch size: not
+        with S = K, nor with a rho above every similarity."""
+        buckets = [*policy.batches] if 1 in policy.batches else [0, *policy.batches]
+        by_size = [own for own in map(policy.for_bucket, buckets) if own]
+        settings = ((i, self._policy_of(i, own)) for own in by_size for i in self.layers)
+        return any(
+            can_move(self.layers[i].similarity, own, self.fingerprint.K) for i, own in settings
+        )
+
     def _policy_of(self, index: int, policy: Policy) -> Policy:
         """The layer's own; where nothing is known of its experts, one that moves nothing."""
         settings = policy.for_layer(index)
@@ -140,13 +150,16 @@ class Table:
             )
 
     def check_policy(self, policy: Policy) -> None:
-        """Raise `PolicyError` for settings that make no sense for this table's model, or are for
-        layers that it has not and would do nothing."""
+        """Raise `PolicyError` for settings that make no sense for this table's model, are for
+        layers that it has not and would do nothing, or need what it does not know."""
         policy.check_against(self.fingerprint.K, self.fingerprint.E)
         by_size = (policy.for_bucket(bucket) for bucket in policy.batches)
         named = set(policy.layers).union(*(own.layers for own in by_size if own))
         if unknown := sorted(named - set(self.layers)):
             raise PolicyError(f"layers {unknown} of the policy are not among {list(self.layers)}")
+        for index, layer in self.layers.items():
+            if self._policy_of(index, policy).needs_errors and not layer.tokens:
+                raise PolicyError(OUTPUTS_UNKNOWN)
         for own in (policy, *(policy.for_layer(index) for index in policy.layers)):
             if own.frees:
                 self.maps_for(own)

@@ -235,6 +235,33 @@ def top(url: str, interval: float, once: bool, json: bool) -> None:
         raise RuntimeError(f"{error}: pip install 'sere[top]'") from error
 
 
+def switch(url: str, to: str | None, key_file: str | None, json: bool) -> None:
+    """`sere switch URL [off|on|JSON] [--key-file FILE]`: what is on, and then is."""
+    from sere.monitoring import switch as remote
+    from sere.policy import settings_from_json
+
+    key = remote.key_from(key_file)
+    if to is None:
+        found = remote.states(url, key)
+    else:
+        named = {"off": None, "on": "start"}
+        found = remote.switch(url, key, named[to] if to in named else settings_from_json(to))
+    if json:
+        print(dumps(found))
+    else:
+        print("\n".join(f"engine {engine}: {_told(state)}" for engine, state in found.items()))
+
+
+def _told(state: dict[str, Any]) -> str:
+    policy = {
+        key: value for key, value in (state["policy"] or {}).items() if value not in (None, {})
+    }
+    words = dumps(policy) if policy else "stock routing"
+    if state["fallback"]:
+        words += f", as the shadow check fell back to it: {state['fallback']}"
+    return words if state["enabled"] else f"{words}; NOTHING IS RE-ROUTED"
+
+
 def doctor(model: str | None, table: str | None, json: bool) -> int:
     """`sere doctor [MODEL] [TABLE]`: 0 if re-routing can take effect here, else 1."""
     from sere.doctor import as_text, examine

@@ -79,8 +79,11 @@ def test_a_mild_policy_does_not_fall_back(server: Server) -> None:
     assert value(text, "sere_fallback", engine=0) == 0
     for layer in LAYERS:
         assert value(text, "sere_shadow_checks_total", layer=layer) >= 2
-        assert 0 < value(text, "sere_shadow_error", layer=layer) < 0.5
-        assert 0 < value(text, "sere_surrendered_weight", layer=layer) < 0.5
+        # The latest check may have been of a step in which nothing moved.
+        assert value(text, "sere_shadow_error_sum_total", layer=layer) > 0
+        assert value(text, "sere_surrendered_weight_sum_total", layer=layer) > 0
+        assert 0 <= value(text, "sere_shadow_error", layer=layer) < 0.5
+        assert 0 <= value(text, "sere_surrendered_weight", layer=layer) < 0.5
         assert value(text, "sere_shadow_exceeded_total", layer=layer) == 0
 
 
@@ -97,10 +100,8 @@ def test_the_format_does_not_depend_on_what_a_scraper_accepts(server: Server) ->
 def told(rows: Mapping[int, int], **changes: Any) -> dict[str, Any]:
     """A worker's snapshot: rows_fast by layer."""
     known = {index: {"rows_fast": fast} for index, fast in rows.items()}
-    return {"policy": {"S": 1}, "fallback": None, "E": 8, "K": 2, "shadow": {}} | {
-        "layers": known,
-        **changes,
-    }
+    state = {"policy": {"S": 1}, "fallback": None, "enabled": True, "switches": 0}
+    return state | {"E": 8, "K": 2, "shadow": {}, "layers": known, **changes}
 
 
 class Core:
@@ -244,6 +245,8 @@ def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
         asleep=False,
         last_told=None,
         policy=None,
+        enabled=False,
+        switches=0,
         fallback=None,
         shadow=None,
         layers={5: None},

@@ -26,6 +26,10 @@ LARGEST_ERROR = 8 * ERROR_FRACTION - 1  # keeps a loss within 31 bits, whatever 
 LOSS_FRACTION = FRACTION * ERROR_FRACTION
 """Losses (share * share * error / FRACTION) and tau are whole numbers of 1 / LOSS_FRACTION."""
 
+OUTPUTS_UNKNOWN = (
+    "tau, fill and weights need to know the experts' outputs, and this table was made without "
+    "text: calibrate on text, or use S and rho alone"
+)
 
 SETTINGS_OFF = torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.int32, device="cpu")
 """`Plan.settings` of stock routing."""
@@ -87,10 +91,7 @@ class Plan:
         policy.check_against(K, E)
         if substitution is None:
             if policy.needs_errors:
-                raise PolicyError(
-                    "tau, fill and weights need to know the experts' outputs, and this table was "
-                    "made without text: calibrate on text, or use S and rho alone"
-                )
+                raise PolicyError(OUTPUTS_UNKNOWN)
             substitution = Substitution(torch.zeros_like(similarity), torch.ones_like(similarity))
         merit = -substitution.error if policy.fills_by_error else similarity
         merit = merit.double().clone().fill_diagonal_(-torch.inf)
@@ -171,6 +172,20 @@ class Substitution:
         scale = (cross / energy.clamp(min=tiny)).clamp(min=0) if scaled else torch.ones_like(cross)
         lost = own - 2 * scale * cross + scale**2 * energy
         return cls((lost / (own * typical).clamp(min=tiny).sqrt()).clamp(min=0), scale)
+
+
+def can_move(similarity: Tensor, policy: Policy, K: int) -> bool:
+    """Whether a batch exists in which a plan of this layer moves a slot.
+
+    similarity, policy, K: as for `Plan.build`.
+    """
+    E = len(similarity)
+    if policy.S >= K or (policy.min_active or K) >= E:
+        return False
+    if policy.tau is not None or policy.fills_by_error:
+        return True
+    merit = similarity.double().clone().fill_diagonal_(-torch.inf)
+    return bool((merit >= _threshold(merit, policy)).any())
 
 
 def _order(merit: Tensor, excluded: Tensor, placement: Placement | None) -> Tensor:

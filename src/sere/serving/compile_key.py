@@ -17,6 +17,7 @@ from typing import Any
 
 from sere import __version__
 from sere.policy import Policy
+from sere.serving import admin_key
 from sere.serving.asking import KEY, given
 
 # Live buffers, or of the front end. A setting that is not named here counts.
@@ -27,6 +28,7 @@ _NOT_COMPILED = {field.name for field in fields(Policy)} | {
     "cap",
     "any_version",
     "placement",
+    admin_key.SETTING,
 }
 
 

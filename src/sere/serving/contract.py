@@ -96,7 +96,7 @@ _REROUTING = Needs(
         ("vllm.sampling_params", "SamplingParams"): ("extra_args",),
         SYMBOLS["InputProcessor"]: ("vllm_config",),
         SYMBOLS["Executor"]: ("vllm_config",),
-        SYMBOLS["WorkerBase"]: ("vllm_config",),
+        SYMBOLS["WorkerBase"]: ("vllm_config", "rank"),
         _CPU_WORKER: ("compile_or_warm_up_model", "load_model", "model_runner"),
         _GPU_WORKER: ("compile_or_warm_up_model", "load_model", "model_runner"),
         SYMBOLS["VllmConfig"]: (

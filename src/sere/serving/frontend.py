@@ -20,6 +20,7 @@ from prometheus_client.core import Metric
 from sere.serving import admission
 from sere.serving.asking import given
 from sere.serving.metrics import Snapshot, families
+from sere.serving.switch import Switch
 
 PATIENCE_S = 2.0
 """How long a scrape waits for the engine before it gives out the figures of the last one."""
@@ -37,6 +38,7 @@ def exporting(original: Callable[..., None]) -> Callable[..., None]:
     def attach_router(app: Any) -> None:
         original(app)
         app.add_middleware(AppendMetrics)
+        app.add_middleware(Switch)
         admission.wrap_server()
 
     return attach_router

@@ -30,6 +30,7 @@ _COUNTERS: dict[str, tuple[str, dict[str, str], str]] = {
     "rows_exact": ("sere_rows", {"row_class": "exact"}, "Rows by class"),
     "rows_void": ("sere_rows", {"row_class": "void"}, "Rows by class"),
 }
+_SWITCHES = ("sere_policy_switches", "Switches of the policy, by an operator or the shadow check")
 _SLOTS = ("sere_slots", "Slots of re-routable rows: what sere_slots_rerouted is a share of")
 # Figure of `sere.serving.shadow.Figures` -> name, help; of layers that were checked.
 _SHADOW_COUNTERS = {
@@ -49,6 +50,7 @@ _SHADOW_GAUGES = {
     ),
 }
 _STATES = {
+    "sere_enabled": "1 while anything can be re-routed, 0 while nothing is",
     "sere_policy_on": "1 while a policy is on, 0 while routing is stock",
     "sere_fallback": "1 after the shadow check has switched to stock routing",
     "sere_experts": "Experts of a layer",
@@ -82,9 +84,11 @@ def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot])
     policy = first["policy"]
     # Pipeline stages check, and fall back, on their own.
     fallback = next((s["fallback"] for s in snapshots if s["fallback"]), None)
-    values = (policy is not None, fallback is not None, first["E"], first["K"])
+    enabled = any(snapshot["enabled"] for snapshot in snapshots)
+    values = (enabled, policy is not None, fallback is not None, first["E"], first["K"])
     for (name, about), value in zip(_STATES.items(), values, strict=True):
         found.gauge(name, about, value, labels)
+    found.counter(*_SWITCHES, first["switches"], labels)
     told = {key: value for key, value in (policy or {}).items() if value not in (None, {})}
     about = "The policy that is on, as JSON, and why there is none"
     info = {"policy": json.dumps(told) if told else "stock", "reason": fallback or ""}

@@ -35,6 +35,8 @@ from sere.table import Table
 # The session hangs on vLLM's compilation config: the worker's own, and as long-lived as its layers.
 _ATTRIBUTE = "_sere_session"
 _CAP = "_sere_cap"  # in the front end, beside it
+START = "start"
+"""In the place of a policy: the one that the engine began with."""
 _LOG = logging.getLogger("vllm.sere")
 
 
@@ -55,6 +57,8 @@ class Session:
     placements: dict[int, Placement] = field(default_factory=dict)  # under expert parallelism
     shadow: Shadow | None = field(init=False)
     policy: Policy | None = field(init=False)  # what is on; None is stock routing
+    enabled: bool = field(init=False)  # whether that can re-route anything
+    switches: int = 0  # of the policy, since the start
     fallback: str | None = None  # why the shadow check switched the policy off
     checked: bool = False  # the worker's start-up self check is through
     asleep: bool = False  # vLLM's sleep mode: the layers' buffers are unmapped
@@ -62,6 +66,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
+        self.enabled = self.table.can_move(self.policy)
         asked = self.settings.shadow
         self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
 
@@ -117,16 +122,33 @@ class Session:
         self.rows.void()
         self.live.choose(0, 0)
 
+    def named(self, asked: Mapping[str, Any] | str | None) -> Policy | None:
+        """The policy that is meant: settings as in `Policy.from_dict`, `START` for what the engine
+        began with, None for stock routing. Raises `PolicyError`."""
+        if asked == START:
+            return self.settings.policy
+        return None if asked is None else Policy.from_dict(asked)  # type: ignore[arg-type]
+
+    def check_policy(self, policy: Policy | None) -> None:
+        """Raise `PolicyError` or `ServingError` unless this engine can switch to it."""
+        if policy is None:
+            return
+        self.table.check_served(policy)
+        if policy.batches and self.live.together:
+            raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
+
     def set_policy(self, policy: Policy | None) -> None:
-        """Write a new policy into the live buffers; None switches re-routing off."""
+        """Write a new policy into the live buffers; None switches re-routing off. Raises what
+        `check_policy` does, and has changed nothing then."""
+        self.check_policy(policy)
+        plans = {index: self._plan(index, policy) if policy else None for index in self.layers}
         if policy is not None:
-            self.table.check_served(policy)
-            if policy.batches and self.live.together:
-                raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
             self.rows.gate = policy.rows
         self.policy, self.fallback = policy, None
+        self.enabled = policy is not None and self.table.can_move(policy)
+        self.switches += 1
         for index, layer in self.layers.items():
-            layer.follow(self._plan(index, policy) if policy else None)
+            layer.follow(plans[index])
         self.live.follow(policy)
         if self.shadow is not None:
             self.shadow.switch(on=policy is not None)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sere.files import is_file
 from sere.policy import Policy, PolicyError, check_keys
+from sere.serving import admin_key
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
@@ -23,6 +24,7 @@ _OWN_KEYS = (
     "union",
     "shadow",
     "placement",
+    admin_key.SETTING,
 )
 _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 
@@ -82,6 +84,11 @@ class Settings:
             )
         if not isinstance(model_default, Mapping):
             raise PolicyError(f'"sere": {model_default!r} in config.json: expected settings')
+        if admin_key.SETTING in model_default:
+            raise PolicyError(
+                f'"{admin_key.SETTING}" in config.json: a model may not open a route of the server '
+                "that loads it; remove it there"
+            )
         merged = {**model_default, **given}
         check_keys('"sere"', merged, _OWN_KEYS + _POLICY_KEYS)
         level = merged.get("fingerprint", "weights")

@@ -17,7 +17,8 @@ def snapshot(session: Session) -> dict[str, Any]:
     """Builtin types only, as it travels between processes. Waits for the device once.
 
     policy: settings by name, or None where routing is stock. fallback: why the shadow check
-    switched to stock routing, or None. E, K: experts of a layer, of a token. layers: counters by
+    switched to stock routing, or None. enabled: whether anything can be re-routed. switches: of the
+    policy, since the start. E, K: experts of a layer, of a token. layers: counters by
     decoder layer index and name. shadow: the check's figures by layer index.
 
     While the worker sleeps its buffers are unmapped: it repeats what it told last.
@@ -27,6 +28,8 @@ def snapshot(session: Session) -> dict[str, Any]:
         session.last_told = {
             "policy": session.policy.to_dict() if session.policy else None,
             "fallback": session.fallback,
+            "enabled": session.enabled,
+            "switches": session.switches,
             "E": known.E,
             "K": known.K,
             "layers": _counters(session),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sere.kernels.merge import narrow
 from sere.serving import admission, drafters, telemetry, worker
+from sere.serving.admin_key import check_admin_key
 from sere.serving.asking import given
 from sere.serving.compile_key import keyed
 from sere.serving.parallel import expert_ranks
@@ -44,6 +45,7 @@ def admit(config: Any) -> None:
         raise ServingError(f"sere cannot re-route: {reason}")
     install()
     check_config(config)
+    check_admin_key(asked or {})
     admission.wrap_front_end()
     _export_metrics()
 

@@ -3,10 +3,11 @@ answer `collective_rpc`."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sere.policy import Policy
+from sere.policy import PolicyError, in_words
 from sere.serving import drafters
 from sere.serving.asking import asked_by, given
 from sere.serving.session import (
@@ -19,6 +20,8 @@ from sere.serving.session import (
 )
 from sere.serving.symbols import rival, symbol
 from sere.serving.telemetry import snapshot
+
+_LOG = logging.getLogger("vllm.sere")
 
 
 def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,9 +153,24 @@ def _check_runner(runner: Any) -> None:
 # --- methods that `collective_rpc` finds on the worker ----------------------------------------
 
 
-def sere_policy(worker: Any, settings: Mapping[str, Any] | None) -> None:
-    """Switch the live policy: settings as in `Policy.from_dict`, or None for stock routing."""
-    _session(worker).set_policy(None if settings is None else Policy.from_dict(settings))
+def sere_policy(worker: Any, settings: Mapping[str, Any] | str | None) -> None:
+    """Switch the live policy: settings as in `Policy.from_dict`, "start" for what the engine began
+    with, or None for stock routing. Raises what is wrong with it, and changes nothing then."""
+    session = _session(worker)
+    before = in_words(session.policy)
+    session.set_policy(session.named(settings))
+    if worker.rank == 0:
+        _LOG.info("sere: routing is %s from now on, was %s", in_words(session.policy), before)
+
+
+def sere_obstacle(worker: Any, settings: Mapping[str, Any] | str | None) -> str | None:
+    """Why `sere_policy` would be refused, or None."""
+    try:
+        session = _session(worker)
+        session.check_policy(session.named(settings))
+    except (PolicyError, ServingError) as error:
+        return str(error)
+    return None
 
 
 def sere_layers(worker: Any) -> list[int]:
@@ -206,6 +224,7 @@ def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
 REMOTE_CALLS = (
     sere_layers,
     sere_policy,
+    sere_obstacle,
     sere_stats,
     sere_telemetry,
     sere_reset,
