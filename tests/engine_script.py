@@ -3,6 +3,7 @@
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
 `steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["refused", tier],
 ["beam", prompts, width, tokens, tier], ["beam_online", ...], ["made_elsewhere", tier],
+["said"],
 ["rpc", method, args...], ["meet", folder] (all data-parallel ranks), a mishap: ["remove", path],
 ["replace", path, by], ["asleep"], ["killed", process], or a check that needs the model in this
 process: ["capture"], ["captured"], ["addresses"].
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 import psutil
 
 RESULT = "RESULT "
+SAID: list[tuple[str, str, str]] = []
 
 
 class Steps:
@@ -119,6 +122,10 @@ class Steps:
             except Exception as error:
                 said.append(f"{type(error).__name__}: {error}")
         return said
+
+    def said(self) -> list[tuple[str, str, str]]:
+        """(level, logger, message) of what was logged in this process since before the start."""
+        return list(SAID)
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=tuple(args))
@@ -234,6 +241,15 @@ def _moe_layers(llm: Any) -> list[tuple[str, Any]]:
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
+    make = logging.getLogRecordFactory()
+
+    def kept(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if len(SAID) < 1000:
+            SAID.append((record.levelname, record.name, record.getMessage()))
+        return record
+
+    logging.setLogRecordFactory(kept)
     from vllm import LLM
 
     steps = Steps(LLM(**job["options"]))

@@ -256,10 +256,8 @@ def _told(state: dict[str, Any]) -> str:
     policy = {
         key: value for key, value in (state["policy"] or {}).items() if value not in (None, {})
     }
-    words = dumps(policy) if policy else "stock routing"
-    if state["fallback"]:
-        words += f", as the shadow check fell back to it: {state['fallback']}"
-    return words if state["enabled"] else f"{words}; NOTHING IS RE-ROUTED"
+    words = dumps(policy) if policy else "stock"
+    return words if state["enabled"] else f"{words}, NOTHING IS RE-ROUTED: {state['inert']}"
 
 
 def doctor(model: str | None, table: str | None, json: bool) -> int:

@@ -298,9 +298,8 @@ def configure(options: dict[str, Any] | None = None, **sere: Any) -> Any:
     ("additional", "named"),
     [
         ({"sear": {"S": 1}}, "'sear'"),
-        ({"Sere": {}}, "'Sere'"),
         ({"table": "t", "S": 1}, "'table'"),
-        ({"other_plugin": 1}, None),
+        ({"other_plugin": 1, "serenity": 2}, None),
         ({}, None),
     ],
     ids=str,
@@ -319,14 +318,25 @@ def test_settings_that_nobody_would_read_are_noticed(
     assert named is None or named in said[0]
 
 
-@pytest.mark.parametrize("batches", [{"1": None}, {"8": None}], ids=str)
-def test_a_policy_that_is_stock_at_every_size_is_said_to_be(
-    batches: dict[str, None], table_path: Path
+@pytest.mark.parametrize(
+    ("additional", "reason"),
+    [
+        ({"sere": None}, '"sere": null asks for nothing: write {"sere": {}}'),
+        ({"Sere": {}}, "nobody reads 'Sere': all settings go behind one key"),
+        ({"sere_table": "t"}, "nobody reads 'sere_table'"),
+        ({"sere": {"S": 1}, "sere-S": 1}, "nobody reads 'sere-S'"),
+    ],
+    ids=str,
+)
+def test_settings_that_can_only_be_ours_and_would_do_nothing_are_refused(
+    additional: dict[str, Any], reason: str
 ) -> None:
-    with heard() as messages:
-        configure(table=str(table_path), S=1, batches=batches)
-    said = any("NOTHING IS RE-ROUTED" in message for message in messages)
-    assert said == ("1" in batches)
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    with pytest.raises(ServingError) as error:
+        EngineArgs(**OPTIONS, additional_config=additional).create_engine_config()
+    assert reason in str(error.value)
 
 
 @contextmanager

@@ -64,7 +64,8 @@ def test_an_operator_switches_off_and_on(on: Server, capsys: pytest.CaptureFixtu
     exact = answers(vllm_xargs={"sere": "exact"}, cache_salt="exact")
     before = figures(on)
     assert main(["switch", on.url, "off"]) == 0
-    assert capsys.readouterr().out == "engine 0: stock routing; NOTHING IS RE-ROUTED\n"
+    told = "engine 0: stock, NOTHING IS RE-ROUTED: routing is stock\n"
+    assert capsys.readouterr().out == told
     assert answers(cache_salt="off") == exact
     off = figures(on)
     assert off["sere_enabled"] == off["sere_policy_on"] == 0
@@ -95,7 +96,7 @@ def test_another_policy_is_told_by_those_who_ask(
     assert figures(on)["S"] == 1
     # S=K moves nothing, and says so.
     assert main(["switch", on.url, json.dumps({"S": K})]) == 0
-    assert "NOTHING IS RE-ROUTED" in capsys.readouterr().out
+    assert "NOTHING IS RE-ROUTED: S=4 keeps all of a token's 4" in capsys.readouterr().out
     assert figures(on)["sere_enabled"] == 0 < figures(on)["sere_policy_on"]
 
 
@@ -146,8 +147,11 @@ def test_nobody_switches_without_the_key(
 class Core:
     """As much of vLLM's engine-core client as is called, with engines that each have a policy."""
 
-    def __init__(self, *policies: Any, refusing: int | None = None) -> None:
+    def __init__(
+        self, *policies: Any, refusing: int | None = None, inert: str | None = None
+    ) -> None:
         self.policies = list(policies)
+        self.inert = inert
         self.refusing = refusing
         self.engine_ranks_managed = list(range(len(policies)))
         self.silent = False
@@ -158,7 +162,7 @@ class Core:
         if self.silent:
             await asyncio.sleep(60)
         if method == "sere_telemetry":
-            state = {"enabled": True, "fallback": None}
+            state = {"inert": self.inert, "fallback": None}
             return [[{"policy": policy, **state}] for policy in self.policies]
         if method == "sere_obstacle":
             ranks = self.engine_ranks_managed

@@ -100,7 +100,7 @@ def test_the_format_does_not_depend_on_what_a_scraper_accepts(server: Server) ->
 def told(rows: Mapping[int, int], **changes: Any) -> dict[str, Any]:
     """A worker's snapshot: rows_fast by layer."""
     known = {index: {"rows_fast": fast} for index, fast in rows.items()}
-    state = {"policy": {"S": 1}, "fallback": None, "enabled": True, "switches": 0}
+    state = {"policy": {"S": 1}, "fallback": None, "inert": None, "switches": 0}
     return state | {"E": 8, "K": 2, "shadow": {}, "layers": known, **changes}
 
 
@@ -245,7 +245,7 @@ def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
         asleep=False,
         last_told=None,
         policy=None,
-        enabled=False,
+        inert=None,
         switches=0,
         fallback=None,
         shadow=None,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import sere
 from sere.demo_model.tasks import examples
 from sere.kernels import RowClass, keeping
 from sere.policy import PolicyError
@@ -97,6 +98,7 @@ def engine(table_path: Path) -> dict[str, Any]:
     generate = ["generate", PROMPTS, TOKENS]
     beams, beams_online = (["beam" + kind, PROMPTS[:3], 2, 5] for kind in ("", "_online"))
     steps: dict[str, list[Any]] = {
+        "said": ["said"],
         "stock policy": ["rpc", "sere_policy", None],
         "stock": generate,
         "mixed, off": [*generate, MIXED],
@@ -129,8 +131,22 @@ def engine(table_path: Path) -> dict[str, Any]:
         "above the cap": ["refused", "exact"],
         "within the cap": ["refused", "S=3"],
     }
-    sere = {"table": str(table_path), "S": 1, "cap": "exact"}
-    return dict(zip(steps, run_engine(list(steps.values()), sere=sere), strict=True))
+    settings = {"table": str(table_path), "S": 1, "cap": "exact"}
+    return dict(zip(steps, run_engine(list(steps.values()), sere=settings), strict=True))
+
+
+@pytest.mark.engine
+def test_an_engine_says_once_what_it_re_routes(engine: dict[str, Any]) -> None:
+    ours = [(level, said) for level, name, said in engine["said"] if name.startswith("vllm.sere")]
+    ((level, line),) = [one for one in ours if one[1].startswith("sere ")]
+    assert level == "INFO"
+    for part in (
+        f"sere {sere.__version__} on vLLM 0.32.0: S=1, table demo.safetensors, layers 0-3",
+        "rows: decode, expert kernel CPUExperts",
+        "operator numba",
+    ):
+        assert part in line, line
+    assert not any("NOTHING" in said for _, said in ours)
 
 
 @pytest.mark.engine

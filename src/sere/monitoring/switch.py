@@ -18,8 +18,8 @@ VARIABLE = "SERE_ADMIN_KEY"
 _PATIENCE_S = 200  # the server itself waits for its engines, three times at most
 
 States = dict[str, dict[str, Any]]
-"""By engine its "policy" (settings, or None for stock), whether anything is "enabled", and why the
-shadow check fell back to stock, if it did ("fallback")."""
+"""By engine its "policy" (settings, or None for stock), whether anything is "enabled", why nothing
+is re-routed ("inert"), and why the shadow check fell back to stock, if it did ("fallback")."""
 
 
 class SwitchError(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,24 @@ def given(config: Any) -> Mapping[str, Any] | None:
     """What the user wrote behind "sere", or None where re-routing was not asked for."""
     additional = config.additional_config
     return additional.get(KEY) if isinstance(additional, Mapping) and KEY in additional else None
+
+
+def unread(additional: Any) -> str | None:
+    """Why what is meant for us in vLLM's additional_config would be read by nobody, or None."""
+    if not isinstance(additional, Mapping):
+        return None
+    if KEY in additional and additional[KEY] is None:
+        return (
+            '"sere": null asks for nothing: write {"sere": {}} for the table beside the model and '
+            'the defaults, or leave "sere" out'
+        )
+    for name in additional:
+        if name != KEY and re.match(rf"{KEY}([^a-z]|$)", str(name), re.IGNORECASE):
+            return (
+                f"additional_config: nobody reads {name!r}: all settings go behind one key, "
+                '{"sere": {"table": "t.safetensors", "S": 2}}'
+            )
+    return None
 
 
 def asked_by(params: Any) -> Any:

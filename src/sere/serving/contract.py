@@ -67,7 +67,11 @@ _REROUTING = Needs(
         "VLLMValidationError": (),
     },
     read={
-        SYMBOLS["MoERunner"]: ("layer_name", "moe_config", "router"),
+        SYMBOLS["MoERunner"]: ("layer_name", "moe_config", "router", "routed_experts"),
+        SYMBOLS["RoutedExperts"]: ("quant_method",),
+        (f"{_MOE}.fused_moe_method_base", "FusedMoEMethodBase"): ("moe_kernel",),
+        (f"{_MOE}.modular_kernel", "FusedMoEKernel"): ("impl",),
+        (f"{_MOE}.modular_kernel", "FusedMoEKernelModularImpl"): ("fused_experts",),
         SYMBOLS["BaseRouter"]: ("top_k",),
         (f"{_MOE}.config", "FusedMoEConfig"): ("num_logical_experts",),
         ("vllm.forward_context", "ForwardContext"): ("no_compile_layers",),

@@ -37,6 +37,10 @@ _METRICS = Needs(
     },
     parameters={(_CORE_CLIENT, "AsyncMPClient.call_utility_all_async"): ("self", "method")},
 )
+_LAST = Needs(
+    called={"LLMEngine": ("__init__", "collective_rpc")},
+    read={FRONT_END_SYMBOLS["LLMEngine"]: ("vllm_config",)},
+)
 _ROUTES = Needs(
     called={
         "AsyncLLM": ("generate", "add_request"),
@@ -91,10 +95,12 @@ _CORE = Needs(
     parameters={("vllm.v1.engine.core", "EngineCore.preprocess_add_request"): ("self", "request")},
 )
 
+LAST = "the last word before it serves"
 METRICS, ROUTES, CORE = "metrics", "tiers on every route", "tiers from other front ends"
 RESPONSES = "tiers of responses that are streamed"
 FRONT_END_NEEDS: dict[str, Needs] = {
     METRICS: _METRICS,
+    LAST: _LAST,
     ROUTES: _ROUTES,
     RESPONSES: _RESPONSES,
     CORE: _CORE,

@@ -19,7 +19,9 @@ from prometheus_client.core import Metric
 
 from sere.serving import admission
 from sere.serving.asking import given
+from sere.serving.last_word import LastWord
 from sere.serving.metrics import Snapshot, families
+from sere.serving.remote import ask_engines
 from sere.serving.switch import Switch
 
 PATIENCE_S = 2.0
@@ -39,6 +41,7 @@ def exporting(original: Callable[..., None]) -> Callable[..., None]:
         original(app)
         app.add_middleware(AppendMetrics)
         app.add_middleware(Switch)
+        app.add_middleware(LastWord)
         admission.wrap_server()
 
     return attach_router
@@ -103,7 +106,7 @@ class Source:
         if time.monotonic() - self._answered < FRESH_S:
             return True
         if self._asked is None:
-            self._asked = asyncio.create_task(_ask(self._client))
+            self._asked = asyncio.create_task(ask_engines(self._client, "sere_telemetry"))
         done, _ = await asyncio.wait({self._asked}, timeout=PATIENCE_S)
         if not done:
             return False  # a later scrape waits for the same answer
@@ -113,14 +116,6 @@ class Source:
             return False
         self._engines, self._answered = task.result(), time.monotonic()
         return True
-
-
-async def _ask(client: Any) -> Engines:
-    """By engine index the snapshots of its workers."""
-    core = client.engine_core
-    ask = ("collective_rpc", "sere_telemetry", None, (), None)
-    answers = await core.call_utility_all_async(*ask)
-    return dict(zip(core.engine_ranks_managed, answers, strict=True))
 
 
 class _Fixed(CollectorRegistry):

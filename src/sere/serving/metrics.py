@@ -84,7 +84,7 @@ def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot])
     policy = first["policy"]
     # Pipeline stages check, and fall back, on their own.
     fallback = next((s["fallback"] for s in snapshots if s["fallback"]), None)
-    enabled = any(snapshot["enabled"] for snapshot in snapshots)
+    enabled = any(snapshot["inert"] is None for snapshot in snapshots)
     values = (enabled, policy is not None, fallback is not None, first["E"], first["K"])
     for (name, about), value in zip(_STATES.items(), values, strict=True):
         found.gauge(name, about, value, labels)

@@ -18,6 +18,7 @@ from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
 from sere.serving.asking import KEY, given
+from sere.serving.inert import inert
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.parallel import (
@@ -57,7 +58,7 @@ class Session:
     placements: dict[int, Placement] = field(default_factory=dict)  # under expert parallelism
     shadow: Shadow | None = field(init=False)
     policy: Policy | None = field(init=False)  # what is on; None is stock routing
-    enabled: bool = field(init=False)  # whether that can re-route anything
+    inert: str | None = field(init=False)  # why that re-routes nothing
     switches: int = 0  # of the policy, since the start
     fallback: str | None = None  # why the shadow check switched the policy off
     checked: bool = False  # the worker's start-up self check is through
@@ -66,7 +67,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
-        self.enabled = self.table.can_move(self.policy)
+        self.inert = inert(self.policy, self.table)
         asked = self.settings.shadow
         self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
 
@@ -145,7 +146,7 @@ class Session:
         if policy is not None:
             self.rows.gate = policy.rows
         self.policy, self.fallback = policy, None
-        self.enabled = policy is not None and self.table.can_move(policy)
+        self.inert = inert(policy, self.table)
         self.switches += 1
         for index, layer in self.layers.items():
             layer.follow(plans[index])
@@ -156,7 +157,7 @@ class Session:
     def fall_back(self, reason: str) -> None:
         """Stock routing until a policy is set again."""
         self.set_policy(None)
-        self.fallback = reason
+        self.fallback = self.inert = reason
 
     def record(self, on: bool) -> None:
         """Start (or stop) keeping every batch's routing on the host."""
@@ -265,12 +266,6 @@ def check_config(config: Any) -> None:
     table = Table.load(settings.table)
     table.check_served(settings.policy)
     check_model(config, settings, table, table.fingerprint.layers)
-    if settings.policy.is_stock:
-        _LOG.warning(
-            "sere: NOTHING IS RE-ROUTED: the policy is stock routing at every batch size. If none "
-            "was given, it is the choice of `sere tune` in %s, and settings of yours replace it",
-            settings.table,
-        )
 
 
 def check_merge(config: Any, merge: bool) -> None:

@@ -22,6 +22,7 @@ from sere.policy import Policy, PolicyError, in_words
 from sere.serving.admin_key import admin_key, opens
 from sere.serving.asking import given
 from sere.serving.metrics import Snapshot
+from sere.serving.remote import ask_engines
 
 PATH = "/sere/policy"
 ANSWER_S = 60.0
@@ -143,10 +144,8 @@ def _asked(body: bytes) -> Any:
 
 async def _ask(client: Any, method: str, *args: Any) -> dict[str, list[Any]]:
     """By engine what its workers answer."""
-    core = client.engine_core
-    call = core.call_utility_all_async("collective_rpc", method, None, args, None)
     try:
-        answers = await asyncio.wait_for(call, ANSWER_S)
+        answers = await asyncio.wait_for(ask_engines(client, method, *args), ANSWER_S)
     except TimeoutError:
         raise Refusal(
             504, f"no answer in {ANSWER_S:.0f} s: what was asked happens when the engine does"
@@ -154,7 +153,7 @@ async def _ask(client: Any, method: str, *args: Any) -> dict[str, list[Any]]:
     except Exception as error:
         _LOG.exception("sere: an engine did not take %s", method)
         raise Refusal(503, f"an engine answered: {error}") from error
-    return {str(e): list(a) for e, a in zip(core.engine_ranks_managed, answers, strict=True)}
+    return {str(engine): workers for engine, workers in answers.items()}
 
 
 async def _states(client: Any) -> States:
@@ -164,7 +163,8 @@ async def _states(client: Any) -> States:
 
 
 def _state(snapshot: Snapshot) -> dict[str, Any]:
-    return {name: snapshot[name] for name in ("policy", "enabled", "fallback")}
+    told = {name: snapshot[name] for name in ("policy", "fallback", "inert")}
+    return {"enabled": told["inert"] is None, **told}
 
 
 def _words(state: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ def snapshot(session: Session) -> dict[str, Any]:
     """Builtin types only, as it travels between processes. Waits for the device once.
 
     policy: settings by name, or None where routing is stock. fallback: why the shadow check
-    switched to stock routing, or None. enabled: whether anything can be re-routed. switches: of the
+    switched to stock routing, or None. inert: why nothing is re-routed, or None. switches: of the
     policy, since the start. E, K: experts of a layer, of a token. layers: counters by
     decoder layer index and name. shadow: the check's figures by layer index.
 
@@ -28,7 +28,7 @@ def snapshot(session: Session) -> dict[str, Any]:
         session.last_told = {
             "policy": session.policy.to_dict() if session.policy else None,
             "fallback": session.fallback,
-            "enabled": session.enabled,
+            "inert": session.inert,
             "switches": session.switches,
             "E": known.E,
             "K": known.K,

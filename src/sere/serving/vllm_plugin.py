@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sere.serving import random_weights
-from sere.serving.asking import given, misspelt
+from sere.serving.asking import given, misspelt, unread
 from sere.serving.symbols import loaded, module_of, symbol, wrap
 
 _LOG = logging.getLogger("vllm.sere")  # below vLLM's own, so that its handlers show it
@@ -48,6 +48,10 @@ def _loading_again(original: Callable[[], None]) -> Callable[[], None]:
 def _making(original: Callable[..., None]) -> Callable[..., None]:
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:
         original(config, *args, **kwargs)
+        if reason := unread(config.additional_config):
+            from sere.serving.session import ServingError
+
+            raise ServingError(reason)
         if key := misspelt(config.additional_config):
             _say_misspelt(key)
         _know_load_format(config)

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from sere.kernels.merge import narrow
-from sere.serving import admission, drafters, telemetry, worker
+from sere.serving import admission, drafters, start_up, telemetry, worker
 from sere.serving.admin_key import check_admin_key
 from sere.serving.asking import given
 from sere.serving.compile_key import keyed
+from sere.serving.contract_front_end import LAST
+from sere.serving.last_word import starting
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
 from sere.serving.session import ServingError, check_config, open_session
@@ -47,6 +49,7 @@ def admit(config: Any) -> None:
     check_config(config)
     check_admin_key(asked or {})
     admission.wrap_front_end()
+    _say_last()
     _export_metrics()
 
 
@@ -100,14 +103,21 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
             return
         admission.wrap_engine()
         try:
-            executor.collective_rpc(worker.sere_layers.__name__)
+            told = executor.collective_rpc(worker.sere_description.__name__)
         except Exception as error:
             raise ServingError(
                 "sere is not loaded in every worker: install the same version on every host, and "
                 f"let VLLM_PLUGINS name 'sere' there if it is set ({error})"
             ) from error
+        start_up.say(told)
 
     return compile_or_warm_up_model
+
+
+@functools.cache
+def _say_last() -> None:
+    if not lacking(LAST):
+        wrap(symbol("LLMEngine"), "__init__", starting)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from sere.serving.session import (
     open_session,
     session_of,
 )
+from sere.serving.start_up import description
 from sere.serving.symbols import rival, symbol
 from sere.serving.telemetry import snapshot
 
@@ -105,12 +106,7 @@ def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
 def self_check(worker: Any) -> None:
     """Raise `ServingError` unless every MoE layer of this worker really re-routes."""
     session = session_of(worker.vllm_config)
-    context = worker.vllm_config.compilation_config.static_forward_context
-    runners = [
-        layer
-        for layer in context.values()
-        if isinstance(layer, symbol("MoERunner")) and not drafters.owns(layer)
-    ]
+    runners = _runners(worker)
     if not runners and is_dense_stage(worker.vllm_config):
         return
     if session is None or not runners:
@@ -173,6 +169,11 @@ def sere_obstacle(worker: Any, settings: Mapping[str, Any] | str | None) -> str 
     return None
 
 
+def sere_description(worker: Any) -> dict[str, Any]:
+    """See `sere.serving.start_up.description`."""
+    return description(_session(worker), map(_kernel, _runners(worker)))
+
+
 def sere_layers(worker: Any) -> list[int]:
     """Which decoder layers this worker re-routes. Raises unless it has checked that it does."""
     session = _session(worker)
@@ -222,6 +223,7 @@ def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
 
 
 REMOTE_CALLS = (
+    sere_description,
     sere_layers,
     sere_policy,
     sere_obstacle,
@@ -232,6 +234,23 @@ REMOTE_CALLS = (
     sere_record,
     sere_recording,
 )
+
+
+def _runners(worker: Any) -> list[Any]:
+    """Those of the MoE layers that are to be re-routed."""
+    context = worker.vllm_config.compilation_config.static_forward_context
+    return [
+        layer
+        for layer in context.values()
+        if isinstance(layer, symbol("MoERunner")) and not drafters.owns(layer)
+    ]
+
+
+def _kernel(runner: Any) -> str:
+    """What computes a layer's experts, by vLLM's name."""
+    method = runner.routed_experts.quant_method
+    kernel = getattr(method, "moe_kernel", None)
+    return type(kernel.impl.fused_experts if kernel else method).__name__
 
 
 def _session(worker: Any, *, asleep: bool = False) -> Session:

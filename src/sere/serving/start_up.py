@@ -1,0 +1,72 @@
+"""What an engine says once, when it has started: what is re-routed, where and by what; or that
+nothing is, and why. The latter is said again by who started it, as the last word before it serves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from sere import __version__
+from sere.kernels import implementation_for
+from sere.policy import Policy, in_words
+from sere.serving.session import Session
+from sere.serving.symbols import vllm_version
+from sere.serving.tiers import FAST, Tier
+
+_LOG = logging.getLogger("vllm.sere")
+
+
+def description(session: Session, kernels: Iterable[str]) -> dict[str, Any]:
+    """What one worker knows: builtin types only, as it travels between processes.
+
+    kernels: names of the expert kernels of its layers.
+    """
+    settings = session.settings
+    return {
+        "table": str(settings.table),
+        "policy": in_words(session.policy),
+        "inert": session.inert,
+        "rows": _rows(settings.policy, settings.default),
+        "layers": sorted(session.layers),
+        "kernels": sorted(set(kernels)),
+        "operator": implementation_for(session.rows.buffer.device),
+    }
+
+
+def say(workers: Sequence[dict[str, Any]]) -> None:
+    """Log it, once an engine; workers: the descriptions of its workers."""
+    own = f"sere {__version__} on vLLM {vllm_version()}"
+    first = workers[0]
+    layers = _ranges({index for worker in workers for index in worker["layers"]})
+    kernels = {kernel for worker in workers for kernel in worker["kernels"]}
+    what = (
+        f"table {Path(first['table']).name}, layers {layers}, rows: {first['rows']}, "
+        f"expert kernel {', '.join(sorted(kernels))}, operator {first['operator']}"
+    )
+    if reason := first["inert"]:
+        _LOG.warning("%s: stock, NOTHING IS RE-ROUTED: %s (%s)", own, reason, what)
+    else:
+        _LOG.info("%s: %s, %s", own, first["policy"], what)
+
+
+def say_last(snapshots: Iterable[Any]) -> None:
+    """Log it again if nothing is re-routed; snapshots: as workers tell them (see `telemetry`)."""
+    reasons = {snapshot["inert"] for snapshot in snapshots} - {None}
+    for reason in sorted(reasons):
+        _LOG.warning("sere: NOTHING IS RE-ROUTED: %s", reason)
+
+
+def _rows(policy: Policy, default: Tier) -> str:
+    asking = "" if default == FAST else f", of requests that ask for less than {default}"
+    return policy.rows + asking
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """{0, 1, 2, 5} -> "0-2 5"."""
+    places = enumerate(sorted(numbers))
+    runs = [[n for _, n in run] for _, run in groupby(places, lambda pair: pair[1] - pair[0])]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

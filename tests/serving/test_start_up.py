@@ -1,0 +1,83 @@
+"""Legal settings under which nothing is re-routed are said to be such, last of all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sere.policy import Policy
+from sere.serving.inert import inert
+from sere.serving.last_word import LastWord
+from sere.table import Table
+from tests.engines import run_engine
+from tests.serving.test_switch import Core
+
+K = 2  # of the table
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (Policy(S=1), None),
+        (Policy(S=1, rho=0.5), None),
+        (None, "routing is stock"),
+        (Policy(S=K), "S=2 keeps all of a token's 2 experts; choose 1 <= S < 2"),
+        (Policy(S=1, rho=0.9), "rho=0.9 is above every similarity in the table, whose largest is"),
+        (Policy(S=1, batches={1: None}), "stock routing at every batch size"),
+        (Policy(S=1, batches={8: None}), None),
+        (Policy(S=1, min_active=8), "S=1 min_active=8 lets no slot move"),
+    ],
+    ids=str,
+)
+def test_why_a_policy_re_routes_nothing(
+    policy: Policy | None, reason: str | None, table: Table
+) -> None:
+    said = inert(policy, table)
+    assert (said is None) if reason is None else (reason in str(said))
+
+
+@pytest.mark.engine
+def test_an_engine_that_re_routes_nothing_says_so_last(table_path: Path) -> None:
+    """rho above every similarity: it starts, warns, and only vLLM's own greeting follows."""
+    settings = {"table": str(table_path), "S": 1, "rho": 1.5}
+    said, (told,) = run_engine([["said"], ["rpc", "sere_telemetry"]], sere=settings)
+    lines = [(level, name, text) for level, name, text in said if name.startswith("vllm")]
+    ours = [line for line in lines if "NOTHING IS RE-ROUTED" in line[2]]
+    level, _, text = ours[-1]
+    assert level == "WARNING"
+    assert "rho=1.5 is above every similarity in the table" in text
+    assert "rho=1.5" in told["inert"]
+    after = lines[lines.index(ours[-1]) + 1 :]
+    assert [level for level, *_ in after] == ["INFO"] * len(after)
+    assert len(after) <= 2
+
+
+def test_a_server_says_it_before_it_says_that_it_has_started(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "lifespan.startup.complete"})
+
+    async def send(message: dict[str, Any]) -> None:
+        said.append(caplog.text)
+
+    def start(core: Core, additional: Any) -> str:
+        caplog.clear()
+        config = SimpleNamespace(additional_config=additional)
+        client = SimpleNamespace(engine_core=core)
+        state = SimpleNamespace(vllm_config=config, engine_client=client)
+        scope = {"type": "lifespan", "app": SimpleNamespace(state=state)}
+        asyncio.run(LastWord(app)(scope, None, send))
+        return said[-1]
+
+    caplog.set_level(logging.WARNING)
+    assert "NOTHING IS RE-ROUTED: because" in start(Core(None, inert="because"), {"sere": {}})
+    assert start(Core({"S": 1}), {"sere": {}}) == ""
+    assert start(Core(None, inert="because"), {}) == ""  # without sere nobody is asked
