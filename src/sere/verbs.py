@@ -257,7 +257,7 @@ def _told(state: dict[str, Any]) -> str:
         key: value for key, value in (state["policy"] or {}).items() if value not in (None, {})
     }
     words = dumps(policy) if policy else "stock"
-    return words if state["enabled"] else f"{words}, NOTHING IS RE-ROUTED: {state['inert']}"
+    return words if state["enabled"] else f"{words}, NOTHING IS RE-ROUTED: {state.get('inert')}"
 
 
 def doctor(model: str | None, table: str | None, json: bool) -> int:

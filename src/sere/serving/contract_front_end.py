@@ -13,6 +13,7 @@ FRONT_END_SYMBOLS: dict[str, Where] = {
     "AsyncMPClient": (_CORE_CLIENT, "AsyncMPClient"),
     "AsyncLLM": ("vllm.v1.engine.async_llm", "AsyncLLM"),
     "LLMEngine": ("vllm.v1.engine.llm_engine", "LLMEngine"),
+    "RustFrontendProcessManager": ("vllm.v1.utils", "RustFrontendProcessManager"),
     "EngineCore": ("vllm.v1.engine.core", "EngineCore"),
     "BeamSearchOnlineMixin": (f"{_BEAM}.online", "BeamSearchOnlineMixin"),
     "BeamSearchOfflineMixin": (f"{_BEAM}.offline", "BeamSearchOfflineMixin"),
@@ -40,6 +41,18 @@ _METRICS = Needs(
 _LAST = Needs(
     called={"LLMEngine": ("__init__", "collective_rpc")},
     read={FRONT_END_SYMBOLS["LLMEngine"]: ("vllm_config",)},
+)
+_RUST = Needs(
+    called={"RustFrontendProcessManager": ("__init__",)},
+    read={("vllm.engine.arg_utils", "EngineArgs"): ("additional_config",)},
+    parameters={
+        ("vllm.v1.utils", "RustFrontendProcessManager.__init__"): (
+            "self",
+            "binary_path",
+            "sock",
+            "args",
+        )
+    },
 )
 _ROUTES = Needs(
     called={
@@ -95,12 +108,14 @@ _CORE = Needs(
     parameters={("vllm.v1.engine.core", "EngineCore.preprocess_add_request"): ("self", "request")},
 )
 
+RUST = "the front end in Rust"
 LAST = "the last word before it serves"
 METRICS, ROUTES, CORE = "metrics", "tiers on every route", "tiers from other front ends"
 RESPONSES = "tiers of responses that are streamed"
 FRONT_END_NEEDS: dict[str, Needs] = {
     METRICS: _METRICS,
     LAST: _LAST,
+    RUST: _RUST,
     ROUTES: _ROUTES,
     RESPONSES: _RESPONSES,
     CORE: _CORE,

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from sere.kernels.merge import narrow
-from sere.serving import admission, drafters, start_up, telemetry, worker
+from sere.serving import admission, drafters, last_word, rust_front_end, start_up, telemetry, worker
 from sere.serving.admin_key import check_admin_key
 from sere.serving.asking import given
 from sere.serving.compile_key import keyed
-from sere.serving.contract_front_end import LAST
-from sere.serving.last_word import starting
+from sere.serving.contract_front_end import LAST, RUST
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
 from sere.serving.session import ServingError, check_config, open_session
@@ -49,7 +48,7 @@ def admit(config: Any) -> None:
     check_config(config)
     check_admin_key(asked or {})
     admission.wrap_front_end()
-    _say_last()
+    _watch_starts()
     _export_metrics()
 
 
@@ -115,9 +114,12 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _say_last() -> None:
+def _watch_starts() -> None:
+    """Of an engine that may re-route nothing, and of the server that has nothing of ours."""
     if not lacking(LAST):
-        wrap(symbol("LLMEngine"), "__init__", starting)
+        wrap(symbol("LLMEngine"), "__init__", last_word.starting)
+    if not lacking(RUST):
+        wrap(symbol("RustFrontendProcessManager"), "__init__", rust_front_end.starting)
 
 
 @functools.cache
