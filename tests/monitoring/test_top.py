@@ -109,6 +109,13 @@ def test_engines_states_and_fallbacks_are_shown() -> None:
     assert "the engine does not answer" in two
 
 
+def test_an_engine_that_re_routes_nothing_is_marked() -> None:
+    enabled = 'sere_enabled{engine="0"} 1\nsere_enabled{engine="1"} 0\n'
+    said = shown(metrics(steps=3, fast=30, engines=(0, 1)) + enabled)
+    assert "engine 1: stock, NOTHING IS RE-ROUTED" in said
+    assert said.count("NOTHING") == 1
+
+
 def test_a_narrow_terminal_shows_every_figure_and_no_bars() -> None:
     text = metrics(steps=30_000, fast=1_234_567)
     console = Console(width=80)

@@ -51,8 +51,8 @@ class View:
 
     seconds: what the figures cover; None since the server's start. tokens_per_s: generated, None
     without a duration. running: requests. policies, fallbacks: by engine; why routing fell back to
-    stock, if it did. stale: the engine did not answer, and figures are old. restarted: between the
-    two readings; figures are of what came after.
+    stock, if it did. idle: engines in which nothing is re-routed. stale: the engine did not answer,
+    and figures are old. restarted: between the two readings; figures are of what came after.
     """
 
     seconds: float | None
@@ -60,6 +60,7 @@ class View:
     running: float | None
     policies: dict[int, str]
     fallbacks: dict[int, str]
+    idle: list[int]
     stale: bool
     restarted: bool
     layers: list[LayerView]
@@ -85,6 +86,11 @@ class Reading:
             for sample in self._samples
             if sample.name == name and labels.items() <= sample.labels.items()
         }
+
+    def by_engine(self, name: str) -> dict[int, float]:
+        """Values by engine of the samples of a name."""
+        own = (sample for sample in self._samples if sample.name == name)
+        return {int(sample.labels["engine"]): sample.value for sample in own}
 
     def labels(self, name: str) -> list[Mapping[str, str]]:
         return [sample.labels for sample in self._samples if sample.name == name]
@@ -145,6 +151,7 @@ def view(now: Reading, before: Reading | None = None) -> View:
         now.total(_RUNNING),
         {int(labels["engine"]): labels["policy"] for labels in told},
         {int(labels["engine"]): labels["reason"] for labels in told if labels["reason"]},
+        [engine for engine, enabled in now.by_engine("sere_enabled").items() if not enabled],
         now.total("sere_up") == 0,
         restarted,
         _layers(now, before, restarted),

@@ -85,7 +85,8 @@ def _head(url: str, seen: View) -> list[Text]:
             Text("the server was restarted: figures are of what came after", "bold yellow")
         )
     for engine, policy in seen.policies.items():
-        lines.append(Text(f"engine {engine}: {policy}"))
+        idle = ", NOTHING IS RE-ROUTED" if engine in seen.idle else ""
+        lines.append(Text.assemble(f"engine {engine}: {policy}", (idle, "bold yellow")))
     for engine, reason in seen.fallbacks.items():
         text = f"engine {engine} FELL BACK TO STOCK ROUTING: {reason}"
         lines.append(Text(text, style="bold red"))
