@@ -142,7 +142,7 @@ def test_an_engine_says_once_what_it_re_routes(engine: dict[str, Any]) -> None:
     assert level == "INFO"
     for part in (
         f"sere {sere.__version__} on vLLM 0.32.0: S=1, table demo.safetensors, layers 0-3",
-        "rows: decode, expert kernel CPUExperts",
+        "rows: decode, expert kernel CPUUnquantizedExperts",
         "operator numba",
     ):
         assert part in line, line

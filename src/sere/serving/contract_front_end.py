@@ -14,6 +14,7 @@ FRONT_END_SYMBOLS: dict[str, Where] = {
     "AsyncLLM": ("vllm.v1.engine.async_llm", "AsyncLLM"),
     "LLMEngine": ("vllm.v1.engine.llm_engine", "LLMEngine"),
     "RustFrontendProcessManager": ("vllm.v1.utils", "RustFrontendProcessManager"),
+    "PoolingOfflineMixin": ("vllm.entrypoints.pooling.offline", "PoolingOfflineMixin"),
     "EngineCore": ("vllm.v1.engine.core", "EngineCore"),
     "BeamSearchOnlineMixin": (f"{_BEAM}.online", "BeamSearchOnlineMixin"),
     "BeamSearchOfflineMixin": (f"{_BEAM}.offline", "BeamSearchOfflineMixin"),
@@ -39,8 +40,11 @@ _METRICS = Needs(
     parameters={(_CORE_CLIENT, "AsyncMPClient.call_utility_all_async"): ("self", "method")},
 )
 _LAST = Needs(
-    called={"LLMEngine": ("__init__", "collective_rpc")},
-    read={FRONT_END_SYMBOLS["LLMEngine"]: ("vllm_config",)},
+    called={"PoolingOfflineMixin": ("__init__",), "LLMEngine": ("collective_rpc",)},
+    read={
+        FRONT_END_SYMBOLS["LLMEngine"]: ("vllm_config",),
+        ("vllm.entrypoints.llm", "LLM"): ("llm_engine",),
+    },
 )
 _RUST = Needs(
     called={"RustFrontendProcessManager": ("__init__",)},

@@ -15,12 +15,12 @@ _LOG = logging.getLogger("vllm.sere")
 
 
 def starting(original: Callable[..., None]) -> Callable[..., None]:
-    """Wraps the constructor of `LLMEngine`, which `LLM` calls last but for words of its own."""
+    """Wraps the constructor of `PoolingOfflineMixin`, the last that `LLM` calls of its own."""
 
-    def __init__(engine: Any, *args: Any, **kwargs: Any) -> None:
-        original(engine, *args, **kwargs)
-        if given(engine.vllm_config) is not None:
-            say_last(engine.collective_rpc("sere_telemetry"))
+    def __init__(llm: Any, *args: Any, **kwargs: Any) -> None:
+        original(llm, *args, **kwargs)
+        if given(llm.llm_engine.vllm_config) is not None:
+            say_last(llm.llm_engine.collective_rpc("sere_telemetry"))
 
     return __init__
 

@@ -117,7 +117,7 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
 def _watch_starts() -> None:
     """Of an engine that may re-route nothing, and of the server that has nothing of ours."""
     if not lacking(LAST):
-        wrap(symbol("LLMEngine"), "__init__", last_word.starting)
+        wrap(symbol("PoolingOfflineMixin"), "__init__", last_word.starting)
     if not lacking(RUST):
         wrap(symbol("RustFrontendProcessManager"), "__init__", rust_front_end.starting)
 
