@@ -47,7 +47,7 @@ class Unfinished:
         """
         self._folder = Path(folder)
         self._check_ours()
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._held = (self._folder / _LOCK).open("wb")
         lock(self._held, self._folder)
         self._device = torch.device(device)
