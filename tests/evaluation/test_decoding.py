@@ -137,13 +137,14 @@ def assert_as_by_step(model: torch.nn.Module, plans: dict[int, Plan], batch: int
         made = slice(passage.start - 1, len(passage.tokens) - 1)
         assert torch.allclose(logits[i, made], expected[i], atol=2e-5)
         changed = max(changed, (stock[i, made] - expected[i]).abs().max().item())
-    assert changed > 1e-3  # otherwise nothing was compared
+    # Otherwise nothing was compared. A row alone keeps its K experts, as there are no others.
+    assert (changed > 1e-3) == (batch > 1)
 
 
 @every
 def test_one_pass_equals_decoding_step_by_step_in_other_architectures(architecture: str) -> None:
     model = strong_model(architecture)
-    assert_as_by_step(model, {layer.index: plan(layer) for layer in moe_layers(model)}, 3)
+    assert_as_by_step(model, {layer.index: plan(layer) for layer in moe_layers(model)}, 5)
 
 
 @every
@@ -153,7 +154,7 @@ def test_prompts_keep_every_bit_and_only_what_is_needed_meets_the_output_matrix(
     model = strong_model(architecture)
     layers = moe_layers(model)
     plans = {layer.index: plan(layer) for layer in layers}
-    reading = Reading(PASSAGES, 3)
+    reading = Reading(PASSAGES, 5)
     stays = decoded(layers, reading, lambda _, step: (step.ids, step.weights))
     with stays:
         everything, (stock, prompts) = whole(model, reading), reading.run(model)

@@ -87,11 +87,17 @@ def test_rounds_take_turns_after_a_warm_up_and_resume(tmp_path: Path) -> None:
     assert engine.calls == 2 * (gate + warm + first + second)
     assert journal.get("4/1")["S=1"] == {"tpot_ms": 500.0, "active": {"0": [5.0, 2.0]}}
     assert journal.get("4/1")["stock"] == {"tpot_ms": 1000.0, "active": None}
+    killed(journal)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))  # killed before the last round was written
     again = ToyEngine()
     run_toy(again, Journal(path, {}))
     assert again.calls == warm + second
+
+
+def killed(journal: Journal) -> None:
+    """What a process that ends leaves: the file, and nobody who holds it."""
+    journal.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
 
 class ToyServer:
@@ -134,11 +140,13 @@ def test_servers_are_driven_in_turn_and_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "journal"
-    driven, _ = serve_toy(path, monkeypatch)
+    driven, journal = serve_toy(path, monkeypatch)
+    killed(journal)
     assert driven == ["stock at 1.0", "stock at 2.0", "S=1 at 1.0", "S=1 at 2.0"]
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))  # killed before the last was written
-    driven, _ = serve_toy(path, monkeypatch)
+    driven, journal = serve_toy(path, monkeypatch)
+    killed(journal)
     assert driven == ["S=1 at 2.0"]
     assert serve_toy(path, monkeypatch)[0] == []
 
