@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sere.kernels.distinct import fillers
 from sere.policy import PolicyError, check_keys
 
 
@@ -183,8 +184,9 @@ class Rival:
     def route(self, batch: Routed) -> tuple[Tensor, Tensor]:
         """New ids and weights [T, K].
 
-        Free slots name the row's first expert, with weight 0. A row that keeps its experts keeps
-        its slots as they are.
+        No row names an expert twice: free slots have weight 0 and name experts that other rows of
+        the batch use, as in rule 9 of the operator. A row that keeps its experts keeps its slots
+        as they are.
         """
         K = batch.ids.shape[1]
         self.check_against(K, batch.scores.shape[1])
@@ -192,7 +194,8 @@ class Rival:
         values, ids = (batch.scores * used).topk(K, dim=1)
         of = used if self.weights == "renormalise" else batch.chosen
         scale = batch.weights.sum(1, keepdim=True) / (batch.scores * of).sum(1, keepdim=True)
-        ids = torch.where(values > 0, ids, ids[:, :1]).to(batch.ids.dtype)
+        spare = fillers(ids, values > 0, values <= 0, used.any(0))
+        ids = torch.where(values > 0, ids, spare).to(batch.ids.dtype)
         weights = (values * scale).to(batch.weights.dtype)
         same = (used == batch.chosen).all(1, keepdim=True)
         return torch.where(same, batch.ids, ids), torch.where(same, batch.weights, weights)

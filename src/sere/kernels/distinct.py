@@ -31,13 +31,15 @@ def fillers(ids: Tensor, carrier: Tensor, freed: Tensor, active: Tensor) -> Tens
     """[T, K] int64: for the slots `freed` [T, K], in slot order, experts that are active and that
     no `carrier` [T, K] of the row names.
 
-    ids: [T, K] int64, read where there is a carrier. active: [E] bool. Meaningless in other slots,
-    and where a row has more freed slots than there are such experts.
+    ids: [T, K] int64, read where there is a carrier. active: [E] bool. Where a row has more freed
+    slots than there are such experts (never under rule 8), other experts that no carrier names, in
+    ascending order, follow. Other slots are meaningless.
     """
     T, E = len(ids), len(active)
     named = torch.zeros(T, E + 1, dtype=torch.bool, device=ids.device)
     named = named.scatter_(1, torch.where(carrier, ids, E), True)[:, :E]
     start = torch.arange(T, device=ids.device)[:, None]
     turn = (active.cumsum(0) - 1 - start) % active.sum().clamp(min=1)
-    order = turn.masked_fill(named | ~active, E).argsort(dim=1, stable=True)
+    turn = turn.masked_fill(~active, E).masked_fill(named, E + 1)
+    order = turn.argsort(dim=1, stable=True)
     return order.gather(1, (freed.cumsum(1) - 1).clamp(0, E - 1))

@@ -40,7 +40,7 @@ def run(
     """New ids [T, K] (see `sere.kernels.reference.run`); all tensors on the CPU."""
     T, K = topk_ids.shape
     ids, weights, rows = _readable(topk_ids, topk_weights, rows)
-    out = torch.empty((T, K), dtype=topk_ids.dtype)
+    out = torch.empty((T, K), dtype=ids.dtype)
     _entry(out.dtype, weights.dtype)(
         ids.data_ptr(),
         weights.data_ptr(),
@@ -52,7 +52,7 @@ def run(
     )
     if weights is not topk_weights:
         topk_weights.copy_(weights)
-    return out
+    return out.to(topk_ids.dtype)
 
 
 def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
@@ -66,13 +66,15 @@ def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None
 def _readable(
     topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the loops can read: contiguous, and of a type that numpy has; no row class left out."""
-    weights = topk_weights
+    """What the loops can read: contiguous, and of a type that they know; no row class left out."""
+    ids, weights = topk_ids, topk_weights
+    if ids.dtype not in _TYPES:
+        ids = ids.long()
     if weights.dtype not in _TYPES:
         weights = weights.float()  # numpy has no bfloat16; order and zeros are kept
     if rows is None:
         rows = torch.full(topk_ids.shape[:1], FAST, dtype=torch.int8)
-    return topk_ids.contiguous(), weights.contiguous(), rows.contiguous()
+    return ids.contiguous(), weights.contiguous(), rows.contiguous()
 
 
 def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
@@ -89,7 +91,8 @@ def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tenso
         readable = topk_ids.is_contiguous() and topk_weights.is_contiguous()
         known = ready.get(T) if readable else None
         if known is None:
-            if not readable or T > _BOUND_ROWS or topk_weights.dtype not in _TYPES:
+            known_types = topk_ids.dtype in _TYPES and topk_weights.dtype in _TYPES
+            if not (readable and known_types) or T > _BOUND_ROWS:
                 return run(topk_ids, topk_weights, plan, rows[:T], counters)
             out, K = torch.empty_like(topk_ids), topk_ids.shape[1]
             entry = _entry(topk_ids.dtype, topk_weights.dtype)

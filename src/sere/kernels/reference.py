@@ -202,7 +202,7 @@ def route(
     scaled = moved & carries & (scaling != 0)
     weights = torch.where(scaled, _scaled(weights, plan, place[expert], expert), weights)
     ids, weights = distinct(goes, weights, joins, active)
-    ids = torch.where(joins, ids.to(topk_ids.dtype), topk_ids)
+    ids = torch.where(joins, ids, topk_ids.long()).to(topk_ids.dtype)
     weights = torch.where(joins & fast, weights.to(topk_weights.dtype), topk_weights)
 
     critical = carries & works & (kept | (active & ~primary))[expert]
@@ -224,8 +224,9 @@ def _given(rows: Tensor | None, topk_ids: Tensor) -> Tensor:
 def _slots(topk_ids: Tensor, topk_weights: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T, K] each: whether the id is an expert's, whether the slot counts (rule 1), and the expert,
     safe to index with and meaningless where there is none."""
-    valid = (topk_ids >= 0) & (topk_ids < E)
-    return valid, valid & (topk_weights != 0), topk_ids.long().clamp(0, E - 1)
+    given = topk_ids.long()  # PyTorch compares no unsigned numbers but bytes
+    valid = (given >= 0) & (given < E)
+    return valid, valid & (topk_weights != 0), given.clamp(0, E - 1)
 
 
 def _fast(rows: Tensor) -> Tensor:
