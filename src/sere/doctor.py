@@ -173,7 +173,7 @@ def _table(path: str, folder: str | None) -> str:
     if table.policy is not None:
         table.check_policy(table.policy)
         about += f", with a policy of `sere tune` ({table.policy.brief()})"
-        if table.policy.is_stock:
+        if not table.can_move(table.policy):
             about += ": NOTHING IS RE-ROUTED unless settings of yours replace it"
     if folder is None or not Path(folder).is_dir():
         return about

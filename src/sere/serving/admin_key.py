@@ -42,12 +42,13 @@ def admin_key(settings: Mapping[str, Any]) -> bytes | None:
     return _long_enough(key.strip(), f"{SETTING}={named}")
 
 
-def check_admin_key(settings: Mapping[str, Any]) -> None:
-    """Refuse at start-up what will be no key, and log it if others may read the key's file."""
-    admin_key(settings)
-    path = settings.get(SETTING)
+def check_admin_key(settings: Mapping[str, Any]) -> bool:
+    """Whether there is a key. What will be none is refused at start-up; that others may read its
+    file is logged."""
+    key, path = admin_key(settings), settings.get(SETTING)
     if path is not None and Path(path).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         _LOG.warning("sere: %s=%s can be read by other users: chmod 600 %s", SETTING, path, path)
+    return key is not None
 
 
 def opens(given: bytes, key: bytes) -> bool:

@@ -46,7 +46,9 @@ def admit(config: Any) -> None:
         raise ServingError(f"sere cannot re-route: {reason}")
     install()
     check_config(config)
-    check_admin_key(asked or {})
+    has_key = check_admin_key(asked or {})
+    if has_key and (reason := lacking("metrics")):
+        raise ServingError(f"sere cannot give an operator's key a route: {reason}")
     admission.wrap_front_end()
     _watch_starts()
     _export_metrics()
