@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sere import kernels
 from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
 from sere.kernels.implementations import load, load_vote
 from sere.kernels.plan import ERROR_FRACTION, FRACTION, LOSS_FRACTION, Substitution
@@ -705,6 +706,27 @@ def test_counters_tell_what_happened() -> None:
         "rows_exact": 3,
         "rows_void": 5,
     }
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("ids", "weights"),
+    [
+        *((of, torch.float32) for of in (torch.uint8, torch.uint16, torch.uint32, torch.int8)),
+        (torch.float32, torch.int32),
+        (torch.int32, torch.int32),
+    ],
+)
+def test_types_that_it_does_not_take_are_refused_in_one_sentence(
+    ids: torch.dtype, weights: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before an implementation is chosen, hence by all of them alike."""
+    monkeypatch.setattr(kernels, "implementation_for", None)
+    slots = [torch.zeros(3, 2, dtype=of, device=device) for of in (ids, weights)]
+    sentence = f"topk_ids {ids}, topk_weights {weights}: expected ids of int16, int32, int64 and"
+    for ask in (reroute, kernels.vote):
+        with pytest.raises(ValueError, match=sentence):
+            ask(*slots, Plan.off(8, device))
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -73,6 +73,15 @@ def test_layers_see_the_change_and_write_through(table: Table) -> None:
     }  # fmt: skip
 
 
+def test_a_router_of_unsigned_ids_is_refused_in_the_first_pass(table: Table) -> None:
+    """Which is start-up's, and whatever the policy: later a request would have to end for it."""
+    live, rows = Live(table, "cpu"), RowClasses(16, "cpu", "decode")
+    layer = ReroutedLayer("one", table.plan(1, POLICY), rows, live, live.place(1), merges=False)
+    live.follow(None)
+    with pytest.raises(ValueError, match=r"topk_ids torch.uint16, .*expected ids of int16"):
+        layer(torch.zeros(2, K, dtype=torch.uint16), torch.rand(2, K))
+
+
 @pytest.mark.parametrize("policy", [None, Policy(S=1), Policy(S=2), Policy(S=1, min_active=1)])
 @pytest.mark.parametrize("kinds", [[1], [1, 1], [2], [2, 2, 2], [1, 2], [3], [0]])
 def test_what_the_host_spares_is_what_the_operator_would_do(

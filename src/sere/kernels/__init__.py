@@ -18,6 +18,10 @@ from sere.kernels.implementations import implementation_for, load, load_vote
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS, RowClass, keeping
 
+ID_TYPES = (torch.int16, torch.int32, torch.int64)
+"""Types of expert ids: vLLM's routers give int32, those in front of DeepEP and NIXL int64."""
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 __all__ = [
     "COUNTERS",
     "Plan",
@@ -46,7 +50,8 @@ def reroute(
 ) -> tuple[Tensor, Tensor]:
     """Move tokens of secondary experts to the most similar primary expert of the batch.
 
-    topk_ids: [T, K] integer, the router's choice, slots in any order; never written to.
+    topk_ids: [T, K] int16, int32 or int64, the router's choice, slots in any order; never
+        written to.
     topk_weights: [T, K] floating point, the combine weights (not logits) of those slots; never
         written to.
     plan: neighbour lists, errors, scales and settings of this layer, on the same device.
@@ -57,7 +62,7 @@ def reroute(
 
     Returns new ids and weights [T, K] of the same dtypes; weights differ only where the plan
     scales them. The rules are listed in `sere.kernels.reference`.
-    Raises `ValueError` for shapes that do not fit together.
+    Raises `ValueError` for shapes that do not fit together, and for other types.
     """
     _check(topk_ids, topk_weights, rows)
     if votes is not None and votes.shape != (2 * plan.num_experts + 1,):
@@ -90,13 +95,22 @@ def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
             f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)}: "
             "expected two [T, K] tensors of one shape"
         )
-    if topk_ids.is_floating_point() or not topk_weights.is_floating_point():
-        raise ValueError(
-            f"topk_ids {topk_ids.dtype}, topk_weights {topk_weights.dtype}: expected integer ids "
-            "and floating-point weights (are the arguments swapped?)"
-        )
+    check_types(topk_ids.dtype, topk_weights.dtype)
     if rows is not None and rows.shape != topk_ids.shape[:1]:
         raise ValueError(f"rows {list(rows.shape)}: expected [T] = [{topk_ids.shape[0]}]")
+
+
+def check_types(ids: torch.dtype, weights: torch.dtype) -> None:
+    """Raise `ValueError`, whatever would run the operator, for types that it does not take."""
+    if ids not in ID_TYPES or weights not in WEIGHT_TYPES:
+        raise ValueError(
+            f"topk_ids {ids}, topk_weights {weights}: expected ids of {_listed(ID_TYPES)} and "
+            f"weights of {_listed(WEIGHT_TYPES)}; convert them (or are the arguments swapped?)"
+        )
+
+
+def _listed(types: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
 def _route(

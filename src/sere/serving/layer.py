@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from sere.kernels import COUNTERS, Plan, implementation_for
+from sere.kernels import COUNTERS, Plan, check_types, implementation_for
 from sere.kernels.implementations import load, load_vote
 from sere.serving.live import Live
 from sere.serving.parallel import share_votes
@@ -86,6 +86,7 @@ class ReroutedLayer(nn.Module):
     def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Ids [T, K] after re-routing the batch under way; weights are scaled in place."""
         if not self.called:  # setting a module's attribute costs microseconds
+            check_types(topk_ids.dtype, topk_weights.dtype)  # in start-up's first pass
             self.called = True
         if self.live.idle:
             return topk_ids
