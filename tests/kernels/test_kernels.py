@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,7 @@ def test_the_race_test_finds_a_missing_barrier(line: str, tmp_path: Path) -> Non
 
 
 def test_cuda_says_which_sizes_it_serves() -> None:
+    assert implementations.LIMITS["cuda"] == (cuda_kernel.MAX_E, cuda_kernel.MAX_K)
     ids, weights, _, rows, counters = arguments()
     with pytest.raises(ValueError, match=r"E=2048.*E=1024"):
         cuda_kernel.run(ids, weights, Plan.off(2048), rows, counters)
@@ -257,6 +260,49 @@ def test_what_serves_instead_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="no_such_library is not installed; reference serves"):
         assert implementation_for(torch.device("cpu")) == "reference"
     implementations._chosen.cache_clear()
+
+
+@pytest.fixture
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine on which everything compiles and loads."""
+    monkeypatch.delenv(implementations.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(implementations, "installed", lambda name: True)
+    monkeypatch.setattr(cuda_kernel, "obstacle", lambda: None)
+    implementations._chosen.cache_clear()
+    yield monkeypatch
+    implementations._chosen.cache_clear()
+
+
+def test_nvidia_gpus_are_served_by_cuda_without_a_word(on_gpus: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert implementation_for(torch.device("cuda"), E=896, K=16) == "cuda"
+        assert implementation_for(torch.device("xpu")) == "triton"
+
+
+def test_where_cuda_cannot_be_triton_serves_and_one_line_says_why(
+    on_gpus: pytest.MonkeyPatch,
+) -> None:
+    """ROCm; a machine without NVIDIA's packages; a driver that refuses; a model too large."""
+
+    def chosen(why: str, **sizes: int) -> None:
+        implementations._chosen.cache_clear()
+        with pytest.warns(UserWarning, match=f"no cuda kernel: {why}; triton serves") as said:
+            for _ in range(3):
+                assert implementation_for(torch.device("cuda"), **sizes) == "triton"
+        assert len(said) == 1
+
+    chosen("it goes to E=1024, K=32", E=2048, K=8)
+    chosen("it goes to E=1024, K=32", E=64, K=40)
+    with on_gpus.context() as machine:
+        machine.setattr(cuda_kernel, "obstacle", lambda: "CUDAError: no driver")
+        chosen("CUDAError: no driver")
+    with on_gpus.context() as machine:
+        machine.setattr(implementations, "installed", lambda name: name != "cuda")
+        chosen("cuda.core, cuda.bindings is not installed")
+    with on_gpus.context() as machine:
+        machine.setattr(torch.version, "hip", "7.0")
+        chosen("it is for NVIDIA GPUs")
 
 
 # --- the operator as PyTorch sees it ------------------------------------------------------------

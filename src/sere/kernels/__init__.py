@@ -86,7 +86,8 @@ def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None
     """What a batch says of each expert, [2 E + 1] int32, for `reroute` to be given (the arguments
     are the same): the smaller the stronger, so that ranks combine theirs by a minimum."""
     _check(topk_ids, topk_weights, rows)
-    return load_vote(implementation_for(topk_ids.device))(topk_ids, topk_weights, plan, rows)
+    name = implementation_for(topk_ids.device, plan.num_experts, topk_ids.shape[1])
+    return load_vote(name)(topk_ids, topk_weights, plan, rows)
 
 
 def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
@@ -124,7 +125,7 @@ def _route(
     counters: Tensor | None,
     votes: Tensor | None = None,
 ) -> Tensor:
-    run = load(implementation_for(topk_ids.device))
+    run = load(implementation_for(topk_ids.device, len(neighbours), topk_ids.shape[1]))
     plan = Plan(neighbours, errors, scales, settings)
     return run(topk_ids, topk_weights, plan, rows, counters, votes)
 

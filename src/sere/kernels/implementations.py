@@ -56,8 +56,14 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "triton": ("cuda", "xpu"),
     "cuda": ("cuda",),
 }
-# In order of preference.
-DEFAULTS: dict[str, tuple[str, ...]] = {"cpu": ("numba",), "cuda": ("triton",), "xpu": ("triton",)}
+# In order of preference. ROCm's devices are called cuda, too.
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "cpu": ("numba",),
+    "cuda": ("cuda", "triton"),
+    "xpu": ("triton",),
+}
+# The most experts, and the most a token, that an implementation goes to.
+LIMITS: dict[str, tuple[int, int]] = {"cuda": (1024, 32)}
 
 ENVIRONMENT = "SERE_KERNEL"
 """Environment variable that names an implementation to be preferred to the default."""
@@ -89,13 +95,14 @@ def _found(module: str) -> bool:
         return False
 
 
-def implementation_for(device: torch.device) -> str:
-    """The name of the implementation that serves tensors of a device."""
-    return _chosen(device.type, os.environ.get(ENVIRONMENT))
+def implementation_for(device: torch.device, E: int = 0, K: int = 0) -> str:
+    """The name of the implementation that serves tensors of a device, for a model with E experts,
+    K a token (0: any that it goes to)."""
+    return _chosen(device.type, os.environ.get(ENVIRONMENT), E, K)
 
 
 @functools.cache
-def _chosen(device: str, asked: str | None) -> str:
+def _chosen(device: str, asked: str | None, E: int = 0, K: int = 0) -> str:
     wanted = DEFAULTS.get(device, ())
     if asked:
         if asked not in MODULES:
@@ -103,11 +110,17 @@ def _chosen(device: str, asked: str | None) -> str:
         wanted = (asked, *wanted)
     names = (*wanted, "reference")
     for name, otherwise in zip(names, (*names[1:], ""), strict=True):
-        reason = _obstacle(name, device)
+        reason = _obstacle(name, device) or _too_large(name, E, K)
         if reason is None:
             return name
         warnings.warn(f"sere: no {name} kernel: {reason}; {otherwise} serves", stacklevel=2)
     raise AssertionError("the reference serves every device")
+
+
+def _too_large(name: str, E: int, K: int) -> str | None:
+    most = LIMITS.get(name, (E, K))
+    fits = all(size <= limit for size, limit in zip((E, K), most, strict=True))
+    return None if fits else f"it goes to E={most[0]}, K={most[1]}"
 
 
 def obstacles(device: str) -> dict[str, str | None]:
@@ -119,6 +132,8 @@ def _obstacle(name: str, device: str) -> str | None:
     """Why an implementation cannot serve a device, or None. Compiles what is compiled first."""
     if device not in DEVICES.get(name, (device,)):
         return f"it does not run on {device}"
+    if name == "cuda" and torch.version.hip:
+        return "it is for NVIDIA GPUs"
     if not installed(name):
         return f"{', '.join(NEEDS[name])} is not installed"
     if name == "cuda":

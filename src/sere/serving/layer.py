@@ -56,7 +56,7 @@ class ReroutedLayer(nn.Module):
     def _run(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The operator on this layer's buffers, without checks: shapes are vLLM's own."""
         plan, counters, rows = self.plan, self.counters, self.rows
-        name = implementation_for(self.settings.device)
+        name = implementation_for(self.settings.device, plan.num_experts, self.live.K)
         if self.live.together:
             return self._run_together(name)
         if name == "numba":

@@ -37,7 +37,7 @@ class Live:
     """Settings that all layers' operators read, and counters that they add to.
 
     settings: [L, 5] int32, row i are the `Plan.settings` of the i-th layer; its address never
-        changes. counters: [L, len(COUNTERS)] int64.
+        changes. counters: [L, len(COUNTERS)] int64. K: experts a token.
     idle: whether the coming pass needs no operator. Decided on the host, hence only on CPUs, where
         no graph can freeze it.
     dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
@@ -46,6 +46,7 @@ class Live:
 
     def __init__(self, table: Table, device: torch.device | str, *, together: bool = False) -> None:
         self._table = table
+        self.K = table.fingerprint.K
         self._places = {index: i for i, index in enumerate(table.layers)}
         self.settings = SETTINGS_OFF.repeat(len(self._places), 1).to(device)
         self.counters = torch.zeros(
