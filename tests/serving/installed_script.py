@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import warnings
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,19 +20,33 @@ Snapshot = dict[str, Any]
 
 
 def take_for_cuda() -> str:
-    """The real platform where its compiled parts are; else one that says so and can nothing."""
+    """vLLM's own platform with an H100 where its compiled parts are (NVML would say so, and never
+    wakes CUDA); else one that says so and can nothing."""
     import vllm.platforms
-    from vllm.platforms.interface import Platform, PlatformEnum
+    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
     class StandIn(Platform):  # type: ignore[misc]
         _enum, device_name, device_type = PlatformEnum.CUDA, "cuda", "cuda"
 
-    try:
-        chosen = importlib.import_module("vllm.platforms.cuda").CudaPlatform
-    except ImportError:
-        chosen = StandIn
-    vllm.platforms._current_platform = chosen()
-    return str(chosen.__name__)
+    base = StandIn
+    with suppress(ImportError):
+        base = importlib.import_module("vllm.platforms.cuda").NonNvmlCudaPlatform
+
+    class Hopper(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            return DeviceCapability(9, 0)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "NVIDIA H100 80GB HBM3"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 80 * 2**30
+
+    vllm.platforms._current_platform = Hopper()
+    return str(base.__name__)
 
 
 def contents(package: str) -> Snapshot:
@@ -69,12 +84,12 @@ def main(platform: str) -> None:
     found["vllm"] = changed(vllm_before)
 
     # An engine that does not ask: vLLM loads its parts, and plug-ins again, and makes a config.
-    found["not importable"] = []
+    found["not importable"] = {}
     for where, _ in importlib.import_module("sere.serving.contract").SYMBOLS.values():
         try:
             importlib.import_module(where)
-        except (ImportError, AttributeError):
-            found["not importable"].append(where)
+        except (ImportError, AttributeError) as error:
+            found["not importable"][where] = str(error)
     vllm_before = contents("vllm")
     vllm.plugins.load_general_plugins()
     if platform == "own":
