@@ -77,7 +77,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Says what the fresh process is to find; at first that all is well."""
 
     def say(**found: Any) -> None:
-        nothing = dict.fromkeys(("obstacle", "no_metrics", "refused"))
+        nothing = dict.fromkeys(("obstacle", "no_metrics", "refused", "unbuilt"))
         result = {**nothing, "missing": [], "experts": 32, **found}
         fake = SimpleNamespace(found=lambda: result)
         monkeypatch.setattr(doctor, "Rehearsal", lambda model, table: fake)

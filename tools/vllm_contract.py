@@ -70,11 +70,12 @@ class Sources:
         return any(self.has_member(where, base, member) for base in bases)
 
     def parameters(self, module: str, path: str) -> list[str]:
-        """Parameters of a method as its class defines it."""
-        name, method = path.split(".")
+        """Parameters of a function, or of a method as its class defines it."""
+        name, _, method = path.partition(".")
         found = self.find(module, name)
-        for node in found[1].body if found and isinstance(found[1], ast.ClassDef) else ():
-            if isinstance(node, Function) and node.name == method:
+        definition = found[1] if found else None
+        for node in definition.body if isinstance(definition, ast.ClassDef) else [definition]:
+            if isinstance(node, Function) and node.name == (method or name):
                 every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
                 return [a.arg for a in every]
         return []

@@ -16,6 +16,8 @@ from typing import Any
 
 # `model.layers.3.mlp.gate.weight`, `transformer.blocks.3...`, `backbone.h.3...`
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
+# A routed expert's weight, of a layer that decodes text.
+_ROUTED = re.compile(r"^(?!.*(?:shared|vision|visual|mtp)).*expert")
 _SAMPLE_BYTES = 65536
 _EXPERT_TENSORS_PER_LAYER = 4
 # Other matrices of a layer, which may happen to have E rows (and are quantised; routers are not).
@@ -100,6 +102,16 @@ def weight_hashes(
     if not found:
         return None, None
     return routers.hexdigest(), None if _is_quantised(Path(folder)) else experts.hexdigest()
+
+
+def expert_layers(folder: str | Path) -> tuple[int, ...]:
+    """Decoder layers that the checkpoint in `folder` has routed experts for, ascending.
+
+    Those of drafters (MTP), which some models number as further layers, are among them; empty where
+    there are no safetensors, or none that is called an expert's.
+    """
+    names = (name for name, _ in _tensors(Path(folder)) if _ROUTED.search(name))
+    return tuple(sorted({int(match.group(1)) for name in names if (match := _LAYER.search(name))}))
 
 
 def _is_quantised(folder: Path) -> bool:

@@ -193,4 +193,7 @@ def _model(folder: str, found: dict[str, Any]) -> str:
 def _start(found: dict[str, Any]) -> str:
     if found["refused"]:
         raise RuntimeError(f"vLLM would refuse to start: {found['refused']}")
-    return "vLLM would accept this table for this model"
+    accepted = "vLLM would accept this table for this model"
+    if reason := found["unbuilt"]:
+        return f"{accepted}; its layers could not be built here to be asked ({reason})"
+    return f"{accepted}, in every layer"

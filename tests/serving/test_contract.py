@@ -30,6 +30,8 @@ OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "_OWNED", "KEY", "name"}  # variables th
 ASGI = {"state", "add_middleware"}
 OTHERS = {
     "architectures",
+    "approximate_experts",
+    "compression_config",
     "__name__",
     "__globals__",
     "get",

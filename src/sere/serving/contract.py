@@ -41,7 +41,12 @@ SYMBOLS: dict[str, Where] = FRONT_END_SYMBOLS | {
     "determine_expert_map": (f"{_MOE}.expert_map_manager", "determine_expert_map"),
     "BaseModelLoader": (f"{_LOADERS}.base_loader", "BaseModelLoader"),
     "model_loaders": (_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER"),
+    "_rebind_kernels": ("vllm.triton_utils.dispatcher", "_rebind_kernels"),
     "load_general_plugins": ("vllm.plugins", "load_general_plugins"),
+    "set_current_vllm_config": ("vllm.config", "set_current_vllm_config"),
+    "init_distributed_environment": (_PARALLEL, "init_distributed_environment"),
+    "initialize_model_parallel": (_PARALLEL, "initialize_model_parallel"),
+    "initialize_model": (f"{_LOADERS}.utils", "initialize_model"),
     "EngineArgs": ("vllm.engine.arg_utils", "EngineArgs"),
     "ModelConfig": ("vllm.config", "ModelConfig"),
 }
@@ -120,8 +125,14 @@ _REROUTING = Needs(
             "is_submodel_config",
             "runner_type",
             "hf_config",
+            "hf_text_config",
+            "hf_overrides",
+            "runner_type",
             "enforce_eager",
             "get_layers_start_end_indices",
+            "get_num_experts",
+            "get_num_experts_per_tok",
+            "get_total_num_hidden_layers",
         ),
         ("vllm.config", "CacheConfig"): ("kv_sharing_fast_prefill",),
         ("vllm.config", "LoadConfig"): ("load_format",),
@@ -242,10 +253,29 @@ _BENCH = Needs(
         ),
     },
 )
+_SECOND_ENGINE = Needs(
+    called={"_rebind_kernels": ()},
+    parameters={("vllm.triton_utils.dispatcher", "_rebind_kernels"): ("overrides",)},
+)
 _DOCTOR = Needs(
     called={
         "EngineArgs": ("create_engine_config",),
         "ModelConfig": ("get_num_experts",),
+        "set_current_vllm_config": (),
+        "init_distributed_environment": (),
+        "initialize_model_parallel": (),
+        "initialize_model": (),
+    },
+    read={SYMBOLS["ModelConfig"]: ("dtype",)},
+    parameters={
+        (_PARALLEL, "init_distributed_environment"): (
+            "world_size",
+            "rank",
+            "distributed_init_method",
+            "local_rank",
+            "backend",
+        ),
+        (f"{_LOADERS}.utils", "initialize_model"): ("vllm_config",),
     },
 )
 
@@ -258,5 +288,6 @@ NEEDS: dict[str, Needs] = {
     **FRONT_END_NEEDS,
     "sleep mode": _SLEEP,
     "bench": _BENCH,
+    "a second engine": _SECOND_ENGINE,
     "doctor": _DOCTOR,
 }

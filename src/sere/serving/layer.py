@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sere.kernels import COUNTERS, Plan, check_types, implementation_for
 from sere.kernels.implementations import load, load_vote
+from sere.serving import second_engine
 from sere.serving.live import Live
 from sere.serving.parallel import share_votes
 from sere.serving.rows import RowClasses
@@ -60,6 +61,7 @@ class ReroutedLayer(nn.Module):
         if self.live.together:
             return self._run_together(name)
         if name == "numba":
+            second_engine.allow()
             from sere.kernels.numba_kernel import bound
 
             return bound(plan, counters, rows.buffer)

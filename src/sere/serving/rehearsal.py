@@ -1,8 +1,9 @@
 """Start-up without the start: what vLLM would do first, in a process that has done nothing yet.
 
-`python -m sere.serving.rehearsal [MODEL [TABLE]]` lets vLLM load its plug-ins and make its config,
-and prints what came of it as one line of JSON behind `RESULT`. Nothing here imports the plug-in:
-whether vLLM finds it is the question.
+`python -m sere.serving.rehearsal [MODEL [TABLE]]` lets vLLM load its plug-ins, make its config and
+build the model without weights, so that every layer is bound or refused as in a worker. It prints
+what came of it as one line of JSON behind `RESULT`. Nothing here imports the plug-in: whether vLLM
+finds it is the question.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
+import torch
+
+from sere.policy import PolicyError
 from sere.serving import wiring
 from sere.serving.asking import KEY
+from sere.serving.refusal import ServingError
 from sere.serving.symbols import lacking, module_of, obstacle, symbol
+from sere.serving.worker import check_layers
+from sere.table import TableError
 
 RESULT = "REHEARSAL "
 
@@ -41,7 +49,8 @@ class Rehearsal:
         missing: places of vLLM where sere should be and is not. no_metrics: why the server's
         `/metrics` would have none of sere's, or None. experts: of the model; 0 if it is dense,
         None if it was not named or cannot be configured. refused: why an engine with this model and
-        table would not start, or None.
+        table would not start, or None. unbuilt: why its layers could not be built here to be asked,
+        or None.
         Raises `RuntimeError` with the end of its output if the process died.
         """
         if self._said is None:
@@ -74,6 +83,43 @@ def _untouched(places: dict[str, Any]) -> list[str]:
     return [name for name, place in places.items() if not hasattr(place, "__wrapped__")]
 
 
+def _started(model: str, table: str | None) -> dict[str, Any]:
+    """What of `Rehearsal.found` is about a model, and a table for it."""
+    # Eager: what is refused with graphs has a flag of its own to say so.
+    options: dict[str, Any] = {"model": model, "enforce_eager": True}
+    arguments = symbol("EngineArgs")
+    found: dict[str, Any] = {}
+    try:
+        config = arguments(**options).create_engine_config()
+        found["experts"] = config.model_config.get_num_experts()
+        if table is not None:
+            own = {KEY: {"table": table}}
+            config = arguments(**options, additional_config=own).create_engine_config()
+    except Exception as error:  # whatever vLLM raises is the answer
+        return {**found, "refused": str(error)}
+    if table is None:
+        return found
+    try:
+        _build(config)
+        check_layers(config)
+    except (ServingError, TableError, PolicyError) as error:
+        found["refused"] = str(error)
+    except Exception as error:  # vLLM's own, and not of a start-up as it will be
+        found["unbuilt"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _build(config: Any) -> None:
+    """Let vLLM build the model as a worker does, in no memory: every layer is bound or refused."""
+    with tempfile.TemporaryDirectory() as folder, symbol("set_current_vllm_config")(config):
+        meeting = f"file://{folder}/ranks"
+        symbol("init_distributed_environment")(1, 0, meeting, 0, "gloo")
+        symbol("initialize_model_parallel")()
+        torch.set_default_dtype(config.model_config.dtype)
+        with torch.device("meta"):
+            symbol("initialize_model")(vllm_config=config)
+
+
 def _main(model: str | None = None, table: str | None = None) -> None:
     if reason := lacking("doctor"):
         sys.exit(reason)
@@ -85,19 +131,10 @@ def _main(model: str | None = None, table: str | None = None) -> None:
         "no_metrics": lacking("metrics"),
         "experts": None,
         "refused": None,
+        "unbuilt": None,
     }
     if model is not None:
-        # Eager: what is refused with graphs has a flag of its own to say so.
-        options: dict[str, Any] = {"model": model, "enforce_eager": True}
-        arguments = symbol("EngineArgs")
-        try:
-            config = arguments(**options).create_engine_config()
-            found["experts"] = config.model_config.get_num_experts()
-            if table is not None:
-                settings = {KEY: {"table": table}}
-                arguments(**options, additional_config=settings).create_engine_config()
-        except Exception as error:  # whatever vLLM raises is the answer
-            found["refused"] = str(error)
+        found |= _started(model, table)
     print(RESULT + json.dumps(found), flush=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sere.serving.admin_key import SETTING, VARIABLE, admin_key
 from sere.serving.asking import given
-from sere.serving.session import ServingError
+from sere.serving.refusal import ServingError
 
 _LOG = logging.getLogger("vllm.sere")
 

@@ -6,14 +6,12 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sere.checkpoint import Fingerprint, weight_hashes
 from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
@@ -21,11 +19,13 @@ from sere.serving.asking import KEY, given
 from sere.serving.inert import inert
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
+from sere.serving.model_fit import check_kind, check_model, model_folder
 from sere.serving.parallel import (
     BATCHES_DISAGREE,
     obstacle_to_one_union,
     obstacle_to_placement,
 )
+from sere.serving.refusal import ServingError
 from sere.serving.rows import RowClasses
 from sere.serving.settings import Settings, cap_of
 from sere.serving.shadow import Shadow
@@ -39,10 +39,6 @@ _CAP = "_sere_cap"  # in the front end, beside it
 START = "start"
 """In the place of a policy: the one that the engine began with."""
 _LOG = logging.getLogger("vllm.sere")
-
-
-class ServingError(RuntimeError):
-    """Re-routing was asked for and cannot take effect: says why, and what to do."""
 
 
 @dataclass
@@ -175,7 +171,7 @@ class Session:
                 f"sere is bound to layers {list(bound)}, the table has {list(expected)}: this "
                 "model calls expert kernels past vLLM's routers, which sere cannot reach"
             )
-        check_model(config, self.settings, self.table, known)
+        check_model(config, self.settings, self.table)
 
 
 def stage_of(config: Any, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -257,6 +253,7 @@ def check_config(config: Any) -> None:
             "sere cannot re-route: VLLM_BATCH_INVARIANT promises results that do not depend on "
             "the batch, and re-routing makes them depend on it; unset one of the two"
         )
+    check_kind(config)
     _check_rows_are_known(config)
     settings = settings_of(config)
     check_merge(config, settings.merge)
@@ -265,7 +262,7 @@ def check_config(config: Any) -> None:
         _check_shadow(config)
     table = Table.load(settings.table)
     table.check_served(settings.policy)
-    check_model(config, settings, table, table.fingerprint.layers)
+    check_model(config, settings, table)
 
 
 def check_merge(config: Any, merge: bool) -> None:
@@ -328,28 +325,3 @@ def _check_shadow(config: Any) -> None:
         )
     if reason := reason or lacking("shadow"):
         raise ServingError(f'sere cannot run the shadow check here: {reason}; or remove "shadow"')
-
-
-def check_model(config: Any, settings: Settings, table: Table, layers: tuple[int, ...]) -> None:
-    """Raise `TableError` unless the table was made for the model being served."""
-    known, level, folder = table.fingerprint, settings.fingerprint, model_folder(config)
-    hashes: tuple[str | None, str | None] = (None, None)
-    if level != "shape" and folder is not None:
-        router, experts = weight_hashes(folder, known.layers, known.E)
-        hashes = (router, experts if level == "weights" else None)
-    architecture = config.model_config.hf_config.architectures[0]
-    table.check_against(Fingerprint(architecture, known.E, known.K, layers, *hashes))
-
-
-def model_folder(config: Any) -> Path | None:
-    """The checkpoint on this machine: the folder itself, or the hub's local snapshot."""
-    name, revision = config.model_config.model, config.model_config.revision
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        return None

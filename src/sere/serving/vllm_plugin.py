@@ -49,7 +49,7 @@ def _making(original: Callable[..., None]) -> Callable[..., None]:
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:
         original(config, *args, **kwargs)
         if reason := unread(config.additional_config):
-            from sere.serving.session import ServingError
+            from sere.serving.refusal import ServingError
 
             raise ServingError(reason)
         if key := misspelt(config.additional_config):

@@ -30,7 +30,8 @@ from sere.serving.compile_key import keyed
 from sere.serving.contract_front_end import LAST, RUST
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
-from sere.serving.session import ServingError, check_config, open_session
+from sere.serving.refusal import ServingError
+from sere.serving.session import check_config, open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
 
 _LOG = logging.getLogger("vllm.sere")

@@ -10,8 +10,8 @@ from typing import Any
 from sere.policy import PolicyError, in_words
 from sere.serving import drafters
 from sere.serving.asking import asked_by, given
+from sere.serving.refusal import ServingError
 from sere.serving.session import (
-    ServingError,
     Session,
     check_merge,
     is_dense_stage,
@@ -105,20 +105,7 @@ def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def self_check(worker: Any) -> None:
     """Raise `ServingError` unless every MoE layer of this worker really re-routes."""
-    session = session_of(worker.vllm_config)
-    runners = _runners(worker)
-    if not runners and is_dense_stage(worker.vllm_config):
-        return
-    if session is None or not runners:
-        raise ServingError(
-            "sere found no MoE layer to re-route: is this a Mixture-of-Experts model? (Models that "
-            "call expert kernels by themselves are not supported.)"
-        )
-    if reason := rival():
-        raise ServingError(f"sere cannot re-route: {reason}")
-    session.check_bound(worker.vllm_config)
-    for runner in runners:
-        _check_runner(runner)
+    runners = check_layers(worker.vllm_config)
     if not all(runner.sere.called for runner in runners):
         worker.model_runner._dummy_run(1)
     silent = [runner.layer_name for runner in runners if not runner.sere.called]
@@ -126,6 +113,25 @@ def self_check(worker: Any) -> None:
         raise ServingError(
             f"sere's operator was never called in {', '.join(silent)}; please report"
         )
+
+
+def check_layers(config: Any) -> list[Any]:
+    """The MoE layers of the model that was built under this config; `ServingError` unless all are
+    bound, each to a kernel that does as its router says."""
+    session, runners = session_of(config), _runners(config)
+    if not runners and is_dense_stage(config):
+        return []
+    if session is None or not runners:
+        raise ServingError(
+            "sere found no MoE layer to re-route: is this a Mixture-of-Experts model? (Models that "
+            "call expert kernels by themselves are not supported.)"
+        )
+    if reason := rival():
+        raise ServingError(f"sere cannot re-route: {reason}")
+    session.check_bound(config)
+    for runner in runners:
+        _check_runner(runner)
+    return runners
 
 
 def _check_runner(runner: Any) -> None:
@@ -171,7 +177,7 @@ def sere_obstacle(worker: Any, settings: Mapping[str, Any] | str | None) -> str 
 
 def sere_description(worker: Any) -> dict[str, Any]:
     """See `sere.serving.start_up.description`."""
-    return description(_session(worker), map(_kernel, _runners(worker)))
+    return description(_session(worker), map(_kernel, _runners(worker.vllm_config)))
 
 
 def sere_layers(worker: Any) -> list[int]:
@@ -236,9 +242,9 @@ REMOTE_CALLS = (
 )
 
 
-def _runners(worker: Any) -> list[Any]:
+def _runners(config: Any) -> list[Any]:
     """Those of the MoE layers that are to be re-routed."""
-    context = worker.vllm_config.compilation_config.static_forward_context
+    context = config.compilation_config.static_forward_context
     return [
         layer
         for layer in context.values()

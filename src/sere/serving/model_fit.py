@@ -1,0 +1,95 @@
+"""Is the model that vLLM is about to serve one that this table re-routes?
+
+What the table was made for is compared with what vLLM has read from the model's config, overrides
+included, and with the checkpoint's own files: in the first process, before weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sere.checkpoint import Fingerprint, expert_layers, weight_hashes
+from sere.serving.refusal import ServingError
+from sere.serving.settings import Settings
+from sere.table import Table, TableError
+
+
+def check_kind(config: Any) -> None:
+    """Refuse models whose steps or experts are not what re-routing is about."""
+    if config.model_config.runner_type == "pooling":
+        raise ServingError(
+            "sere cannot re-route: it re-routes decode steps, and a pooling engine has none; start "
+            'without "sere" in additional_config, or with --runner generate'
+        )
+    if _substitutes(config.model_config):
+        raise ServingError(
+            "sere cannot re-route: this checkpoint replaces experts by constants (MoNE), of which "
+            "a table knows nothing, and which cost nothing to load; serve the checkpoint that it "
+            'was made from, or start without "sere" in additional_config'
+        )
+
+
+def _substitutes(model: Any) -> bool:
+    """Whether vLLM (0.33) takes some experts for constants: what it reads from a config."""
+    configs = (model.hf_config, model.hf_text_config)
+    if any(getattr(config, "approximate_experts", None) for config in configs):
+        return True
+    compression = getattr(model.hf_config, "compression_config", None)
+    parts: Any = compression
+    for part in ("transform_config", "expert_substitution"):
+        parts = parts.get(part) if isinstance(parts, Mapping) else None
+    return bool(parts)
+
+
+def check_model(config: Any, settings: Settings, table: Table) -> None:
+    """Raise `TableError` unless the table was made for the model being served."""
+    known, model = table.fingerprint, served(config, settings.fingerprint, table.fingerprint)
+    try:
+        table.check_against(model)
+        if gone := sorted(set(known.layers) - set(model.layers)):
+            raise TableError(f"the table has MoE layers that the model lacks: {gone}")
+    except TableError as error:
+        if not config.model_config.hf_overrides:
+            raise
+        raise TableError(
+            f"{error}\n--hf-overrides is part of the model that you serve: calibrate a folder with "
+            "links to its files and a config.json that says the same (docs/serving.md, "
+            '"Overridden models"), or start without the override'
+        ) from None
+
+
+def served(config: Any, level: str, known: Fingerprint) -> Fingerprint:
+    """The model as vLLM will build it; where nothing tells, as the table `known` has it.
+
+    level: which hashes to compute, see `Settings.fingerprint`.
+    """
+    model, folder = config.model_config, model_folder(config)
+    stored = expert_layers(folder) if folder else ()
+    built = model.get_total_num_hidden_layers()
+    hashes: tuple[str | None, str | None] = (None, None)
+    if level != "shape" and folder is not None:
+        router, experts = weight_hashes(folder, known.layers, known.E)
+        hashes = (router, experts if level == "weights" else None)
+    return Fingerprint(
+        model.hf_config.architectures[0],
+        model.get_num_experts() or known.E,
+        model.get_num_experts_per_tok() or known.K,
+        tuple(index for index in stored or known.layers if index < built),
+        *hashes,
+    )
+
+
+def model_folder(config: Any) -> Path | None:
+    """The checkpoint on this machine: the folder itself, or the hub's local snapshot."""
+    name, revision = config.model_config.model, config.model_config.revision
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
