@@ -38,8 +38,12 @@ def examine(model: str | None = None, table: str | None = None) -> Iterator[Chec
     """Every check, as it is answered: those that need vLLM, which takes its time, come last.
 
     model: folder, hub name or "demo": is there something to re-route? table: does it fit?
-    A table may stand in the place of the model.
+    A table may stand in the place of the model, and instead of both the URL of a running server:
+    does re-routing take effect there?
     """
+    if model is not None and model.startswith(("http://", "https://")):
+        yield from _served(model)
+        return
     if model is not None and table is None and Path(model).is_file():
         model, table = None, model
     folder = None if model is None else demo_model.resolve(model)
@@ -66,6 +70,31 @@ def examine(model: str | None = None, table: str | None = None) -> Iterator[Chec
         checks.append(("start-up", lambda: _start(rehearsal.found())))
     for name, check in checks:
         yield _answered(name, check)
+
+
+def _served(url: str) -> Iterator[Check]:
+    """What a running server tells of itself."""
+    try:
+        from sere.monitoring.scrape import ScrapeError, read, view
+
+        seen = view(read(url))
+    except ImportError as error:
+        yield Check("server", False, f"{error}: pip install 'sere[top]'")
+        return
+    except ScrapeError as error:
+        yield Check("server", False, str(error))
+        return
+    yield Check("server", not seen.stale, "does not answer" if seen.stale else "answers")
+    for engine, policy in seen.policies.items():
+        why = seen.fallbacks.get(engine, "the policy is stock: sere_policy switches it on")
+        on = policy != "stock"
+        yield Check(
+            f"engine {engine}: policy", on, policy if on else f"NOTHING IS RE-ROUTED: {why}"
+        )
+        steps = seen.unclassified.get(engine, 0)
+        answer = f"{steps} left to stock routing as something failed: see the server's log"
+        answer = answer if steps else "none failed"
+        yield Check(f"engine {engine}: steps", not steps, answer)
 
 
 def as_text(check: Check) -> str:

@@ -269,7 +269,11 @@ def report(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="also check this model (folder, hub name, demo)")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="also check this model (folder, hub name, demo); or the URL of a running server",
+    )
     parser.add_argument("table", nargs="?", help="... and that this table fits and would be served")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 

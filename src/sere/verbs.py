@@ -261,7 +261,8 @@ def _told(state: dict[str, Any]) -> str:
 
 
 def doctor(model: str | None, table: str | None, json: bool) -> int:
-    """`sere doctor [MODEL] [TABLE]`: 0 if re-routing can take effect here, else 1."""
+    """`sere doctor [MODEL] [TABLE]`, `sere doctor URL`: 0 if re-routing can take effect here (does
+    so there), else 1."""
     from sere.doctor import as_text, examine
 
     checks = []

@@ -188,15 +188,6 @@ def test_padding_follows_the_batch_and_old_rows_do_not_linger(table: Table) -> N
     assert set(after[2:].flatten().tolist()) <= real | {-1}
 
 
-@pytest.mark.parametrize("seen", [3, MOST + 1])
-def test_a_layer_that_sees_other_rows_than_the_batch_raises(seen: int, table: Table) -> None:
-    """Microbatches and shards see fewer; nothing is classified by guess."""
-    own = session(table)
-    step_v2(own, [False] * 4, [1] * 4, 4)
-    with pytest.raises(RuntimeError, match=f"a layer sees {seen} rows of a batch of 4"):
-        own.rows.of(seen)
-
-
 @pytest.mark.engine
 def test_eplb_maps_what_was_rerouted(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids are logical until EPLB replaces them by physical ones; its load statistics and returned

@@ -101,6 +101,7 @@ def told(rows: Mapping[int, int], **changes: Any) -> dict[str, Any]:
     """A worker's snapshot: rows_fast by layer."""
     known = {index: {"rows_fast": fast} for index, fast in rows.items()}
     state = {"policy": {"S": 1}, "fallback": None, "inert": None, "switches": 0}
+    state |= {"unclassified_steps": 0}
     return state | {"E": 8, "K": 2, "shadow": {}, "layers": known, **changes}
 
 
@@ -251,6 +252,7 @@ def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
         shadow=None,
         layers={5: None},
         live=Live(),
+        rows=SimpleNamespace(incidents=SimpleNamespace(steps=0)),
         table=SimpleNamespace(fingerprint=SimpleNamespace(E=8, K=2)),
     )
     config = SimpleNamespace(compilation_config=SimpleNamespace(_sere_session=session))

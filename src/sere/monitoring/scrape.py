@@ -51,8 +51,10 @@ class View:
 
     seconds: what the figures cover; None since the server's start. tokens_per_s: generated, None
     without a duration. running: requests. policies, fallbacks: by engine; why routing fell back to
-    stock, if it did. idle: engines in which nothing is re-routed. stale: the engine did not answer,
-    and figures are old. restarted: between the two readings; figures are of what came after.
+    stock, if it did. idle: engines in which nothing is re-routed. unclassified: by engine, steps
+    since the start that were left to stock routing as something failed, where there are any. stale:
+    the engine did not answer, and figures are old. restarted: between the two readings; figures are
+    of what came after.
     """
 
     seconds: float | None
@@ -61,6 +63,7 @@ class View:
     policies: dict[int, str]
     fallbacks: dict[int, str]
     idle: list[int]
+    unclassified: dict[int, int]
     stale: bool
     restarted: bool
     layers: list[LayerView]
@@ -152,6 +155,7 @@ def view(now: Reading, before: Reading | None = None) -> View:
         {int(labels["engine"]): labels["policy"] for labels in told},
         {int(labels["engine"]): labels["reason"] for labels in told if labels["reason"]},
         [engine for engine, enabled in now.by_engine("sere_enabled").items() if not enabled],
+        {e: int(n) for e, n in now.by_engine("sere_unclassified_steps_total").items() if n},
         now.total("sere_up") == 0,
         restarted,
         _layers(now, before, restarted),

@@ -90,6 +90,9 @@ def _head(url: str, seen: View) -> list[Text]:
     for engine, reason in seen.fallbacks.items():
         text = f"engine {engine} FELL BACK TO STOCK ROUTING: {reason}"
         lines.append(Text(text, style="bold red"))
+    for engine, steps in seen.unclassified.items():
+        text = f"engine {engine}: {steps:,} steps left to stock routing as sere failed: see its log"
+        lines.append(Text(text, style="bold red"))
     if seen.stale:
         lines.append(Text("the engine does not answer: figures are old", style="bold yellow"))
     return lines

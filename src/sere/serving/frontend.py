@@ -53,6 +53,7 @@ class AppendMetrics:
     def __init__(self, app: Any) -> None:
         self._app = app
         self._source: Source | None = None
+        self._failed = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"].rstrip("/") == "/metrics":
@@ -60,9 +61,20 @@ class AppendMetrics:
             config = getattr(state, "vllm_config", None)
             if config is not None and given(config) is not None:
                 self._source = self._source or Source(state.engine_client)
-                send = _appending(send, await self._source.text())
-                scope = {**scope, "headers": _plain(scope["headers"])}
+                if text := await self._text(self._source):
+                    send = _appending(send, text)
+                    scope = {**scope, "headers": _plain(scope["headers"])}
         await self._app(scope, receive, send)
+
+    async def _text(self, source: Source) -> bytes:
+        """Ours; nothing where that fails, as vLLM's own metrics must not go with it."""
+        try:
+            return await source.text()
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                _LOG.exception("sere: no metrics of sere on /metrics; this is logged once")
+            return b""
 
 
 def _plain(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

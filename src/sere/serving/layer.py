@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
-from sere.kernels import COUNTERS, Plan, check_types, implementation_for
+from sere.kernels import COUNTERS, Plan, check_types, implementation_for, reference
 from sere.kernels.implementations import load, load_vote
 from sere.serving import second_engine
 from sere.serving.live import Live
@@ -75,7 +76,11 @@ class ReroutedLayer(nn.Module):
 
         def run_together(ids: Tensor, weights: Tensor, T: int) -> Tensor:
             own = rows.of(T)
-            votes = vote(ids, weights, plan, own)
+            try:
+                votes = vote(ids, weights, plan, own)
+            except Exception:
+                self._abstain(ids, weights)
+                raise
             share_votes(votes)
             return run(ids, weights, plan, own, counters, votes)
 
@@ -86,7 +91,10 @@ class ReroutedLayer(nn.Module):
         self.plan.copy_(plan or Plan.off(self.plan.num_experts))
 
     def forward(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Ids [T, K] after re-routing the batch under way; weights are scaled in place."""
+        """Ids [T, K] after re-routing the batch under way; weights are scaled in place.
+
+        Once the engine serves nothing is raised: what fails leaves the ids as they are.
+        """
         if not self.called:  # setting a module's attribute costs microseconds
             check_types(topk_ids.dtype, topk_weights.dtype)  # in start-up's first pass
             self.called = True
@@ -94,7 +102,22 @@ class ReroutedLayer(nn.Module):
             return topk_ids
         T = topk_ids.shape[0]
         if not self.rows.filled <= T <= self.rows.size:
-            self.rows.refuse(T)
+            self.rows.surprise(T)
+            self._abstain(topk_ids, topk_weights)
+            return topk_ids
+        try:
+            return self._reroute(topk_ids, topk_weights, T)
+        except Exception as error:
+            self.rows.incidents.survive("re-routing a layer", error)
+            return topk_ids
+
+    def _abstain(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """Vote as rows that are not real do, where other ranks wait for a vote."""
+        if self.live.together:
+            void = torch.zeros(len(topk_ids), dtype=torch.int8, device=topk_ids.device)
+            share_votes(reference.vote(topk_ids, topk_weights, self.plan, void))
+
+    def _reroute(self, topk_ids: Tensor, topk_weights: Tensor, T: int) -> Tensor:
         if self.recording is None:
             return self._run(topk_ids, topk_weights, T)
         before = [t.detach().cpu().clone() for t in (topk_ids, topk_weights, self.rows.of(T))]

@@ -32,6 +32,10 @@ _COUNTERS: dict[str, tuple[str, dict[str, str], str]] = {
 }
 _SWITCHES = ("sere_policy_switches", "Switches of the policy, by an operator or the shadow check")
 _SLOTS = ("sere_slots", "Slots of re-routable rows: what sere_slots_rerouted is a share of")
+_UNCLASSIFIED = (
+    "sere_unclassified_steps",
+    "Steps left to stock routing, in some layers or all, as something failed: see the log",
+)
 # Figure of `sere.serving.shadow.Figures` -> name, help; of layers that were checked.
 _SHADOW_COUNTERS = {
     "checks": ("sere_shadow_checks", "Shadow checks of this layer"),
@@ -89,6 +93,8 @@ def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot])
     for (name, about), value in zip(_STATES.items(), values, strict=True):
         found.gauge(name, about, value, labels)
     found.counter(*_SWITCHES, first["switches"], labels)
+    steps = max(snapshot["unclassified_steps"] for snapshot in snapshots)
+    found.counter(*_UNCLASSIFIED, steps, labels)
     told = {key: value for key, value in (policy or {}).items() if value not in (None, {})}
     about = "The policy that is on, as JSON, and why there is none"
     info = {"policy": json.dumps(told) if told else "stock", "reason": fallback or ""}

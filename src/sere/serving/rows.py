@@ -9,14 +9,13 @@ default; what follows the real rows is VOID. A request with more rows than decod
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sere.kernels import RowClass, keeping
+from sere.serving.incidents import Incidents
 
 _EXACT, _FAST = np.int8(RowClass.EXACT), np.int8(RowClass.FAST)
 
@@ -37,6 +36,7 @@ class RowClasses:
         `rows`.
     size, filled: rows there is room for, and rows of the pass.
     fast, exact: how many rows of the pass may be re-routed, and how many may not.
+    incidents: of this worker.
     """
 
     def __init__(self, max_tokens: int, device: torch.device | str, gate: str) -> None:
@@ -47,6 +47,7 @@ class RowClasses:
         self._host = self.buffer.numpy() if self.buffer.device.type == "cpu" else None
         self.size = max_tokens
         self.filled = 0  # rows of the last batch: what follows them is VOID already
+        self.incidents = Incidents()
         self._views: dict[int, Tensor] = {}
 
     def void(self) -> None:
@@ -84,6 +85,9 @@ class RowClasses:
 
     def _fill(self, n: int, rows: npt.NDArray[np.int8] | np.int8) -> None:
         """rows: [n] classes, or one for all. The plain step, decode alone, costs microseconds."""
+        self.incidents.begin_step()
+        if n > self.size:
+            raise RuntimeError(f"a batch of {n} rows, where vLLM said {self.size} at most")
         changed, self.filled = max(n, self.filled), n
         one = isinstance(rows, np.int8)
         self.exact = n * int(rows == _EXACT) if one else int(np.count_nonzero(rows == _EXACT))
@@ -98,18 +102,24 @@ class RowClasses:
         staged.numpy()[:n] = rows
         self.buffer[:changed].copy_(staged, non_blocking=True)
 
+    def known(self, T: int) -> bool:
+        """Whether T rows that a layer sees are those of the batch, and padding."""
+        return self.filled <= T <= self.size
+
     def of(self, T: int) -> Tensor:
-        """[T] classes of the rows that a layer sees: those of the batch, and padding."""
-        if not self.filled <= T <= self.size:
-            self.refuse(T)
+        """[T] classes of the rows that a layer sees; VOID where they are not known."""
+        if not self.known(T):
+            return torch.zeros(T, dtype=torch.int8, device=self.buffer.device)
         if T not in self._views:
             self._views[T] = self.buffer[:T]
         return self._views[T]
 
-    def refuse(self, T: int) -> NoReturn:
-        """For a layer that sees fewer rows than the batch has, or more than there can be."""
-        raise RuntimeError(
-            f"a layer sees {T} rows of a batch of {self.filled} (at most {self.size}): "
-            "this mode of vLLM splits or gathers batches in a way that sere does not know; "
-            "please report it"
+    def surprise(self, T: int) -> None:
+        """A layer sees fewer rows than the batch has, or more than there can be."""
+        self.incidents.survive(
+            "telling a layer's rows apart",
+            RuntimeError(
+                f"a layer sees {T} rows of a batch of {self.filled} (at most {self.size}): this "
+                "mode of vLLM splits or gathers batches in a way that sere does not know"
+            ),
         )

@@ -90,7 +90,7 @@ class _Stock:
 
     ids: Tensor
     weights: Tensor
-    surrendered: Tensor
+    surrendered: float
 
 
 class Shadow:
@@ -137,12 +137,14 @@ class Shadow:
         new = forward(topk_ids, topk_weights)
         carried = (weights.float().abs() * self._fast(len(ids))[:, None]).nan_to_num()
         gone = (ids[:, :, None] != new[:, None, :]).all(2)  # experts that the row names no more
-        moved = (carried * gone).sum()
-        if moved == 0:
+        told = torch.stack([(carried * gone).sum(), carried.sum()])
+        # A rank that checked by itself would wait for the others: the first one's word counts.
+        moved, whole = symbol("get_tp_group")().broadcast(told, src=0).tolist()
+        if moved:
+            self._kept = _Stock(ids, weights, moved / whole)
+        else:
             self.figures[index].add(0.0, 0.0, exceeded=False)
             self._turn += 1
-        else:
-            self._kept = _Stock(ids, weights, moved / carried.sum())
         return new
 
     def _begin_step(self) -> int | None:
@@ -168,11 +170,10 @@ class Shadow:
         stock, self._kept = self._kept, None
         if stock is None:
             return run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
-        # Without the shared experts; on a copy, as kernels may write over their input.
-        exact = run(x=x.clone(), topk_weights=stock.weights, topk_ids=stock.ids.to(topk_ids.dtype))
-        if isinstance(exact, Tensor):
-            exact = exact.clone()  # it may lie in a workspace
+        exact = self._stock_output(run, x, stock, topk_ids.dtype)
         new = run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
+        if exact is None and isinstance(new, Tensor):
+            exact = torch.full_like(new, math.nan)  # other ranks wait for this one's part
         if isinstance(exact, Tensor) and isinstance(new, Tensor):
             self._judge(index, exact, new, stock.surrendered)
         else:
@@ -180,16 +181,27 @@ class Shadow:
             _LOG.error("sere: no shadow check: this model's expert outputs are not final tensors")
         return new
 
-    def _judge(self, index: int, exact: Tensor, new: Tensor, surrendered: Tensor) -> None:
+    def _stock_output(
+        self, run: Callable[..., Any], x: Tensor, stock: _Stock, ids: torch.dtype
+    ) -> Any:
+        """What the experts make of the router's own choice; None where they fail."""
+        try:  # without the shared experts; on a copy, as kernels may write over their input
+            out = run(x=x.clone(), topk_weights=stock.weights, topk_ids=stock.ids.to(ids))
+        except Exception as error:
+            self._rows.incidents.survive("the shadow check", error)
+            return None
+        return out.clone() if isinstance(out, Tensor) else out  # it may lie in a workspace
+
+    def _judge(self, index: int, exact: Tensor, new: Tensor, surrendered: float) -> None:
         fast = self._fast(len(new))
         group = symbol("get_tp_group")()  # a rank's output is its part of a sum
         new, exact = (group.all_reduce(out[fast].float()) for out in (new, exact))
         difference = (new - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
-        # All ranks must decide alike, to the last bit: the first one's figures count.
-        error, share = group.broadcast(torch.stack([difference, surrendered]), src=0).tolist()
+        # All ranks must decide alike, to the last bit: the first one's figure counts.
+        (error,) = group.broadcast(difference[None], src=0).tolist()
         error = math.inf if math.isnan(error) else error
         exceeded = error > self.settings.bound
-        self.figures[index].add(error, share, exceeded=exceeded)
+        self.figures[index].add(error, surrendered, exceeded=exceeded)
         self._streak = self._streak + 1 if exceeded else 0
         self._turn += not exceeded
         if self._streak >= PATIENCE:

@@ -18,8 +18,10 @@ def snapshot(session: Session) -> dict[str, Any]:
 
     policy: settings by name, or None where routing is stock. fallback: why the shadow check
     switched to stock routing, or None. inert: why nothing is re-routed, or None. switches: of the
-    policy, since the start. E, K: experts of a layer, of a token. layers: counters by
-    decoder layer index and name. shadow: the check's figures by layer index.
+    policy, since the start. unclassified_steps: how many were left to stock routing, in some layers
+    or all, as something failed (see `sere.serving.incidents`). E, K: experts of a layer, of a
+    token. layers: counters by decoder layer index and name. shadow: the check's figures by layer
+    index.
 
     While the worker sleeps its buffers are unmapped: it repeats what it told last.
     """
@@ -30,6 +32,7 @@ def snapshot(session: Session) -> dict[str, Any]:
             "fallback": session.fallback,
             "inert": session.inert,
             "switches": session.switches,
+            "unclassified_steps": session.rows.incidents.steps,
             "E": known.E,
             "K": known.K,
             "layers": _counters(session),

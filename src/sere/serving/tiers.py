@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sere.kernels import RowClass
 from sere.policy import PolicyError
 from sere.serving.rows import row_class
 
@@ -53,7 +54,7 @@ def _admitted(asked: Any) -> Tier:
     """A worker serves others, too: what slipped past the front end's check gets the best."""
     try:
         return Tier.parse(asked)
-    except PolicyError:
+    except Exception:  # of whatever type it is, and whatever that raises
         return EXACT
 
 
@@ -78,6 +79,11 @@ class RequestTiers:
         """Requests leave; unknown ones are none of ours."""
         for request in requests:
             self._asked.pop(request, None)
+
+    def distrust(self) -> None:
+        """What some request asked for has been missed: from now on nobody gets less than stock."""
+        self._default = np.int8(RowClass.EXACT)
+        self._asked.clear()
 
     def classes(self, requests: Sequence[str]) -> npt.NDArray[np.int8] | np.int8:
         """[R] the class of each request's decode rows; one for all where nobody asked."""

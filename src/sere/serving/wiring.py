@@ -72,11 +72,13 @@ def install() -> None:
     wrap(runner, "_prepare_inputs", worker.classifying_v1)
     wrap(runner, "_update_states", worker.tracking)
     wrap(runner, "_dummy_run", worker.voiding)
+    wrap(runner, "capture_model", worker.voiding)
     if here("ModelRunnerV2"):
         runner = symbol("ModelRunnerV2")
         wrap(runner, "prepare_inputs", worker.classifying_v2)
         wrap(runner, "add_requests", worker.tracking)
         wrap(runner, "_dummy_run", worker.voiding)
+        wrap(runner, "capture_model", worker.voiding)
     for call in (*worker.REMOTE_CALLS, sere_probe):
         setattr(symbol("WorkerBase"), call.__name__, call)
 

@@ -4,7 +4,8 @@ answer `collective_rpc`."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from sere.policy import PolicyError, in_words
@@ -33,14 +34,15 @@ def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         session = session_of(runner.vllm_config)
         if session is not None and not session.live.dormant:
-            batch = runner.input_batch
-            R = batch.num_reqs
-            prefilling = batch.num_computed_tokens_cpu[:R] < batch.num_prompt_tokens[:R]
-            lengths = None
-            if scheduler_output.total_num_scheduled_tokens != R:
-                lengths = num_scheduled_tokens[:R]
-                prefilling |= lengths > runner.vllm_config.uniform_decode_query_len
-            session.begin(prefilling, lengths, batch.req_ids)
+            with _classifying(session):
+                batch = runner.input_batch
+                R = batch.num_reqs
+                prefilling = batch.num_computed_tokens_cpu[:R] < batch.num_prompt_tokens[:R]
+                lengths = None
+                if scheduler_output.total_num_scheduled_tokens != R:
+                    lengths = num_scheduled_tokens[:R]
+                    prefilling |= lengths > runner.vllm_config.uniform_decode_query_len
+                session.begin(prefilling, lengths, batch.req_ids)
         return original(runner, scheduler_output, num_scheduled_tokens, *args, **kwargs)
 
     return _prepare_inputs
@@ -53,12 +55,22 @@ def classifying_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         batch = original(runner, *args, **kwargs)
         session = session_of(runner.vllm_config)
         if session is not None:
-            session.begin(
-                batch.is_prefilling_np, batch.num_scheduled_tokens, batch.req_ids, batch.num_tokens
-            )
+            lengths, total = batch.num_scheduled_tokens, batch.num_tokens
+            with _classifying(session):
+                session.begin(batch.is_prefilling_np, lengths, batch.req_ids, total)
         return batch
 
     return prepare_inputs
+
+
+@contextmanager
+def _classifying(session: Session) -> Iterator[None]:
+    """Where it fails, no row of the coming pass is re-routed."""
+    try:
+        yield
+    except Exception as error:
+        session.begin_dummy()
+        session.rows.incidents.survive("telling a batch's rows apart", error)
 
 
 def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,25 +80,34 @@ def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
     def take(runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         session = session_of(runner.vllm_config)
         if session is not None:
-            if scheduler_output.finished_req_ids:
-                session.tiers.remove(scheduler_output.finished_req_ids)
-            for new in scheduler_output.scheduled_new_reqs:
-                session.tiers.add(new.req_id, asked_by(new.sampling_params))
+            try:
+                _take_in(session, scheduler_output)
+            except Exception as error:
+                session.tiers.distrust()
+                session.rows.incidents.survive("noting what requests ask for", error)
         return original(runner, scheduler_output, *args, **kwargs)
 
     return take
 
 
-def voiding(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `_dummy_run`: profiling, warm-up and idle data-parallel ranks have no real row."""
+def _take_in(session: Session, news: Any) -> None:
+    if news.finished_req_ids:
+        session.tiers.remove(news.finished_req_ids)
+    for new in news.scheduled_new_reqs:
+        session.tiers.add(new.req_id, asked_by(new.sampling_params))
 
-    def _dummy_run(runner: Any, *args: Any, **kwargs: Any) -> Any:
+
+def voiding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `_dummy_run` and `capture_model`: profiling, warm-up, capture and idle data-parallel
+    ranks have no real row, whatever ran before them."""
+
+    def run(runner: Any, *args: Any, **kwargs: Any) -> Any:
         session = session_of(runner.vllm_config)
         if session is not None:
             session.begin_dummy()
         return original(runner, *args, **kwargs)
 
-    return _dummy_run
+    return run
 
 
 def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,7 +118,8 @@ def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
         if given(worker.vllm_config) is not None:
             self_check(worker)
             sere_reset(worker)  # model runner V2 warms up with requests that look real
-            _session(worker).checked = True
+            session = _session(worker)
+            session.checked = session.rows.incidents.serving = True
         return result
 
     return compile_or_warm_up_model
