@@ -1,12 +1,14 @@
 """One real vLLM engine in a process of its own: read a job as JSON, print its results as JSON.
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
-`steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["refused", tier],
+`steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["ask", requests],
+["chat", chats, max_tokens, switches], ["next_beam", prompt, after, tokens],
+["session", turns, tokens], ["refused", tier], ["failing", step...],
 ["beam", prompts, width, tokens, tier], ["beam_online", ...], ["made_elsewhere", tier],
 ["said"],
-["rpc", method, args...], ["meet", folder] (all data-parallel ranks), a mishap: ["remove", path],
-["replace", path, by], ["asleep"], ["killed", process], or a check that needs the model in this
-process: ["capture"], ["captured"], ["addresses"].
+["rpc", method, args...], ["counted", name], ["meet", folder] (all data-parallel ranks), a mishap:
+["remove", path], ["replace", path, by], ["asleep"], ["killed", process], or a check that needs the
+model in this process: ["capture"], ["captured"], ["addresses"].
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Steps:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
         self.taken: dict[str, list[Any]] = {}
+        self.asked: list[list[dict[str, Any]]] = []
 
     def generate(
         self,
@@ -62,13 +65,132 @@ class Steps:
         loras = adapters and [path and LoRARequest(path, 1, path) for path in adapters]
         requests = self.llm.generate(prompts, sampling, lora_request=loras, use_tqdm=False)
         outputs = [r.outputs[0] for r in requests]
-        return [
+        return [[list(out.token_ids), _plain(out.logprobs)] for out in outputs]
+
+    def ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A batch in which requests differ: prompt (text or ids), after, tier, regex, and the rest
+        for vLLM's `SamplingParams`. Of each: prompt (ids), cached (tokens that were found in the
+        cache), answers (token ids and logprobs, as `generate` has them).
+
+        after: [ask, request, answer] of which this is the next turn, counted from 0.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        prompts, sampling = [], []
+        for request in requests:
+            more = dict(request)
+            ids = self._prompt(more.pop("prompt"), more.pop("after", None))
+            prompts.append({"prompt_token_ids": ids})
+            tier, regex = more.pop("tier", None), more.pop("regex", None)
+            if regex is not None:
+                more["structured_outputs"] = StructuredOutputsParams(regex=regex)
+            more = {"temperature": 0, "logprobs": 5, "ignore_eos": True, **more}
+            sampling.append(SamplingParams(extra_args=tier and {"sere": tier}, **more))
+        found = self.llm.generate(prompts, sampling, use_tqdm=False)
+        self.asked.append(
             [
-                list(out.token_ids),
-                [{str(t): lp.logprob for t, lp in position.items()} for position in out.logprobs],
+                {
+                    "prompt": list(r.prompt_token_ids),
+                    "cached": r.num_cached_tokens,
+                    "answers": [[list(o.token_ids), _plain(o.logprobs)] for o in r.outputs],
+                }
+                for r in found
             ]
-            for out in outputs
-        ]
+        )
+        return self.asked[-1]
+
+    def _prompt(self, prompt: str | list[int], after: list[int] | None = None) -> list[int]:
+        if isinstance(prompt, str):
+            encode = self.llm.get_tokenizer()
+            prompt = encode(prompt, add_special_tokens=False)["input_ids"]
+        if after is None:
+            return list(prompt)
+        before = self.asked[after[0]][after[1]]
+        return before["prompt"] + before["answers"][after[2]][0] + list(prompt)
+
+    def chat(
+        self,
+        chats: list[list[tuple[str, Any]]],
+        max_tokens: int,
+        switches: dict[str, Any] | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """Turns of several chats, the n-th of all as one batch: what `ask` gives of each chat and
+        turn. chats: text and tier of each turn; switches: the policy from a turn on."""
+        said: list[list[int]] = [[] for _ in chats]
+        answers: list[list[dict[str, Any]]] = [[] for _ in chats]
+        for turn in range(len(chats[0])):
+            if switches and str(turn) in switches:
+                self.rpc("sere_policy", switches[str(turn)])
+            for ids, chat in zip(said, chats, strict=True):
+                ids += self._prompt(chat[turn][0])
+            found = self.ask(
+                [
+                    {"prompt": ids, "tier": chat[turn][1], "max_tokens": max_tokens}
+                    for ids, chat in zip(said, chats, strict=True)
+                ]
+            )
+            for ids, own, one in zip(said, answers, found, strict=True):
+                ids += one["answers"][0][0]
+                own.append(one)
+        return answers
+
+    def next_beam(self, prompt: str | list[int], after: list[int] | None, tokens: int) -> Any:
+        """The prompt's ids (see `ask`), and of its two best beams token ids and summed logprobs."""
+        from vllm.sampling_params import BeamSearchParams
+
+        ids = self._prompt(prompt, after)
+        parameters = BeamSearchParams(beam_width=2, max_tokens=tokens, ignore_eos=True)
+        (found,) = self.llm.beam_search([{"prompt_token_ids": ids}], parameters)
+        return [ids, [[s.tokens, s.cum_logprob] for s in found.sequences]]
+
+    def session(self, turns: list[tuple[str, Any]], tokens: int) -> list[dict[str, Any]]:
+        """A streaming session, as a front end sends it: what `ask` gives, of each turn (all that
+        was said before is part of its prompt). turns: text and tier of each."""
+        told: list[dict[str, Any]] = []
+        said: list[int] = []
+        for text, tier in turns:
+            said += self._prompt(text)
+            self._say(self._prompt(text), tokens, tier)
+            answer = self._collect(tokens)
+            told.append({"prompt": list(said), "answers": [answer]})
+            said += answer[0][:-1]  # a session drops its last token
+        self._say([0], tokens, None, resumable=False)
+        self.asked.append(told)
+        return told
+
+    def _say(self, ids: list[int], tokens: int, tier: Any, *, resumable: bool = True) -> None:
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        asked = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            logprobs=5,
+            ignore_eos=True,
+            extra_args=tier and {"sere": tier},
+        )
+        request = engine.input_processor.process_inputs(
+            "session", {"prompt_token_ids": ids}, asked, ("generate",), resumable=resumable
+        )
+        engine.engine_core.add_request(request)
+
+    def _collect(self, tokens: int) -> list[Any]:
+        """Ids and logprobs of so many tokens of the one request that the engine has."""
+        ids: list[int] = []
+        logprobs: list[dict[str, float]] = []
+        while len(ids) < tokens:
+            for output in self.llm.llm_engine.engine_core.get_output().outputs:
+                ids += output.new_token_ids
+                scored = output.new_logprobs
+                for row in zip(scored.logprob_token_ids, scored.logprobs, strict=True):
+                    pairs = zip(*(values.tolist() for values in row), strict=True)
+                    logprobs.append({str(token): value for token, value in pairs})
+        return [ids, logprobs]
+
+    def counted(self, name: str) -> int:
+        """One of vLLM's own counters (of an engine with `disable_log_stats` false)."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
 
     def refused(self, tier: Any) -> str:
         """What the engine says to a request for this tier; the engine must live on."""
@@ -126,6 +248,14 @@ class Steps:
     def said(self) -> list[tuple[str, str, str]]:
         """(level, logger, message) of what was logged in this process since before the start."""
         return list(SAID)
+
+    def failing(self, name: str, *arguments: Any) -> str:
+        """What a step says that is to fail; the engine must live on."""
+        try:
+            getattr(self, name)(*arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
 
     def rpc(self, method: str, *args: Any) -> Any:
         return self.llm.collective_rpc(method, args=tuple(args))
@@ -225,6 +355,10 @@ async def _search_online(llm: Any, prompts: list[str], asked: Any) -> list[Any]:
     plain = BeamSearchParams(beam_width=asked.beam_width, max_tokens=asked.max_tokens)
     searches = [search(i, params) for i in range(len(prompts)) for params in (asked, plain)]
     return list(await asyncio.gather(*searches))
+
+
+def _plain(logprobs: list[Any]) -> list[dict[str, float]]:
+    return [{str(t): lp.logprob for t, lp in position.items()} for position in logprobs]
 
 
 def _moe_layers(llm: Any) -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ needs stops that feature. `tests/serving/test_contract.py` finds uses that are n
 
 from __future__ import annotations
 
+from sere.serving.contract_cache import CACHE_SYMBOLS, PREFIX_CACHE
 from sere.serving.contract_front_end import FRONT_END_NEEDS, FRONT_END_SYMBOLS
 from sere.serving.needs import Needs, Where
 
@@ -21,35 +22,39 @@ _GPU_WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 # What is called, wrapped or derived from: name here -> where.
-SYMBOLS: dict[str, Where] = FRONT_END_SYMBOLS | {
-    "VllmConfig": ("vllm.config", "VllmConfig"),
-    "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
-    "get_forward_context": ("vllm.forward_context", "get_forward_context"),
-    "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
-    "BaseRouter": (f"{_MOE}.router.base_router", "BaseRouter"),
-    "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),
-    "FusedMoEExperts": (f"{_MOE}.modular_kernel", "FusedMoEExperts"),
-    "RoutedExperts": (f"{_MOE}.routed_experts", "RoutedExperts"),
-    "ModelRunnerV1": (_V1, "GPUModelRunner"),
-    "ModelRunnerV2": (_V2, "GPUModelRunner"),
-    "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
-    "Executor": ("vllm.v1.executor.abstract", "Executor"),
-    "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
-    "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
-    "get_tp_group": (_PARALLEL, "get_tp_group"),
-    "get_dp_group": (_PARALLEL, "get_dp_group"),
-    "determine_expert_map": (f"{_MOE}.expert_map_manager", "determine_expert_map"),
-    "BaseModelLoader": (f"{_LOADERS}.base_loader", "BaseModelLoader"),
-    "model_loaders": (_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER"),
-    "_rebind_kernels": ("vllm.triton_utils.dispatcher", "_rebind_kernels"),
-    "load_general_plugins": ("vllm.plugins", "load_general_plugins"),
-    "set_current_vllm_config": ("vllm.config", "set_current_vllm_config"),
-    "init_distributed_environment": (_PARALLEL, "init_distributed_environment"),
-    "initialize_model_parallel": (_PARALLEL, "initialize_model_parallel"),
-    "initialize_model": (f"{_LOADERS}.utils", "initialize_model"),
-    "EngineArgs": ("vllm.engine.arg_utils", "EngineArgs"),
-    "ModelConfig": ("vllm.config", "ModelConfig"),
-}
+SYMBOLS: dict[str, Where] = (
+    FRONT_END_SYMBOLS
+    | CACHE_SYMBOLS
+    | {
+        "VllmConfig": ("vllm.config", "VllmConfig"),
+        "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
+        "get_forward_context": ("vllm.forward_context", "get_forward_context"),
+        "create_fused_moe_router": (f"{_MOE}.layer", "create_fused_moe_router"),
+        "BaseRouter": (f"{_MOE}.router.base_router", "BaseRouter"),
+        "MoERunner": (f"{_MOE}.runner.moe_runner", "MoERunner"),
+        "FusedMoEExperts": (f"{_MOE}.modular_kernel", "FusedMoEExperts"),
+        "RoutedExperts": (f"{_MOE}.routed_experts", "RoutedExperts"),
+        "ModelRunnerV1": (_V1, "GPUModelRunner"),
+        "ModelRunnerV2": (_V2, "GPUModelRunner"),
+        "WorkerBase": ("vllm.v1.worker.worker_base", "WorkerBase"),
+        "Executor": ("vllm.v1.executor.abstract", "Executor"),
+        "InputProcessor": ("vllm.v1.engine.input_processor", "InputProcessor"),
+        "VLLMValidationError": ("vllm.exceptions", "VLLMValidationError"),
+        "get_tp_group": (_PARALLEL, "get_tp_group"),
+        "get_dp_group": (_PARALLEL, "get_dp_group"),
+        "determine_expert_map": (f"{_MOE}.expert_map_manager", "determine_expert_map"),
+        "BaseModelLoader": (f"{_LOADERS}.base_loader", "BaseModelLoader"),
+        "model_loaders": (_LOADERS, "_LOAD_FORMAT_TO_MODEL_LOADER"),
+        "_rebind_kernels": ("vllm.triton_utils.dispatcher", "_rebind_kernels"),
+        "load_general_plugins": ("vllm.plugins", "load_general_plugins"),
+        "set_current_vllm_config": ("vllm.config", "set_current_vllm_config"),
+        "init_distributed_environment": (_PARALLEL, "init_distributed_environment"),
+        "initialize_model_parallel": (_PARALLEL, "initialize_model_parallel"),
+        "initialize_model": (f"{_LOADERS}.utils", "initialize_model"),
+        "EngineArgs": ("vllm.engine.arg_utils", "EngineArgs"),
+        "ModelConfig": ("vllm.config", "ModelConfig"),
+    }
+)
 # Of these, whichever can be imported on a machine are needed there.
 BY_DEVICE = ("ModelRunnerV2",)
 
@@ -67,7 +72,12 @@ _REROUTING = Needs(
         "ModelRunnerV2": ("prepare_inputs", "add_requests", "_dummy_run", "capture_model"),
         "load_general_plugins": (),
         "WorkerBase": ("__init__", "compile_or_warm_up_model"),
-        "Executor": ("__init__", "compile_or_warm_up_model", "collective_rpc"),
+        "Executor": (
+            "__init__",
+            "initialize_from_config",
+            "compile_or_warm_up_model",
+            "collective_rpc",
+        ),
         "InputProcessor": ("_validate_params",),
         "VLLMValidationError": (),
     },
@@ -286,6 +296,7 @@ NEEDS: dict[str, Needs] = {
     PLACEMENT: _PLACEMENT,
     UNION: _UNION,
     **FRONT_END_NEEDS,
+    "prefix cache": PREFIX_CACHE,
     "sleep mode": _SLEEP,
     "bench": _BENCH,
     "a second engine": _SECOND_ENGINE,

@@ -36,6 +36,9 @@ _UNCLASSIFIED = (
     "sere_unclassified_steps",
     "Steps left to stock routing, in some layers or all, as something failed: see the log",
 )
+# Told by the scheduler (`sere.serving.prefix_cache`), where there is a cache of prefixes.
+_PREFIX = "prefix_tokens_prefilled_again"
+_ABOUT_PREFIX = "Tokens of fast answers that came back in a prompt and were computed once more"
 # Figure of `sere.serving.shadow.Figures` -> name, help; of layers that were checked.
 _SHADOW_COUNTERS = {
     "checks": ("sere_shadow_checks", "Shadow checks of this layer"),
@@ -95,6 +98,8 @@ def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot])
     found.counter(*_SWITCHES, first["switches"], labels)
     steps = max(snapshot["unclassified_steps"] for snapshot in snapshots)
     found.counter(*_UNCLASSIFIED, steps, labels)
+    if _PREFIX in first:
+        found.counter(f"sere_{_PREFIX}", _ABOUT_PREFIX, first[_PREFIX], labels)
     told = {key: value for key, value in (policy or {}).items() if value not in (None, {})}
     about = "The policy that is on, as JSON, and why there is none"
     info = {"policy": json.dumps(told) if told else "stock", "reason": fallback or ""}

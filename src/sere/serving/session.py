@@ -26,6 +26,7 @@ from sere.serving.parallel import (
     obstacle_to_placement,
 )
 from sere.serving.refusal import ServingError
+from sere.serving.reuse import obstacle_to_reuse
 from sere.serving.rows import RowClasses
 from sere.serving.settings import Settings, cap_of
 from sere.serving.shadow import Shadow
@@ -255,6 +256,10 @@ def check_config(config: Any) -> None:
         )
     check_kind(config)
     _check_rows_are_known(config)
+    if reason := obstacle_to_reuse(config):
+        raise ServingError(
+            f"sere cannot keep the KV blocks of fast and exact requests apart: {reason}"
+        )
     settings = settings_of(config)
     check_merge(config, settings.merge)
     _check_ranks(config, settings)

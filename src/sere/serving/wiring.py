@@ -6,6 +6,7 @@ vLLM has no stable hook between router and experts, so a few private symbols (al
 * the config's hash: only what changes compiled code counts in it (see `compile_key`);
 * the router factory: every router becomes an instance of a subclass that re-routes its choice;
 * the constructor of a layer's runner: plan, counters and row classes are attached to it;
+* the scheduler: what fast requests wrote into the KV cache is told apart (see `prefix_cache`);
 * kernel selection: kernels that route by themselves are refused, re-routing could not reach them;
 * model runners and workers: see `worker`.
 
@@ -23,7 +24,16 @@ import torch
 from torch import Tensor
 
 from sere.kernels.merge import narrow
-from sere.serving import admission, drafters, last_word, rust_front_end, start_up, telemetry, worker
+from sere.serving import (
+    admission,
+    drafters,
+    last_word,
+    prefix_cache,
+    rust_front_end,
+    start_up,
+    telemetry,
+    worker,
+)
 from sere.serving.admin_key import check_admin_key
 from sere.serving.asking import given
 from sere.serving.compile_key import keyed
@@ -66,6 +76,7 @@ def install() -> None:
     wrap(symbol("MoERunner"), "__init__", _binding)
     experts = symbol("FusedMoEExperts")
     experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
+    wrap(symbol("Executor"), "initialize_from_config", prefix_cache.opening)
     wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
     wrap(symbol("InputProcessor"), "_validate_params", admission.admitting)
     runner = symbol("ModelRunnerV1")

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sere.policy import PolicyError, in_words
+from sere.policy import Policy, PolicyError, in_words
 from sere.serving import drafters
 from sere.serving.asking import asked_by, given
 from sere.serving.refusal import ServingError
+from sere.serving.reuse import obstacle_to_rows
 from sere.serving.session import (
     Session,
     check_merge,
@@ -182,7 +183,10 @@ def sere_policy(worker: Any, settings: Mapping[str, Any] | str | None) -> None:
     with, or None for stock routing. Raises what is wrong with it, and changes nothing then."""
     session = _session(worker)
     before = in_words(session.policy)
-    session.set_policy(session.named(settings))
+    policy = session.named(settings)
+    if reason := _kept_apart(worker, session, policy):
+        raise ServingError(reason)
+    session.set_policy(policy)
     if worker.rank == 0:
         _LOG.info("sere: routing is %s from now on, was %s", in_words(session.policy), before)
 
@@ -191,10 +195,18 @@ def sere_obstacle(worker: Any, settings: Mapping[str, Any] | str | None) -> str 
     """Why `sere_policy` would be refused, or None."""
     try:
         session = _session(worker)
-        session.check_policy(session.named(settings))
+        policy = session.named(settings)
+        session.check_policy(policy)
     except (PolicyError, ServingError) as error:
         return str(error)
-    return None
+    return _kept_apart(worker, session, policy)
+
+
+def _kept_apart(worker: Any, session: Session, policy: Policy | None) -> str | None:
+    """Why KV blocks of fast and exact requests could not be kept apart under a policy, or None."""
+    started = session.settings.policy
+    reason = policy and obstacle_to_rows(worker.vllm_config, started, policy)
+    return f"sere cannot switch to this policy: {reason}" if reason else None
 
 
 def sere_description(worker: Any) -> dict[str, Any]:
