@@ -251,7 +251,9 @@ RAISES = {
         *("wiring.admit", "wiring.install", "wiring.install_in_worker", "wiring._rerouting"),
         *("wiring.compile_or_warm_up_model", "rust_front_end.__init__"),
         *("admin_key.admin_key", "admin_key._long_enough"),
-        *("worker.self_check", "worker._check_runner", "worker.sere_layers"),
+        *("worker.self_check", "worker._check_runner", "worker.sere_layers", "worker.check_layers"),
+        *("model_fit.check_kind", "model_fit.check_model", "prefix_cache.self_check"),
+        *("vllm_plugin.__post_init__", "__init__.check_types"),  # the latter in the first pass
         *(
             "implementations._chosen",
             "cuda_kernel._check_sizes",
@@ -261,7 +263,9 @@ RAISES = {
         *("session.check_request", "tiers.parse", "admission.check"),
         *("switch._admit", "switch._answer", "switch._ask", "switch._asked", "switch._body"),
     },
-    "the caller of collective_rpc": {"session.check_policy", "worker._session", "plan.build"},
+    "the caller of collective_rpc": {
+        *("session.check_policy", "worker._session", "worker.sere_policy", "plan.build"),
+    },
     "a step, which survives it": {"incidents.survive", "rows._fill", "layer.run_together"},
     "a caller in Python, never an engine": {"__init__._check", "__init__.reroute"},
 }
