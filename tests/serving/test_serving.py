@@ -613,7 +613,7 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
         _init_executor = check_health = None
 
     install()
-    with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_layers"):
+    with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_description"):
         Executor({}, broken=True).compile_or_warm_up_model()
     Executor({}, broken=False).compile_or_warm_up_model()
     Executor(None, broken=True).compile_or_warm_up_model()

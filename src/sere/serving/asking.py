@@ -46,5 +46,5 @@ def misspelt(additional: Any) -> str | None:
     if not isinstance(additional, Mapping) or KEY in additional:
         return None
     names = {str(name).lower(): str(name) for name in additional}
-    near = difflib.get_close_matches(KEY, names, n=1)
+    near = difflib.get_close_matches(KEY, names, n=1, cutoff=0.7)
     return names[near[0]] if near else names.get("table")
