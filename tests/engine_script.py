@@ -3,7 +3,7 @@
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
 `steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["ask", requests],
 ["chat", chats, max_tokens, switches], ["next_beam", prompt, after, tokens],
-["session", turns, tokens], ["refused", tier], ["failing", step...],
+["sessions", sessions, tokens], ["refused", tier], ["failing", step...],
 ["beam", prompts, width, tokens, tier], ["beam_online", ...], ["made_elsewhere", tier],
 ["said"],
 ["rpc", method, args...], ["counted", name], ["meet", folder] (all data-parallel ranks), a mishap:
@@ -144,22 +144,27 @@ class Steps:
         (found,) = self.llm.beam_search([{"prompt_token_ids": ids}], parameters)
         return [ids, [[s.tokens, s.cum_logprob] for s in found.sequences]]
 
-    def session(self, turns: list[tuple[str, Any]], tokens: int) -> list[dict[str, Any]]:
-        """A streaming session, as a front end sends it: what `ask` gives, of each turn (all that
-        was said before is part of its prompt). turns: text and tier of each."""
+    def sessions(self, sessions: list[list[tuple[str, Any]]], tokens: int) -> list[dict[str, Any]]:
+        """Streaming sessions side by side, as a front end sends them: what `ask` gives, of the
+        first turn of all, then the next (all that was said before is part of a prompt). sessions:
+        text and tier of each turn."""
         told: list[dict[str, Any]] = []
-        said: list[int] = []
-        for text, tier in turns:
-            said += self._prompt(text)
-            self._say(self._prompt(text), tokens, tier)
-            answer = self._collect(tokens)
-            told.append({"prompt": list(said), "answers": [answer]})
-            said += answer[0][:-1]  # a session drops its last token
-        self._say([0], tokens, None, resumable=False)
+        said: list[list[int]] = [[] for _ in sessions]
+        for turn in zip(*sessions, strict=True):
+            for number, (text, tier) in enumerate(turn):
+                said[number] += self._prompt(text)
+                self._say(number, self._prompt(text), tokens, tier)
+            for ids, answer in zip(said, self._collect(len(sessions), tokens), strict=True):
+                told.append({"prompt": list(ids), "answers": [answer]})
+                ids += answer[0][:-1]  # a session drops its last token
+        for number in range(len(sessions)):
+            self._say(number, [0], tokens, None, resumable=False)
         self.asked.append(told)
         return told
 
-    def _say(self, ids: list[int], tokens: int, tier: Any, *, resumable: bool = True) -> None:
+    def _say(
+        self, number: int, ids: list[int], tokens: int, tier: Any, *, resumable: bool = True
+    ) -> None:
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
@@ -170,23 +175,24 @@ class Steps:
             ignore_eos=True,
             extra_args=tier and {"sere": tier},
         )
+        prompt = {"prompt_token_ids": ids}
         request = engine.input_processor.process_inputs(
-            "session", {"prompt_token_ids": ids}, asked, ("generate",), resumable=resumable
+            str(number), prompt, asked, ("generate",), resumable=resumable
         )
         engine.engine_core.add_request(request)
 
-    def _collect(self, tokens: int) -> list[Any]:
-        """Ids and logprobs of so many tokens of the one request that the engine has."""
-        ids: list[int] = []
-        logprobs: list[dict[str, float]] = []
-        while len(ids) < tokens:
+    def _collect(self, sessions: int, tokens: int) -> list[list[Any]]:
+        """Of each session so many token ids, and their logprobs."""
+        found: list[list[Any]] = [[[], []] for _ in range(sessions)]
+        while any(len(ids) < tokens for ids, _ in found):
             for output in self.llm.llm_engine.engine_core.get_output().outputs:
+                ids, logprobs = found[int(output.request_id)]
                 ids += output.new_token_ids
                 scored = output.new_logprobs
                 for row in zip(scored.logprob_token_ids, scored.logprobs, strict=True):
                     pairs = zip(*(values.tolist() for values in row), strict=True)
                     logprobs.append({str(token): value for token, value in pairs})
-        return [ids, logprobs]
+        return found
 
     def counted(self, name: str) -> int:
         """One of vLLM's own counters (of an engine with `disable_log_stats` false)."""

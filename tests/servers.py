@@ -16,10 +16,12 @@ ADMIN_KEY = "a key that tests know"
 _CHAT = (
     "{% for one in messages %}{{ one.content if one.content is string else one.content[0].text }}"
 )
-# The cache of prefixes as the server has it by default; chats; tokens in, tokens out.
+# The cache of prefixes as the server has it by default, in blocks that short prompts fill; chats;
+# tokens in, tokens out.
 SETTINGS = {
     **OPTIONS,
     "enable_prefix_caching": True,
+    "block_size": 32,
     "enable_scale_out": True,
     "chat_template": _CHAT + "{% endfor %}",
 }
@@ -47,8 +49,8 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def complete(self, prompts: list[str], max_tokens: int, **more: Any) -> Any:
-        """Greedy completions of a batch, as the server answers them."""
+    def complete(self, prompts: list[Any], max_tokens: int, **more: Any) -> Any:
+        """Greedy completions of a batch of texts or token ids, as the server answers them."""
         body = {"model": NAME, "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
         request = urllib.request.Request(
             f"{self.url}/v1/completions",

@@ -4,6 +4,7 @@ which caches and stores are refused."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import unwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from sere.policy import Policy
-from sere.serving import prefix_cache, reuse
+from sere.serving import admission, prefix_cache, reuse
 from sere.serving.prefix_cache import Prefixes
 from sere.serving.session import ServingError
 from sere.serving.tiers import EXACT, FAST
@@ -40,7 +41,9 @@ class Engine:
         self.core.model_executor = SimpleNamespace(collective_rpc=lambda *_: [{"policy": None}])
         known = SimpleNamespace(default=FAST, policy=Policy(rows=rows), shadow=None)
         self.prefixes = Prefixes(SimpleNamespace(**{**vars(known), **settings}), 100)
-        self.config = SimpleNamespace(compilation_config=SimpleNamespace())
+        self.config = SimpleNamespace(
+            compilation_config=SimpleNamespace(), additional_config={"sere": {}}
+        )
         self.config.compilation_config._sere_prefixes = self.prefixes
         self.core.vllm_config = self.config
         groups = _groups(kinds)
@@ -63,6 +66,11 @@ class Engine:
             **none,
         )
         return self.core.preprocess_add_request(request)[0]
+
+    def found(self, tier: Any, prompt: list[int]) -> int:
+        """How many tokens of a prompt a request would find."""
+        found: int = self.manager.get_computed_blocks(self.admit(tier, prompt))[1]
+        return found
 
     def prefill(self, request: Any) -> int:
         """Compute all tokens that are there, a block at a time; how many were found."""
@@ -114,21 +122,14 @@ def _groups(kinds: str) -> Any:
 
 
 @pytest.mark.parametrize("kinds", ["f", "fs", "fm"])
-def test_fast_answers_are_found_by_nobody_and_prompts_by_all(kinds: str) -> None:
+@pytest.mark.parametrize(("tier", "prefix"), [("fast", 8), ("S=2", 8), (None, 8), ("exact", 20)])
+def test_fast_answers_are_found_by_nobody_exact_ones_and_prompts_by_all(
+    tier: Any, prefix: int, kinds: str
+) -> None:
     engine = Engine(kinds)
-    turn = PROMPT + ANSWER + [70, 71]
-    assert engine.serve("fast", PROMPT, ANSWER) == 0
-    for tier in ("exact", "S=2", None):
-        assert engine.serve(tier, turn, [80]) == (8 if tier == "exact" else 20)
-
-
-@pytest.mark.parametrize("kinds", ["f", "fs", "fm"])
-def test_exact_answers_are_found_by_all(kinds: str) -> None:
-    engine = Engine(kinds)
-    turn = PROMPT + ANSWER + [70, 71]
-    assert engine.serve("exact", PROMPT, ANSWER) == 0
-    for tier in ("exact", "S=2", None):
-        assert engine.serve(tier, turn, [80]) == 20
+    engine.serve(tier, PROMPT, ANSWER)
+    for other in ("exact", "S=2", None):
+        assert engine.found(other, [*PROMPT, *ANSWER, 70, 71]) == prefix
 
 
 def test_a_preempted_request_finds_its_own_again_and_no_other_does() -> None:
@@ -230,12 +231,20 @@ def test_the_self_check_passes(rows: str) -> None:
     prefix_cache.self_check(engine.config, engine.prefixes)
 
 
+def test_the_self_check_passes_where_no_request_may_be_exact() -> None:
+    """It asks for what every engine gives."""
+    engine = Engine()
+    admission.wrap_engine()
+    engine.config.compilation_config._sere_cap = FAST
+    prefix_cache.self_check(engine.config, engine.prefixes)
+
+
 def test_the_self_check_notices_requests_that_come_in_past_us(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = Engine()
     core = type(engine.core)
-    monkeypatch.setattr(core, "preprocess_add_request", core.preprocess_add_request.__wrapped__)
+    monkeypatch.setattr(core, "preprocess_add_request", unwrap(core.preprocess_add_request))
     with pytest.raises(ServingError, match="start with --no-enable-prefix-caching"):
         prefix_cache.self_check(engine.config, engine.prefixes)
 

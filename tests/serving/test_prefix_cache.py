@@ -3,13 +3,17 @@ logprobs of the real engine, against an engine that never heard of sere and cach
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sere.demo_model.tasks import examples
+from sere.serving import frontend
 from tests.engines import run_engine
+from tests.servers import Server
+from tests.serving.test_telemetry import value
 
 pytestmark = pytest.mark.engine
 
@@ -53,14 +57,13 @@ NEXT: dict[str, dict[str, Any]] = {
 TURN = {"prompt": SAID[1], "max_tokens": 6, "tier": "exact"}
 # All are forced to say the same, and there is no room for all of them.
 CROWD = [
-    {"prompt": SYSTEM, "tier": tier, "max_tokens": 320, "allowed_token_ids": [30]}
-    for tier in [None, "exact"] * 3
+    {"prompt": SYSTEM, "tier": tier, "max_tokens": 150, "allowed_token_ids": [30]}
+    for tier in [None, "exact"] * 6
 ]
-SESSION = [
-    [SYSTEM + SAID[0], "exact"],
-    [SAID[1], None],
-    [SAID[2], "exact"],
-    [SAID[3], None],
+# Several, as a row that is alone has nobody's experts to move to.
+SESSIONS = [
+    [[SYSTEM + SAID[i], "exact"], [SAID[i + 1], None], [SAID[i + 2], "exact"], [SAID[i + 3], None]]
+    for i in range(4)
 ]
 
 
@@ -78,8 +81,8 @@ def served(table_path: Path) -> dict[str, Any]:
         "beam": ["next_beam", SAID[1], [4, 0, 3], 6],
         "crowd": ["ask", CROWD],
         "preempted": ["counted", "vllm:num_preemptions"],
-        "session": ["session", SESSION, TOKENS],
-        "behind": ["ask", [{**TURN, "after": [7, 3, 0]}]],
+        "session": ["sessions", SESSIONS, TOKENS],
+        "behind": ["ask", [{**TURN, "after": [7, 12 + i, 0]} for i in range(4)]],
         "all rows": ["failing", "rpc", "sere_policy", {"S": 1, "rows": "all"}],
         "alive": ["ask", [TURN]],
     }
@@ -104,14 +107,14 @@ def stock(served: dict[str, Any]) -> dict[str, Any]:
     ]
     crowd = [{**asked, "tier": None} for asked in CROWD]
     session = [{"prompt": turn["prompt"], "max_tokens": TOKENS} for turn in served["session"]]
-    behind = {"prompt": served["behind"][0]["prompt"], "max_tokens": 6}
+    behind = [{"prompt": turn["prompt"], "max_tokens": 6} for turn in served["behind"]]
     steps: dict[str, list[Any]] = {
         "chats": ["ask", turns],
         "next": ["ask", nexts],
         "beam": ["next_beam", served["beam"][0], None, 6],
         "crowd": ["ask", crowd],
         "session": ["ask", session],
-        "behind": ["ask", [behind]],
+        "behind": ["ask", behind],
     }
     return dict(zip(steps, run_engine(list(steps.values()), options=OPTIONS), strict=True))
 
@@ -195,13 +198,37 @@ def test_a_session_is_stock_as_soon_as_it_is_exact(
     served: dict[str, Any], stock: dict[str, Any]
 ) -> None:
     """Its fast turns then count as never computed, and nobody else finds them."""
-    for index, (_, tier) in enumerate(SESSION):
-        same = served["session"][index]["answers"] == stock["session"][index]["answers"]
-        assert same is (tier == "exact")
-    assert served["behind"][0]["answers"] == stock["behind"][0]["answers"]
+    same = [
+        found["answers"] == alone["answers"]
+        for found, alone in zip(served["session"], stock["session"], strict=True)
+    ]
+    assert all(same[:4] + same[8:12]) and not any(same[4:8])
+    for found, alone in zip(served["behind"], stock["behind"], strict=True):
+        assert found["answers"] == alone["answers"]
 
 
 def test_a_live_engine_refuses_to_reroute_prompts(served: dict[str, Any]) -> None:
     """They would be found by exact requests. The refusal ends nothing."""
     assert "--no-enable-prefix-caching" in served["all rows"]
     assert served["alive"][0]["answers"]
+
+
+@pytest.mark.modes
+def test_a_turn_over_http_is_stock(server: Server) -> None:
+    """Compared with the same turn under a `cache_salt`, which finds nothing."""
+    prompts = [" ".join(SAID[i : i + 3]) for i in range(8)]
+    fast = server.complete(prompts, TOKENS, ignore_eos=True, return_token_ids=True)["choices"]
+    turns = [one["prompt_token_ids"] + one["token_ids"] + [30] for one in fast]
+    asked = {"max_tokens": 6, "logprobs": 5, "vllm_xargs": {"sere": "exact"}}
+    asyncio.run(asyncio.sleep(frontend.FRESH_S))
+    before = server.get("/metrics")
+    found, alone = (server.complete(turns, **asked, **more) for more in ({}, {"cache_salt": "own"}))
+    for one, other in zip(found["choices"], alone["choices"], strict=True):
+        assert one["logprobs"] == other["logprobs"]
+    asyncio.run(asyncio.sleep(frontend.FRESH_S))
+    after, name = server.get("/metrics"), "sere_prefix_tokens_prefilled_again_total"
+    again = 0
+    for one in fast:
+        prompt = len(one["prompt_token_ids"])
+        again += (prompt + TOKENS) // BLOCK - prompt // BLOCK
+    assert value(after, name, engine=0) - value(before, name, engine=0) == again * BLOCK > 0

@@ -10,7 +10,7 @@ CACHE_SYMBOLS: dict[str, Where] = {
     "EngineCore": ("vllm.v1.engine.core", "EngineCore"),
     "EngineCoreRequest": ("vllm.v1.engine", "EngineCoreRequest"),
     "Scheduler": (_SCHEDULER, "Scheduler"),
-    "event_keys": ("vllm.v1.core.block_pool", "generate_block_hash_extra_keys"),
+    "generate_block_hash_extra_keys": ("vllm.v1.core.block_pool", "generate_block_hash_extra_keys"),
     "offload_event_keys": (
         "vllm.v1.simple_kv_offload.manager",
         "generate_block_hash_extra_keys",
@@ -21,7 +21,7 @@ PREFIX_CACHE = Needs(
         "EngineCore": ("preprocess_add_request", "collective_rpc"),
         "EngineCoreRequest": (),
         "Scheduler": ("_update_request_as_session", "_free_request_blocks"),
-        "event_keys": (),
+        "generate_block_hash_extra_keys": (),
         "offload_event_keys": (),
     },
     read={

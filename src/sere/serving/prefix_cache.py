@@ -187,7 +187,7 @@ def _install() -> None:
 @functools.cache
 def _install_in_events() -> None:
     """Who reads KV events finds blocks by tokens and extra keys: a key is one."""
-    wrap(module_of("event_keys"), "generate_block_hash_extra_keys", _telling)
+    wrap(module_of("generate_block_hash_extra_keys"), "generate_block_hash_extra_keys", _telling)
     if here("offload_event_keys"):
         wrap(module_of("offload_event_keys"), "generate_block_hash_extra_keys", _telling)
 
@@ -218,15 +218,17 @@ def _overhearing(original: Callable[..., Any]) -> Callable[..., Any]:
     return collective_rpc
 
 
-def _is_keyed(request: Any) -> bool:
-    return isinstance(request._block_hasher, Keyed)
+def _keyed(request: Any) -> Keyed | None:
+    """What keys a request's blocks, if they are keyed."""
+    hasher = request._block_hasher
+    return hasher if isinstance(hasher, Keyed) else None
 
 
 def _continuing(original: Callable[..., None]) -> Callable[..., None]:
     """A session goes on: its next turn may ask for another tier."""
 
     def _update_request_as_session(scheduler: Any, session: Any, update: Any) -> None:
-        prefixes, keyed = prefixes_of(scheduler.vllm_config), _is_keyed(session)
+        prefixes, keyed = prefixes_of(scheduler.vllm_config), _keyed(session)
         if prefixes is None or session._block_hasher is None:
             original(scheduler, session, update)
             return
@@ -235,20 +237,20 @@ def _continuing(original: Callable[..., None]) -> Callable[..., None]:
             prefixes.key(session, session.num_computed_tokens // scheduler.hash_block_size)
         original(scheduler, session, update)
         if exact and keyed:
-            _start_over(scheduler, session)
+            _start_over(scheduler, session, keyed.plain)
 
     return _update_request_as_session
 
 
-def _start_over(scheduler: Any, session: Any) -> None:
+def _start_over(scheduler: Any, session: Any, plain: Hasher) -> None:
     """Compute all of a session again that was fast and is to be exact, as after a preemption."""
     if scheduler.aux_output_connector is not None:
         scheduler.aux_output_connector.request_finished(session)
     scheduler._free_request_blocks(session)
     scheduler.encoder_cache_manager.free(session)
     session.num_computed_tokens = 0
-    session._block_hasher = session._block_hasher.plain
-    session.block_hashes.clear()
+    session._block_hasher = plain
+    del session.block_hashes[:]
     session.update_block_hashes()
 
 
@@ -257,9 +259,9 @@ def _telling(original: Callable[..., Any]) -> Callable[..., Any]:
         request: Any, start: int, end: int, *args: Any
     ) -> tuple[Any, Any]:
         keys, rest = original(request, start, end, *args)
-        hasher = request._block_hasher
-        if _is_keyed(request) and end > hasher.start:
-            keys = (*(keys or ()), (KEY, hasher.key.hex()))
+        keyed = _keyed(request)
+        if keyed and end > keyed.start:
+            keys = (*(keys or ()), (KEY, keyed.key.hex()))
         return keys, rest
 
     return generate_block_hash_extra_keys
@@ -270,32 +272,39 @@ def _telling(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def self_check(config: Any, prefixes: Prefixes) -> None:
     """Raise `ServingError` unless vLLM's own way of admitting a request, in this process, keys what
-    a fast one decodes and leaves an exact one alone."""
-    fast, exact = (_hashes_of(config, tier) for tier in ("fast", "exact"))
-    prompts_shared = fast[0] == exact[0]
-    if set(fast[1:]) & set(exact[1:]) or prompts_shared is prefixes.all_rows:
-        raise ServingError(
-            "sere cannot keep the KV blocks of fast and exact requests apart: requests reach this "
-            "scheduler past vLLM's own EngineCore; start with --no-enable-prefix-caching"
-        )
+    a fast one writes, and no more."""
+    plain = [_hash([1, 2, 3][:n]) for n in (1, 2, 3)]
+    found = _admitted_hashes(config)
+    if (found[0] == plain[0]) is prefixes.all_rows:
+        reason = "prompts"
+    elif set(found[1:]) & set(plain):
+        reason = "answers"
+    else:
+        return
+    raise ServingError(
+        f"sere cannot keep the KV blocks of fast and exact requests apart: the {reason} of a fast "
+        "one do not get the hashes that they should, so something else admits requests to this "
+        "scheduler; start with --no-enable-prefix-caching"
+    )
 
 
-def _hashes_of(config: Any, tier: str) -> Hashes:
-    """Hashes of three blocks, one of prompt, of a request that this engine would admit."""
+def _admitted_hashes(config: Any) -> Hashes:
+    """Of three blocks of a token each, one of prompt and two of answer, of a fast request that this
+    engine would admit."""
     from vllm import SamplingParams
 
     core = object.__new__(symbol("EngineCore"))
     core.vllm_config, core.mm_receiver_cache = config, None
     core.scheduler = SimpleNamespace(hash_block_size=1)
     core.request_block_hasher = lambda request: [
-        blake2b(bytes(request.all_token_ids[: i + 1])).digest()
-        for i in range(len(request.block_hashes), request.num_tokens)
+        _hash(request.all_token_ids[: n + 1])
+        for n in range(len(request.block_hashes), request.num_tokens)
     ]
     new = symbol("EngineCoreRequest")(
-        request_id="sere",
+        request_id=KEY,
         prompt_token_ids=[1],
         mm_features=None,
-        sampling_params=SamplingParams(extra_args={KEY: tier}),
+        sampling_params=SamplingParams(extra_args={KEY: "fast"}),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,
@@ -306,3 +315,7 @@ def _hashes_of(config: Any, tier: str) -> Hashes:
     request.append_output_token_ids([2, 3])
     hashes: Hashes = request.block_hashes
     return hashes
+
+
+def _hash(tokens: list[int]) -> bytes:
+    return blake2b(bytes(tokens)).digest()
