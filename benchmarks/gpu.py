@@ -24,7 +24,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 QWEN = ["qwen3-30b-a3b", "--policy", '{"S": 1}', "--policy", '{"S": 2}', "--policy", '{"S": 8}']
-AGAINST = ["--layers", "16", "--against", "stock"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ STEPS = (
     Step("tokens", 5, "gpu_tokens.py"),
     Step("operator", 4, "bench_reroute.py", ["--device", "cuda"], speed=True),
     Step("engine", 9, "bench", [*QWEN, *_batches(1, 2, 4, 8, 16, 32, 64, 128, 256)], speed=True),
-    Step("against-stock", 9, "bench", [*QWEN[:3], *AGAINST, *_batches(1, 8, 32)], speed=True),
     Step("profile", 5, "gpu_profile.py", speed=True),
     Step("modes", 9, "gpu_modes.py"),
     Step("server", 9, "bench", [*QWEN[:3], "--layers", "16", "--rate", "16", *_batches(64)],

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from typing import Any
 
 from sere.policy import Policy
@@ -69,7 +68,7 @@ def written(kind: str, shape: str, layers: int, batches: list[int]) -> dict[str,
     from sere.speed.setup import Load, subject
 
     load = Load(tuple(batches), output_len=TOKENS)
-    with _served(subject, shape, load, layers) as served:
+    with subject(shape, None, load, layers=layers) as served:
         options = dict(served.options)
         if not options["enforce_eager"]:
             options["compilation_config"] = {
@@ -93,13 +92,6 @@ def written(kind: str, shape: str, layers: int, batches: list[int]) -> dict[str,
                     digest = hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]
                     found.setdefault(f"{batch} {name}", {})[turn] = digest
     return found
-
-
-@contextmanager
-def _served(subject: Any, shape: str, load: Any, layers: int) -> Any:
-    cut = {} if shape == "demo" else {"layers": layers}
-    with subject(shape, os.environ.get("SERE_TABLE"), load, **cut) as served:
-        yield served
 
 
 def judged(found: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, bool]]:

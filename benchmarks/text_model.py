@@ -14,13 +14,12 @@ import argparse
 import ast
 import json
 import lzma
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
+from pareto import over_seeds
 from torch import Tensor
 
 from sere.calibration.calibrate import calibrate
@@ -338,14 +337,6 @@ def measure(
 
 
 # --- figures --------------------------------------------------------------------------------------
-
-
-def over_seeds(values: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval."""
-    n = len(values)
-    if n < 2:
-        return values[0], float("nan")
-    return statistics.mean(values), student.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
 
 
 def summary(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -251,7 +251,7 @@ RAISES = {
         *("wiring.admit", "wiring.install", "wiring.install_in_worker", "wiring._rerouting"),
         *("wiring.compile_or_warm_up_model", "rust_front_end.__init__"),
         *("admin_key.admin_key", "admin_key._long_enough"),
-        *("worker.self_check", "worker._check_runner", "worker.sere_layers", "worker.check_layers"),
+        *("worker.self_check", "worker._check_runner", "worker._checked", "worker.check_layers"),
         *("model_fit.check_kind", "model_fit.check_model", "prefix_cache.self_check"),
         *("vllm_plugin.__post_init__", "__init__.check_types"),  # the latter in the first pass
         *(

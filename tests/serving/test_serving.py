@@ -27,7 +27,7 @@ from sere.serving.engine import check_plugin_allowed, prepare
 from sere.serving.session import ServingError, check_config, stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.wiring import install, install_in_worker
-from sere.serving.worker import self_check, sere_layers
+from sere.serving.worker import self_check, sere_description, sere_layers
 from sere.table import FILE_NAME, Table
 from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, run_engine
 from tests.servers import Server
@@ -608,10 +608,12 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
         def collective_rpc(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
             if self.broken and method.startswith("sere"):
                 raise AttributeError(f"'Worker' object has no attribute {method!r}")
-            return []
+            return [described]
 
         _init_executor = check_health = None
 
+    described = {"table": "t", "policy": "S=1", "inert": None, "rows": "decode", "layers": [0]}
+    described |= {"kernels": ["K"], "operator": "numba"}
     install()
     with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_description"):
         Executor({}, broken=True).compile_or_warm_up_model()
@@ -622,8 +624,9 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
 def test_a_worker_that_has_not_checked_itself_is_noticed() -> None:
     """Nothing of its start-up passed through us: its class does not call vLLM's own."""
     session = SimpleNamespace(checked=False, asleep=False, layers={0: None})
-    with pytest.raises(ServingError, match="_Worker has not checked itself"):
-        sere_layers(_Worker([], session))
+    for call in (sere_layers, sere_description):  # the latter is what start-up asks
+        with pytest.raises(ServingError, match="_Worker has not checked itself"):
+            call(_Worker([], session))
     session.checked = True
     assert sere_layers(_Worker([], session)) == [0]
 

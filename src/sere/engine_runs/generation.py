@@ -143,6 +143,7 @@ def run(
     chosen = served_policies(policies, table)
     written = [Written("stock", None), *(Written(*named) for named in chosen.items())]
     pairs = _pairs(model_name, data, samples, seed)
+    folder = located(model_name)
     settings = {
         "model": model_name,
         "table": table_path,
@@ -151,9 +152,9 @@ def run(
         "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         "max_tokens": max_tokens,
         "dtype": dtype,
-        **contents(located(model_name), [table]),
+        **contents(folder, [table]),
     }
-    engine = _engine(model_name, table_path, batch, dtype)
+    engine = _engine(folder, table_path, batch, dtype)
     with Journal(unfinished(output), settings) as journal:
         for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
             if (known := journal.get(str(number))) is None:
@@ -178,12 +179,12 @@ def run(
     return result
 
 
-def _engine(model_name: str, table_path: str, batch: int, dtype: str) -> Engine:
+def _engine(folder: str, table_path: str, batch: int, dtype: str) -> Engine:
     """In this process: requests that travel to another reach the engine one by one, so that
     prefill mixes with decoding and who decodes with whom is a matter of timing."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return Engine(
-        located(model_name),
+        folder,
         Path(table_path).absolute(),
         batch=batch,
         dtype=dtype,

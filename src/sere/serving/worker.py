@@ -210,16 +210,13 @@ def _kept_apart(worker: Any, session: Session, policy: Policy | None) -> str | N
 
 
 def sere_description(worker: Any) -> dict[str, Any]:
-    """See `sere.serving.start_up.description`."""
-    return description(_session(worker), map(_kernel, _runners(worker.vllm_config)))
+    """See `sere.serving.start_up.description`; asked for at start-up, of every worker."""
+    return description(_checked(worker), map(_kernel, _runners(worker.vllm_config)))
 
 
 def sere_layers(worker: Any) -> list[int]:
-    """Which decoder layers this worker re-routes. Raises unless it has checked that it does."""
-    session = _session(worker)
-    if not session.checked:
-        raise ServingError(f"{type(worker).__name__} has not checked itself: it was made unnoticed")
-    return sorted(session.layers)
+    """Which decoder layers this worker re-routes."""
+    return sorted(_checked(worker).layers)
 
 
 def sere_stats(worker: Any) -> dict[int, dict[str, int]]:
@@ -291,6 +288,14 @@ def _kernel(runner: Any) -> str:
     method = runner.routed_experts.quant_method
     kernel = getattr(method, "moe_kernel", None)
     return type(kernel.impl.fused_experts if kernel else method).__name__
+
+
+def _checked(worker: Any) -> Session:
+    """The session of a worker that has checked that it re-routes; `ServingError` if it has not."""
+    session = _session(worker)
+    if not session.checked:
+        raise ServingError(f"{type(worker).__name__} has not checked itself: it was made unnoticed")
+    return session
 
 
 def _session(worker: Any, *, asleep: bool = False) -> Session:
