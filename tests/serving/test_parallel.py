@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sere.demo_model.tasks import examples
-from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
+from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reference, reroute
 from sere.kernels.plan import ERROR_FRACTION, Placement, Substitution
 from sere.policy import Policy, PolicyError
 from sere.serving import parallel
@@ -376,12 +376,17 @@ def _check_own_union(calls: list[Call], plan: Plan, counted: dict[str, int]) -> 
 
 
 def _check_one_union(ranks: list[list[Call]], plan: Plan, counted: list[dict[str, int]]) -> None:
-    """Every call is the specification of all ranks' rows together; so are the counters."""
+    """Every call is the specification of a rank's rows under all ranks' votes; the counters are
+    those of all rows together."""
     counters, alone = new_counters(), 0
     for calls in zip(*ranks, strict=False):  # one may have been asked while it idled on
         ids, weights, rows = (torch.cat([call[part] for call in calls]) for part in range(3))
-        expected, _ = reroute(ids, weights, plan, rows, counters)
-        assert expected.tolist() == [row for call in calls for row in call[3]]
+        reroute(ids, weights, plan, rows, counters)
+        said = [reference.vote(ids, weights, plan, rows) for ids, weights, rows, _ in calls]
+        votes = torch.stack(said).amin(0)
+        for ids, weights, rows, new in calls:
+            own = reference.run(ids, weights.clone(), plan, rows, None, votes)
+            assert own.tolist() == new
         alone += sum(reroute(*call[:2], plan, call[2])[0].tolist() != call[3] for call in calls)
     assert alone > 10  # without the other's votes it would have been something else
     assert any(not (call[2] != RowClass.VOID).any() for call in ranks[1])  # it idled
