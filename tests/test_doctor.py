@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -18,6 +19,7 @@ from sere.doctor import examine
 from sere.policy import Policy
 from sere.serving import rehearsal, symbols
 from sere.table import Table
+from tests.engines import MONOLITHIC_EXPERTS
 
 OURS = EntryPoint("sere", "sere.serving.vllm_plugin:register", "vllm.general_plugins")
 
@@ -31,12 +33,16 @@ def failed(*arguments: str) -> dict[str, str]:
 
 @pytest.mark.engine
 def test_all_is_well_with_the_bundled_model(
-    table_path: Path, capsys: pytest.CaptureFixture[str]
+    table_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where stock vLLM would take experts that route inside themselves: it is said."""
+    paths = [str(MONOLITHIC_EXPERTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     assert main(["doctor", "demo", str(table_path), "--json"]) == 0
     checks = {check["name"]: check["answer"] for check in json.loads(capsys.readouterr().out)}
     assert "32 experts" in checks["model"]
     assert "would accept" in checks["start-up"]
+    assert "stock vLLM would take RoutesInside" in checks["start-up"]
     assert "made for" in checks["table"]
     assert "numba on cpu (not triton: it does not run on cpu" in checks["operator"]
 
@@ -78,7 +84,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def say(**found: Any) -> None:
         nothing = dict.fromkeys(("obstacle", "no_metrics", "refused", "unbuilt"))
-        result = {**nothing, "missing": [], "experts": 32, **found}
+        result = {**nothing, "missing": [], "experts": 32, "kernels": [], **found}
         fake = SimpleNamespace(found=lambda: result)
         monkeypatch.setattr(doctor, "Rehearsal", lambda model, table: fake)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from sere import demo_model
 from sere.serving.engine import check_plugin_allowed
+from sere.serving.expert_kernels import difference
 from sere.serving.rehearsal import Rehearsal
 from sere.serving.symbols import untested_version
 from sere.table import Table, TableError
@@ -225,4 +226,7 @@ def _start(found: dict[str, Any]) -> str:
     accepted = "vLLM would accept this table for this model"
     if reason := found["unbuilt"]:
         return f"{accepted}; its layers could not be built here to be asked ({reason})"
-    return f"{accepted}, in every layer"
+    serving, stock = (sorted({pair[i] for pair in found["kernels"]}) for i in (0, 1))
+    answer = f"{accepted}, in every layer; expert kernel {', '.join(serving)}"
+    other = difference(serving, stock)
+    return f"{answer}; {other}" if other else answer

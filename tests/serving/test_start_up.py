@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from sere.policy import Policy
+from sere.serving import expert_kernels
 from sere.serving.inert import inert
 from sere.serving.last_word import LastWord
 from sere.table import Table
-from tests.engines import run_engine
+from tests.engines import MONOLITHIC_EXPERTS, run_engine
 from tests.serving.test_switch import Core
 
 K = 2  # of the table
@@ -41,11 +42,20 @@ def test_why_a_policy_re_routes_nothing(
     assert (said is None) if reason is None else (reason in str(said))
 
 
-@pytest.mark.engine
-def test_an_engine_that_re_routes_nothing_says_so_last(table_path: Path) -> None:
-    """rho above every similarity: it starts, and that is the last thing that is said."""
+@pytest.fixture(scope="module")
+def started(table_path: Path) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """What an engine logs and tells with rho above every similarity, and where stock vLLM would
+    take experts that route inside themselves."""
     settings = {"table": str(table_path), "S": 1, "rho": 1.5}
-    said, (told,) = run_engine([["said"], ["rpc", "sere_telemetry"]], sere=settings)
+    asked = [["said"], ["rpc", "sere_telemetry"], ["rpc", "sere_description"]]
+    said, (told,), (described,) = run_engine(asked, sere=settings, paths=(MONOLITHIC_EXPERTS,))
+    return said, told, described
+
+
+@pytest.mark.engine
+def test_an_engine_that_re_routes_nothing_says_so_last(started: Any) -> None:
+    """It starts, and that is the last thing that is said."""
+    said, told, _ = started
     level, _, last = said[-1]
     assert level == "WARNING"
     reason = "rho=1.5 is above every similarity in the table"
@@ -53,6 +63,45 @@ def test_an_engine_that_re_routes_nothing_says_so_last(table_path: Path) -> None
     (line,) = [text for _, name, text in said if name == "vllm.sere" and text.startswith("sere ")]
     assert f"stock, NOTHING IS RE-ROUTED: {reason}" in line
     assert reason in told["inert"]
+
+
+@pytest.mark.engine
+def test_the_kernel_that_stock_would_take_is_named(started: Any) -> None:
+    """Once; not one that stock refuses as well."""
+    said, _, described = started
+    assert described["stock_kernels"] == ["RoutesInside"]
+    (serving,) = described["kernels"]
+    assert serving.endswith("CPUUnquantizedExperts")
+    (line,) = [text for _, _, text in said if "stock vLLM would take" in text]
+    assert line.startswith("sere: stock vLLM would take RoutesInside, which routes inside itself")
+    assert f"equal {serving} without re-routing" in line
+
+
+def test_a_candidate_that_asks_its_config_is_asked_as_stock_would() -> None:
+    """vLLM 0.33: a router that re-routes asks for kernels that do not, and the config says so."""
+
+    class Candidate:
+        is_monolithic = staticmethod(lambda: True)
+
+    def original(cls: Any, moe_config: Any) -> tuple[bool, str | None]:
+        return not moe_config.require_decomposed_backend, "routes adjusted after routing"
+
+    asked = expert_kernels.vetoing(original, lambda: True)
+    Candidate.is_supported_config = staticmethod(asked)  # type: ignore[attr-defined]
+    config = SimpleNamespace(require_decomposed_backend=True)
+    assert not Candidate.is_supported_config(Candidate, config)[0]  # type: ignore[attr-defined]
+    assert config.require_decomposed_backend
+    method = SimpleNamespace(moe_kernel=None, experts_cls=dict)
+
+    def layer(own: bool) -> Any:
+        stock = type("Router", (), {"supports_monolithic_kernels": own})
+        router = type("Rerouting", (stock,), {"supports_monolithic_kernels": False})()
+        experts = SimpleNamespace(quant_method=method)
+        return SimpleNamespace(router=router, moe_config=config, routed_experts=experts)
+
+    assert expert_kernels.of_stock(layer(True)) == "Candidate"
+    assert expert_kernels.of_stock(layer(False)) == "dict"  # a router that stock asks this of, too
+    assert expert_kernels.difference(["dict"], ["dict"]) is None
 
 
 def test_a_server_says_it_before_it_says_that_it_has_started(

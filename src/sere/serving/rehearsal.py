@@ -22,7 +22,7 @@ from sere.serving import wiring
 from sere.serving.asking import KEY
 from sere.serving.refusal import ServingError
 from sere.serving.symbols import lacking, module_of, obstacle, symbol
-from sere.serving.worker import check_layers
+from sere.serving.worker import check_layers, kernels_of
 from sere.table import TableError
 
 RESULT = "REHEARSAL "
@@ -50,7 +50,8 @@ class Rehearsal:
         `/metrics` would have none of sere's, or None. experts: of the model; 0 if it is dense,
         None if it was not named or cannot be configured. refused: why an engine with this model and
         table would not start, or None. unbuilt: why its layers could not be built here to be asked,
-        or None.
+        or None. kernels: of each of these layers, the expert kernel that would serve and the one
+        that stock vLLM would take.
         Raises `RuntimeError` with the end of its output if the process died.
         """
         if self._said is None:
@@ -102,6 +103,7 @@ def _started(model: str, table: str | None) -> dict[str, Any]:
     try:
         _build(config)
         check_layers(config)
+        found["kernels"] = kernels_of(config)
     except (ServingError, TableError, PolicyError) as error:
         found["refused"] = str(error)
     except Exception as error:  # vLLM's own, and not of a start-up as it will be
@@ -132,6 +134,7 @@ def _main(model: str | None = None, table: str | None = None) -> None:
         "experts": None,
         "refused": None,
         "unbuilt": None,
+        "kernels": [],
     }
     if model is not None:
         found |= _started(model, table)

@@ -13,6 +13,7 @@ from typing import Any
 from sere import __version__
 from sere.kernels import implementation_for
 from sere.policy import Policy, in_words
+from sere.serving.expert_kernels import difference
 from sere.serving.session import Session
 from sere.serving.symbols import vllm_version
 from sere.serving.tiers import FAST, Tier
@@ -20,11 +21,13 @@ from sere.serving.tiers import FAST, Tier
 _LOG = logging.getLogger("vllm.sere")
 
 
-def description(session: Session, kernels: Iterable[str]) -> dict[str, Any]:
+def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """What one worker knows: builtin types only, as it travels between processes.
 
-    kernels: names of the expert kernels of its layers.
+    kernels: of each of its layers, the expert kernel that serves and the one that stock vLLM would
+    have taken.
     """
+    pairs = set(kernels)
     settings = session.settings
     return {
         "table": str(settings.table),
@@ -32,7 +35,8 @@ def description(session: Session, kernels: Iterable[str]) -> dict[str, Any]:
         "inert": session.inert,
         "rows": _rows(settings.policy, settings.default),
         "layers": sorted(session.layers),
-        "kernels": sorted(set(kernels)),
+        "kernels": sorted({serving for serving, _ in pairs}),
+        "stock_kernels": sorted({stock for _, stock in pairs}),
         "operator": implementation_for(session.rows.buffer.device),
     }
 
@@ -42,15 +46,20 @@ def say(workers: Sequence[dict[str, Any]]) -> None:
     own = f"sere {__version__} on vLLM {vllm_version()}"
     first = workers[0]
     layers = _ranges({index for worker in workers for index in worker["layers"]})
-    kernels = {kernel for worker in workers for kernel in worker["kernels"]}
+    kernels, of_stock = (
+        sorted({kernel for worker in workers for kernel in worker[name]})
+        for name in ("kernels", "stock_kernels")
+    )
     what = (
         f"table {Path(first['table']).name}, layers {layers}, rows: {first['rows']}, "
-        f"expert kernel {', '.join(sorted(kernels))}, operator {first['operator']}"
+        f"expert kernel {', '.join(kernels)}, operator {first['operator']}"
     )
     if reason := first["inert"]:
         _LOG.warning("%s: stock, NOTHING IS RE-ROUTED: %s (%s)", own, reason, what)
     else:
         _LOG.info("%s: %s, %s", own, first["policy"], what)
+    if other := difference(kernels, of_stock):
+        _LOG.warning("sere: %s", other)
 
 
 def say_last(snapshots: Iterable[Any]) -> None:

@@ -27,6 +27,7 @@ from sere.kernels.merge import narrow
 from sere.serving import (
     admission,
     drafters,
+    expert_kernels,
     last_word,
     prefix_cache,
     rust_front_end,
@@ -75,7 +76,9 @@ def install() -> None:
     wrap(module_of("create_fused_moe_router"), "create_fused_moe_router", _rerouting_factory)
     wrap(symbol("MoERunner"), "__init__", _binding)
     experts = symbol("FusedMoEExperts")
-    experts.is_supported_config = staticmethod(_vetoing(experts.is_supported_config))
+    experts.is_supported_config = staticmethod(
+        expert_kernels.vetoing(experts.is_supported_config, _is_to_reroute)
+    )
     wrap(symbol("Executor"), "initialize_from_config", prefix_cache.opening)
     wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
     wrap(symbol("InputProcessor"), "_validate_params", admission.admitting)
@@ -192,7 +195,7 @@ def _rerouting(router: Any) -> type:
 
     members = {
         "_compute_routing": _compute_routing,
-        # Read by vLLM 0.33: no kernel that routes inside itself. 0.32 needs `_vetoing`.
+        # Read by vLLM 0.33: no kernel that routes inside itself. 0.32 needs `expert_kernels`.
         "supports_monolithic_kernels": False,
     }
     return type(f"Rerouting{router.__name__}", (router,), members)
@@ -220,16 +223,6 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
             session.shadow.watch(runner.layer_id, runner.sere, runner.routed_experts)
 
     return __init__
-
-
-def _vetoing(original: Callable[..., Any]) -> Callable[..., Any]:
-    def is_supported_config(cls: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-        if cls.is_monolithic() and _is_to_reroute():
-            return False, "kernel does not support routes adjusted after routing (sere)"
-        supported: tuple[bool, str | None] = original(cls, *args, **kwargs)
-        return supported
-
-    return is_supported_config
 
 
 # --- the operator as vLLM sees it -------------------------------------------------------------

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sere.policy import Policy, PolicyError, in_words
-from sere.serving import drafters
+from sere.serving import drafters, expert_kernels
 from sere.serving.asking import asked_by, given
 from sere.serving.refusal import ServingError
 from sere.serving.reuse import obstacle_to_rows
@@ -211,7 +211,7 @@ def _kept_apart(worker: Any, session: Session, policy: Policy | None) -> str | N
 
 def sere_description(worker: Any) -> dict[str, Any]:
     """See `sere.serving.start_up.description`; asked for at start-up, of every worker."""
-    return description(_checked(worker), map(_kernel, _runners(worker.vllm_config)))
+    return description(_checked(worker), kernels_of(worker.vllm_config))
 
 
 def sere_layers(worker: Any) -> list[int]:
@@ -283,11 +283,9 @@ def _runners(config: Any) -> list[Any]:
     ]
 
 
-def _kernel(runner: Any) -> str:
-    """What computes a layer's experts, by vLLM's name."""
-    method = runner.routed_experts.quant_method
-    kernel = getattr(method, "moe_kernel", None)
-    return type(kernel.impl.fused_experts if kernel else method).__name__
+def kernels_of(config: Any) -> list[tuple[str, str]]:
+    """Of each layer that is to be re-routed: the kernel that serves, and stock vLLM's."""
+    return [(expert_kernels.serving(r), expert_kernels.of_stock(r)) for r in _runners(config)]
 
 
 def _checked(worker: Any) -> Session:
