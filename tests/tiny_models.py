@@ -90,11 +90,14 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.1,
         "original_max_position_embeddings": 32, "partial_rotary_factor": 1.0}},
     "qwen3_5_moe": _FOUR_LAYERS,
+    "qwen3_moe": {"num_experts": 16, "num_local_experts": 16},
     "qwen3_next": _FOUR_LAYERS,
     "step3p7": {"mlp_layer_types": ["sparse"] * 2},
     "switch_transformers": {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_heads": 4, "num_layers": 2,
                             "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
                             "num_sparse_decoder_layers": 1, "decoder_start_token_id": 0},
+    # Of six experts, any dozen tokens choose each first, or two tokens the same ones.
+    "jetmoe": {"num_local_experts": 16},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

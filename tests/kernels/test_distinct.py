@@ -262,16 +262,6 @@ def test_ids_of_other_types(dtype: torch.dtype) -> None:
     assert new.dtype == dtype and torch.equal(new.int(), run_all(ids, weights, plan, None))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
-def test_unsigned_ids(dtype: torch.dtype) -> None:
-    """What some dispatchers ask for; no implementation but the serving one need take them."""
-    ids, weights, similarity = batch(3, 24, 4, 32)
-    plan = plan_of(similarity, Policy(S=1), 4)
-    new, _ = reroute(ids.to(dtype), weights, plan)
-    assert new.dtype == dtype
-    assert torch.equal(new.long(), reroute(ids, weights, plan)[0].long())
-
-
 def test_weights_that_are_not_numbers_disturb_no_other_row() -> None:
     ids, weights, similarity = batch(5, 16, 4, 32)
     for policy in (Policy(S=1), Policy(S=1, min_active=1), Policy(tau=0.02)):
