@@ -19,6 +19,7 @@ from sere.serving.engine import check_plugin_allowed
 from sere.serving.expert_kernels import difference
 from sere.serving.rehearsal import Rehearsal
 from sere.serving.symbols import untested_version
+from sere.step_cost.reached import from_file, in_words, too_little
 from sere.table import Table, TableError
 
 _GROUP = "vllm.general_plugins"
@@ -35,12 +36,15 @@ class Check:
     answer: str
 
 
-def examine(model: str | None = None, table: str | None = None) -> Iterator[Check]:
+def examine(
+    model: str | None = None, table: str | None = None, bench: str | None = None
+) -> Iterator[Check]:
     """Every check, as it is answered: those that need vLLM, which takes its time, come last.
 
     model: folder, hub name or "demo": is there something to re-route? table: does it fit?
     A table may stand in the place of the model, and instead of both the URL of a running server:
-    does re-routing take effect there?
+    does re-routing take effect there? bench: a result of `sere bench`: is reading what takes the
+    time on this machine?
     """
     if model is not None and model.startswith(("http://", "https://")):
         yield from _served(model)
@@ -58,6 +62,8 @@ def examine(model: str | None = None, table: str | None = None) -> Iterator[Chec
         ("device", _device),
         ("operator", _operator),
     ]
+    if bench is not None:
+        checks.append(("bandwidth", lambda: _bandwidth(bench)))
     if table is not None:
         checks.append(("table", lambda: _table(table, folder)))
     checks += [
@@ -188,6 +194,13 @@ def _operator() -> str:
         rest = [f"not {n}: {reason}" for n, reason in obstacles(device).items() if reason]
         answers.append(f"{serving} on {device}" + (f" ({'; '.join(rest)})" if rest else ""))
     return ", ".join(answers)
+
+
+def _bandwidth(bench: str) -> str:
+    found = from_file(bench)
+    if reason := too_little(found):
+        raise RuntimeError(reason)
+    return in_words(found)
 
 
 def _metrics(found: dict[str, Any]) -> str:

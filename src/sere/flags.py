@@ -275,6 +275,11 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         help="also check this model (folder, hub name, demo); or the URL of a running server",
     )
     parser.add_argument("table", nargs="?", help="... and that this table fits and would be served")
+    parser.add_argument(
+        "--bench",
+        metavar="FILE",
+        help="a result of `sere bench` on this machine: does decoding reach its bandwidth?",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

@@ -260,13 +260,13 @@ def _told(state: dict[str, Any]) -> str:
     return words if state["enabled"] else f"{words}, NOTHING IS RE-ROUTED: {state.get('inert')}"
 
 
-def doctor(model: str | None, table: str | None, json: bool) -> int:
+def doctor(model: str | None, table: str | None, bench: str | None, json: bool) -> int:
     """`sere doctor [MODEL] [TABLE]`, `sere doctor URL`: 0 if re-routing can take effect here (does
     so there), else 1."""
     from sere.doctor import as_text, examine
 
     checks = []
-    for check in examine(model, table):
+    for check in examine(model, table, bench):
         checks.append(check)
         if not json:
             print(as_text(check), flush=True)

@@ -14,6 +14,7 @@ from sere.results.journal import Journal
 from sere.speed import server
 from sere.speed.setup import Contender, Load, Subject
 from sere.speed.shapes import shape_named
+from sere.step_cost.reached import in_words, reached, too_little
 from sere.step_cost.roofline import Roofline
 
 
@@ -131,6 +132,9 @@ def as_text(result: dict[str, Any]) -> str:
         "",
         table(result["results"]),
     ]
+    found = reached(result)
+    if all(one.share <= 1 for one in found):  # else the probe was slower than the engine
+        lines += ["", in_words(found), *filter(None, [too_little(found)])]
     return "\n".join(lines)
 
 
