@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	do $$p -c "" 2>/dev/null && break; done; echo $$p)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Where it is set, as in many containers, each process that imports vLLM compiles 5,000 files anew: 10 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Two processes: a core each on the smallest machine, and engines fit into 16 GB.
 SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
