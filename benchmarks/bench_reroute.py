@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sere.kernels import Plan, reference
+from sere.kernels import Batch, Plan, reference
 from sere.kernels.implementations import DEVICES, Implementation, installed, load
 from sere.policy import Policy
 from sere.results import provenance
@@ -50,6 +50,10 @@ class Layer:
     rows: Tensor
     out: Tensor
     arrived: Tensor
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(self.ids, self.weights, self.rows)
 
 
 def layers(T: int, E: int, K: int, device: str) -> list[Layer]:
@@ -105,7 +109,7 @@ def contestants(device: str, T: int) -> dict[str, Callable[[Layer], Tensor]]:
     for name in ("reference", *(n for n, kinds in DEVICES.items() if kind in kinds)):
         if name == "reference" or installed(name):
             run = load(name)
-            found[name] = lambda x, run=run: run(x.ids, x.weights, x.plan, x.rows, None)
+            found[name] = lambda x, run=run: run(x.batch, x.plan, None)
     return found if kind == "cpu" else found | from_logits(T)
 
 
@@ -125,7 +129,7 @@ def one_after_the_other(
 ) -> Tensor:
     """What an engine does."""
     weights, ids = top_k(layer)
-    return operator(ids, weights, layer.plan, layer.rows, None)
+    return operator(Batch(ids, weights, layer.rows), layer.plan, None)
 
 
 def ours(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -187,7 +191,7 @@ def is_right(name: str, run: Callable[[Layer], Tensor], case: list[Layer]) -> bo
     for layer in case[:8]:
         torch.full_like(layer.ids, -7)  # freed at once: the next result's memory
         weights = layer.fresh.clone()
-        expected = reference.run(layer.ids, weights, layer.plan, layer.rows, None)
+        expected = reference.run(layer.batch._replace(weights=weights), layer.plan, None)
         if not torch.equal(run(layer), expected):
             return False
         if "top-k" not in name and not torch.equal(layer.weights, weights):

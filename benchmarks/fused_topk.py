@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sere.kernels import Plan, RowClass, reference
+from sere.kernels import Batch, Plan, RowClass, reference
 from sere.kernels.triton_kernel import _sizes
 from sere.kernels.triton_programs import _all_at_once, launched
 from sere.kernels.triton_votes import VOID
@@ -63,7 +63,7 @@ def specification(
 ) -> tuple[Tensor, Tensor]:
     """Weights and ids [T, K]: `chosen`, then the operator's specification."""
     weights, ids = chosen(logits, K, renormalize=renormalize, rows=rows)
-    return weights, reference.run(ids, weights, plan, rows, counters)
+    return weights, reference.run(Batch(ids, weights, rows), plan, counters)
 
 
 def run(

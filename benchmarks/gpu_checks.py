@@ -25,6 +25,7 @@ import torch
 
 from sere import demo_model
 from sere.kernels import (
+    Batch,
     Plan,
     RowClass,
     implementation_for,
@@ -38,7 +39,7 @@ from sere.results import provenance
 
 GPU_IMPLEMENTATIONS = ("triton", "cuda")
 DEVICE = "cuda"
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Policy]
 
 
 def implementations_compile() -> str:
@@ -48,21 +49,21 @@ def implementations_compile() -> str:
     return f"{', '.join(reasons)}; default: {implementation_for(torch.device(DEVICE))}"
 
 
-def operator_equals_specification(batches: Iterable[Batch] = ()) -> str:
+def operator_equals_specification(batches: Iterable[Case] = ()) -> str:
     """Every regime on the GPU against the specification on the CPU, bit for bit, counters too."""
     cases = 0
     for ids, weights, similarity, rows, policy in batches or _batches():
         plan = _plan(similarity, policy, ids.shape[1])
         for dtype in (torch.int32, torch.int64):
-            expected, scaled, counted = _specified(ids.to(dtype), weights, plan, rows)
+            expected, scaled, counted = _specified(ids.to(dtype), weights, rows, plan)
             for name, run in _usable():
                 counters = new_counters(DEVICE)
-                inputs = _there(ids.to(dtype)), _there(weights), plan.to(DEVICE), _there(rows)
-                torch.full_like(inputs[0], -7)  # poison what the result will be allocated from
-                got = run(*inputs, counters)
+                batch, there = _batch(ids.to(dtype), weights, rows), plan.to(DEVICE)
+                torch.full_like(batch.ids, -7)  # poison what the result will be allocated from
+                got = run(batch, there, counters)
                 where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
                 assert torch.equal(got.cpu(), expected), where
-                assert torch.equal(inputs[1].cpu(), scaled), where
+                assert torch.equal(batch.weights.cpu(), scaled), where
                 assert torch.equal(counters.cpu(), counted), where
                 cases += 1
     return f"{cases} batches equal"
@@ -93,12 +94,12 @@ def no_row_names_an_expert_twice() -> str:
         policy = Policy(S=1, min_active=1, weights=("keep", "scale")[seed // 2 % 2])
         plan = _plan(torch.rand(E, E, generator=g), policy, K)
         rows = rows.to(torch.int8)
-        expected, carried, counted = _specified(ids, weights, plan, rows)
+        expected, carried, counted = _specified(ids, weights, rows, plan)
         for name, run in _usable():
-            counters, own = new_counters(DEVICE), _there(weights)
-            got = run(_there(ids), own, plan.to(DEVICE), _there(rows), counters).cpu()
+            counters, batch = new_counters(DEVICE), _batch(ids, weights, rows)
+            got = run(batch, plan.to(DEVICE), counters).cpu()
             assert torch.equal(got, expected), (name, seed)
-            assert torch.equal(own.cpu(), carried), (name, seed)
+            assert torch.equal(batch.weights.cpu(), carried), (name, seed)
             assert torch.equal(counters.cpu(), counted), (name, seed)
             inside = got.long().masked_fill((got < 0) | (got >= E), E)
             named = torch.zeros(T, E + 1, dtype=torch.int64)
@@ -120,7 +121,7 @@ def triton_compiles_once() -> str:
         for T in (8, 1, 2, 16, 17, 31, 128, 500, 512, 4096):
             ids = torch.rand(T, 96, device=DEVICE).argsort(1)[:, :6].to(torch.int32)
             rows = torch.ones(T + 1, dtype=torch.int8, device=DEVICE)[1:]
-            run(ids, torch.rand(T, 6, device=DEVICE), plan, rows, None)
+            run(Batch(ids, torch.rand(T, 6, device=DEVICE), rows), plan, None)
             setattr(hooks, name, lambda *args, **more: compiled.append(more))
     finally:
         setattr(hooks, name, before)
@@ -128,7 +129,7 @@ def triton_compiles_once() -> str:
     return "10 sizes"
 
 
-def ranks_that_vote_together_agree(batches: Iterable[Batch] = ()) -> str:
+def ranks_that_vote_together_agree(batches: Iterable[Case] = ()) -> str:
     """Halves of batches with the votes of both, against the specification; votes stay."""
     cases = 0
     for ids, weights, similarity, rows, policy in batches or _batches((3, 32, 257, 4096)):
@@ -136,19 +137,19 @@ def ranks_that_vote_together_agree(batches: Iterable[Batch] = ()) -> str:
         half, there = len(ids) // 2, plan.to(DEVICE)
         halves = [t.split([half, len(ids) - half]) for t in (ids, weights, rows)]
         parts = list(zip(*halves, strict=True))
-        whole = reference.vote(ids, weights, plan, rows)
+        whole = reference.vote(Batch(ids, weights, rows), plan)
         for name, run in _usable():
             vote = implementations.load_vote(name)
-            said = [vote(_there(i), _there(w), there, _there(r)) for i, w, r in parts]
+            said = [vote(_batch(*part), there) for part in parts]
             votes = torch.stack(said).amin(0)
             where = (name, tuple(ids.shape), tuple(similarity.shape), policy)
-            for i, w, r in parts:
-                expected, carried, counted = _specified(i, w, plan, r, whole)
-                own, counters = _there(w), new_counters(DEVICE)
-                got = run(_there(i), own, there, _there(r), counters, votes)
+            for part in parts:
+                expected, carried, counted = _specified(*part, plan, whole)
+                batch, counters = _batch(*part), new_counters(DEVICE)
+                got = run(batch, there, counters, votes)
                 assert torch.equal(votes.cpu(), whole), where
                 assert torch.equal(got.cpu(), expected), where
-                assert torch.equal(own.cpu(), carried), where
+                assert torch.equal(batch.weights.cpu(), carried), where
                 assert torch.equal(counters.cpu(), counted), where
             cases += 1
     return f"{cases} batches equal"
@@ -167,12 +168,12 @@ def ten_thousand_random_batches() -> str:
         threshold = {"rho": (seed % 5) / 5} if seed % 2 else {"tau": (seed % 7) ** 3 / 1000}
         policy = Policy(S=1 + seed % K, max_active=K + seed % (E - K), **threshold)
         plan = _plan(torch.rand(E, E, generator=g), policy, K)
-        expected, scaled, _ = _specified(ids, weights, plan, rows)
+        expected, scaled, _ = _specified(ids, weights, rows, plan)
         for name, run in _usable():
-            on_gpu = _there(weights)
-            got = run(_there(ids), on_gpu, plan.to(DEVICE), _there(rows), None)
+            batch = _batch(ids, weights, rows)
+            got = run(batch, plan.to(DEVICE), None)
             assert torch.equal(got.cpu(), expected), (name, seed)
-            assert torch.equal(on_gpu.cpu(), scaled), (name, seed)
+            assert torch.equal(batch.weights.cpu(), scaled), (name, seed)
     return "equal"
 
 
@@ -186,10 +187,11 @@ def graph_replay_sees_new_rows_and_policy() -> str:
                 _there(x) if isinstance(x, torch.Tensor) else x for x in batches[0]
             )
             plan, counters = _plan(similarity, policy, 8), new_counters(DEVICE)
-            run(ids, weights, plan, rows, counters)
+            batch = Batch(ids, weights, rows)
+            run(batch, plan, counters)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = run(ids, weights, plan, rows, counters)
+                out = run(batch, plan, counters)
             for other_ids, other_weights, other_similarity, other_rows, other_policy in batches:
                 ids.copy_(other_ids)
                 weights.copy_(other_weights)
@@ -199,7 +201,7 @@ def graph_replay_sees_new_rows_and_policy() -> str:
                 counters.zero_()
                 out.fill_(-7)
                 graph.replay()
-                expected, scaled, counted = _specified(other_ids, other_weights, new, other_rows)
+                expected, scaled, counted = _specified(other_ids, other_weights, other_rows, new)
                 assert torch.equal(out.cpu(), expected), (name, T, other_policy)
                 assert torch.equal(weights.cpu(), scaled), (name, T, other_policy)
                 assert torch.equal(counters.cpu(), counted), (name, T, other_policy)
@@ -224,7 +226,7 @@ def fused_top_k_equals_specification() -> str:
         torch.testing.assert_close(weights.cpu(), expected, rtol=1e-5, atol=1e-30)
         counters = new_counters(DEVICE)
         scaled, got = fused_topk.run(*inputs, counters, renormalize=own, arrived=arrived)
-        ids, weights, counted = _specified(chosen, weights.cpu(), plan, rows)
+        ids, weights, counted = _specified(chosen, weights.cpu(), rows, plan)
         assert torch.equal(got.cpu(), ids), where
         assert torch.equal(scaled.cpu(), weights), where
         assert torch.equal(counters.cpu(), counted), where
@@ -303,7 +305,7 @@ def sanitized() -> None:
                 continue
             plan = _plan(similarity, policy, 8).to(DEVICE)
             for _, run in _usable():
-                run(_there(ids), _there(weights), plan, _there(rows), new_counters(DEVICE))
+                run(_batch(ids, weights, rows), plan, new_counters(DEVICE))
     arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     logits = _there(_logits(0, 9, 32))
     fused_topk.run(logits, 8, plan, None, None, renormalize=True, arrived=arrived)
@@ -362,6 +364,11 @@ def _there(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(DEVICE, copy=True)
 
 
+def _batch(ids: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> Batch:
+    """Copies on the device."""
+    return Batch(_there(ids), _there(weights), _there(rows))
+
+
 def _logits(seed: int, T: int, E: int, *, spoilt: bool = True) -> torch.Tensor:
     """[T, E] in one of three types, with ties; spoilt: with -inf, and a row without a softmax."""
     g = torch.Generator().manual_seed(seed)
@@ -382,20 +389,20 @@ def _plan(similarity: torch.Tensor, policy: Policy, K: int) -> Plan:
 def _specified(
     ids: torch.Tensor,
     weights: torch.Tensor,
-    plan: Plan,
     rows: torch.Tensor,
+    plan: Plan,
     votes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New ids, weights and counters of the specification."""
     counters, scaled = new_counters(), weights.clone()
-    ids = reference.run(ids, scaled, plan, rows, counters, votes)
+    ids = reference.run(Batch(ids, scaled, rows), plan, counters, votes)
     return ids, scaled, counters
 
 
 def _batches(
     sizes: tuple[int, ...] = (0, 1, 3, 32, 257, 4096),
     shapes: tuple[tuple[int, int], ...] = ((8, 2), (60, 4), (64, 6), (128, 8), (896, 16)),
-) -> Iterator[Batch]:
+) -> Iterator[Case]:
     g = torch.Generator().manual_seed(0)
     classes = torch.tensor([RowClass.FAST, RowClass.FAST, RowClass.EXACT, RowClass.VOID])
     policies = (Policy(S=1), Policy(S=2, rho=0.6), Policy(S=1, tau=0.02))

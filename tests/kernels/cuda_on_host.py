@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sere
-from sere.kernels import Plan
+from sere.kernels import Batch, Plan
 from sere.kernels.reference import NEVER
 
 COMPILER = shutil.which("g++")
@@ -39,40 +39,38 @@ def many_blocks(*arguments: Any) -> Tensor:
     return _run(*arguments, rows_per_block=3)
 
 
-def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+def vote(batch: Batch, plan: Plan) -> Tensor:
     """The first of these launches."""
     votes = torch.full((2 * plan.num_experts + 1,), NEVER, dtype=torch.int32)
-    if len(topk_ids):
-        weights = _readable(topk_weights)
-        library(topk_ids.dtype, weights.dtype).host_vote(
-            *(3, _threads(topk_ids), _pointer(votes)),
-            *_batch(topk_ids, weights, plan, rows),
+    if len(batch.ids):
+        read = _readable(batch)
+        library(read.ids.dtype, read.weights.dtype).host_vote(
+            *(3, _threads(read.ids), _pointer(votes)),
+            *_arguments(read, plan),
             _pointer(plan.settings),
         )
     return votes
 
 
 def _run(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
+    batch: Batch,
     plan: Plan,
-    rows: Tensor | None,
     counters: Tensor | None,
     votes: Tensor | None = None,
     *,
     rows_per_block: int,
 ) -> Tensor:
-    out = torch.full(topk_ids.shape, -7, dtype=topk_ids.dtype)  # every slot must be written
-    weights = _readable(topk_weights)
-    if len(topk_ids):
-        library(topk_ids.dtype, weights.dtype).host_reroute(
-            *(rows_per_block, _threads(topk_ids), _pointer(votes)),
-            *_batch(topk_ids, weights, plan, rows),
+    out = torch.full_like(batch.ids, -7, memory_format=torch.contiguous_format)  # all is written
+    read = _readable(batch)
+    if len(batch.ids):
+        library(read.ids.dtype, read.weights.dtype).host_reroute(
+            *(rows_per_block, _threads(read.ids), _pointer(votes)),
+            *_arguments(read, plan),
             *(_pointer(plan.neighbours), _pointer(plan.errors), _pointer(plan.scales)),
             *(_pointer(plan.settings), _pointer(out), _pointer(counters)),
         )
-    if weights is not topk_weights:
-        topk_weights.copy_(weights)
+    if read.weights is not batch.weights:
+        batch.weights.copy_(read.weights)
     return out
 
 
@@ -80,15 +78,18 @@ def _threads(topk_ids: Tensor) -> int:
     return 1 + sum(topk_ids.shape) % 3
 
 
-def _readable(weights: Tensor) -> Tensor:
-    return weights if weights.dtype in C_TYPES else weights.float()
+def _readable(batch: Batch) -> Batch:
+    if batch.weights.dtype in C_TYPES:
+        return batch
+    return batch._replace(weights=batch.weights.float())
 
 
-def _batch(topk_ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> tuple[Any, ...]:
+def _arguments(batch: Batch, plan: Plan) -> tuple[Any, ...]:
+    ids, weights, rows = batch
     return (
-        *(_pointer(topk_ids), *map(ctypes.c_longlong, topk_ids.stride())),
+        *(_pointer(ids), *map(ctypes.c_longlong, ids.stride())),
         *(_pointer(weights), *map(ctypes.c_longlong, weights.stride())),
-        *(_pointer(rows), *topk_ids.shape, plan.num_experts),
+        *(_pointer(rows), *ids.shape, plan.num_experts),
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sere.kernels import COUNTERS, Plan, new_counters, reroute
+from sere.kernels import COUNTERS, Batch, Plan, new_counters, reroute
 from sere.kernels.plan import Substitution
 from sere.kernels.reference import route
 from sere.policy import Policy
@@ -73,7 +73,7 @@ def test_the_sum_of_the_experts_outputs_is_what_rule_6_makes_it(case: Case) -> N
     x = torch.randn(T, H, generator=g).double()
     outputs = torch.einsum("th,ehg->teg", x, experts)
     plan, kinds = plan_of(similarity, policy, K), torch.tensor(rows, dtype=torch.int8)
-    routing = route(ids, weights, plan, kinds)
+    routing = route(Batch(ids, weights, kinds), plan)
     defined = by_hand(ids, weights, similarity, policy, rows)
     wanted = torch.zeros(T, H, dtype=torch.float64)
     for t in range(T):

@@ -53,8 +53,8 @@ def test_checks_of_the_operator_run() -> None:
 def test_checks_of_the_operator_find_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     run = implementations.load("numba")
 
-    def forgets_weights(ids, weights, *others):  # type: ignore[no-untyped-def]
-        return run(ids, weights.clone(), *others)
+    def forgets_weights(batch, *others):  # type: ignore[no-untyped-def]
+        return run(batch._replace(weights=batch.weights.clone()), *others)
 
     monkeypatch.setattr(gpu_checks, "_usable", lambda: iter([("wrong", forgets_weights)]))
     with pytest.raises(AssertionError):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from sere.kernels import Plan, cuda_kernel, implementations, new_counters, reroute
+from sere.kernels import Batch, Plan, cuda_kernel, implementations, new_counters, reroute
 from sere.kernels.implementations import implementation_for, load
 from sere.policy import Policy
 from tests.kernels import cuda_on_host
@@ -109,7 +109,7 @@ def test_triton_compiles_nothing_more_once_a_server_is_up(monkeypatch: pytest.Mo
             ids = torch.zeros(T * 8 + shift, dtype=torch.int32)[shift:].view(T, 8)
             weights = torch.zeros(T, 8 + shift)[:, shift:]
             rows = torch.zeros(T + shift, dtype=torch.int8)[shift:]
-            triton_kernel.run(ids, weights, plan, rows, new_counters())
+            triton_kernel.run(Batch(ids, weights, rows), plan, new_counters())
             moment = "later"
     assert len(keys["first"]) == 3
     assert keys["later"] == keys["first"]
@@ -230,7 +230,7 @@ def test_cuda_says_which_sizes_it_serves() -> None:
     assert implementations.LIMITS["cuda"] == (cuda_kernel.MAX_E, cuda_kernel.MAX_K)
     ids, weights, _, rows, counters = arguments()
     with pytest.raises(ValueError, match=r"E=2048.*E=1024"):
-        cuda_kernel.run(ids, weights, Plan.off(2048), rows, counters)
+        cuda_kernel.run(Batch(ids, weights, rows), Plan.off(2048), counters)
 
 
 # --- which one ----------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_torch_compile_sees_one_graph() -> None:
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(
-        compiled(ids, weights), load("reference")(ids, weights, plan, rows, None) + 1
+        compiled(ids, weights), load("reference")(Batch(ids, weights, rows), plan, None) + 1
     )
     assert counters[0] == 1
     plan.copy_(Plan.off(32))  # seen by what was compiled before

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sere import kernels
-from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
+from sere.kernels import COUNTERS, Batch, Plan, RowClass, keeping, new_counters, reroute
 from sere.kernels.implementations import load, load_vote
 from sere.kernels.plan import ERROR_FRACTION, FRACTION, LOSS_FRACTION, Substitution
 from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, route
@@ -38,10 +38,9 @@ RUNNERS = {name: load(name) for name in ("reference", "triton" if INTERPRETED el
 if not INTERPRETED:
     from sere.kernels.numba_kernel import bound
 
-    def run_bound(
-        ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None, counters: Tensor
-    ) -> Tensor:
+    def run_bound(batch: Batch, plan: Plan, counters: Tensor) -> Tensor:
         """As an engine's layer calls it, twice: the output is used again."""
+        ids, weights, rows = batch
         buffer, T = torch.full((len(ids) + 3,), FAST, dtype=torch.int8), len(ids)
         if rows is not None:
             buffer[:T] = rows
@@ -260,7 +259,7 @@ def run_all(ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> Te
     (expected, scaled), counted = reroute(ids, weights, plan, rows), None
     for name, implementation in RUNNERS.items():
         counters, own = new_counters(), weights.clone(memory_format=torch.preserve_format)
-        assert torch.equal(implementation(ids, own, plan, rows, counters), expected), name
+        assert torch.equal(implementation(Batch(ids, own, rows), plan, counters), expected), name
         assert same(own, scaled), name
         counted = counters if counted is None else counted
         assert torch.equal(counters, counted), name
@@ -340,7 +339,7 @@ def test_the_ceiling_keeps_the_largest_losses_and_of_equals_the_lowest() -> None
         policy = Policy(S=1, tau=0.0, min_active=1, max_active=ceiling)
         plan = Plan.build(torch.eye(6), policy, K=3, substitution=substitution)
         run_all(ids, weights, plan, None)
-        return set(route(ids, weights, plan, None).primary.nonzero().flatten().tolist())
+        return set(route(Batch(ids, weights), plan).primary.nonzero().flatten().tolist())
 
     assert [kept(n) for n in (1, 2, 3, 4, 5)] == [
         {0},
@@ -391,7 +390,7 @@ def test_weights_of_any_precision(dtype: torch.dtype) -> None:
 def test_equals_the_definition(case: tuple[Tensor, Tensor, Tensor, Policy, list[int]]) -> None:
     ids, weights, similarity, policy, rows = case
     plan = plan_of(similarity, policy, ids.shape[1])
-    routing = route(ids, weights, plan, torch.tensor(rows, dtype=torch.int8))
+    routing = route(Batch(ids, weights, torch.tensor(rows, dtype=torch.int8)), plan)
     assert torch.equal(run(ids, weights, similarity, policy, rows), routing.ids)
     defined = by_hand(ids, weights, similarity, policy, rows)
     assert routing.ids.tolist() == defined.ids
@@ -408,12 +407,8 @@ def test_active_experts_are_primaries_or_critical(
 ) -> None:
     ids, weights, similarity, policy, rows = case
     E = similarity.shape[0]
-    routing = route(
-        ids,
-        weights,
-        plan_of(similarity, policy, ids.shape[1]),
-        torch.tensor(rows, dtype=torch.int8),
-    )
+    given = Batch(ids, weights, torch.tensor(rows, dtype=torch.int8))
+    routing = route(given, plan_of(similarity, policy, ids.shape[1]))
     critical = set(ids[routing.critical].tolist())
     active = set(routing.primary.nonzero().flatten().tolist()) | critical
     if not routing.primary.any() or ids.shape[1] <= policy.S:
@@ -462,17 +457,17 @@ def test_ranks_that_vote_together_route_as_one_batch(
     expected = mixture(*reroute(ids, weights, plan, kinds, whole), len(similarity)) * real
     places = sorted(min(cut, len(rows)) for cut in cuts)
     ranks = list(zip([0, *places], [*places, len(rows)], strict=True))
-    parts = [(ids[a:b], weights[a:b].clone(), kinds[a:b]) for a, b in ranks]
-    spoken = [specified_vote(i, w, plan, k) for i, w, k in parts]
+    parts = [Batch(ids[a:b], weights[a:b].clone(), kinds[a:b]) for a, b in ranks]
+    spoken = [specified_vote(part, plan) for part in parts]
     votes = torch.stack(spoken).amin(0)
     for name, (vote, run_half) in HALVES.items():
-        said = [vote(i, w, plan, k) for i, w, k in parts]
+        said = [vote(part, plan) for part in parts]
         assert all(map(torch.equal, said, spoken)), name
         counted = []
-        for (a, b), (i, w, k) in zip(ranks, parts, strict=True):
-            counters, own = new_counters(), w.clone()
-            new = run_half(i, own, plan, k, counters, votes)
-            specified = route(i, w, plan, k, votes)
+        for (a, b), part in zip(ranks, parts, strict=True):
+            counters, own = new_counters(), part.weights.clone()
+            new = run_half(part._replace(weights=own), plan, counters, votes)
+            specified = route(part, plan, votes)
             assert torch.equal(new, specified.ids), name
             assert torch.equal(own, specified.weights), name
             assert torch.equal(mixture(new, own, len(similarity)) * real[a:b], expected[a:b]), name
@@ -489,7 +484,7 @@ def test_active_experts_are_counted_as_they_are(
 ) -> None:
     ids, weights, similarity, policy, rows = case
     E, kinds = similarity.shape[0], torch.tensor(rows, dtype=torch.int8)
-    routing = route(ids, weights, plan_of(similarity, policy, ids.shape[1]), kinds)
+    routing = route(Batch(ids, weights, kinds), plan_of(similarity, policy, ids.shape[1]))
 
     def distinct(given: Tensor) -> int:
         return len({e for e in given[kinds != VOID].flatten().tolist() if 0 <= e < E})
@@ -507,7 +502,7 @@ def test_larger_S_or_rho_never_reroutes_more(
     ids, weights, similarity = batch(seed, T, 6, 32, coarse=coarse)
 
     def moved(S: int, rho: float) -> tuple[Tensor, Tensor]:
-        routing = route(ids, weights, Plan.build(similarity, Policy(S=S, rho=rho), K=6), None)
+        routing = route(Batch(ids, weights), Plan.build(similarity, Policy(S=S, rho=rho), K=6))
         return routing.ids != ids, routing.critical
 
     low, high = sorted((rho, more))

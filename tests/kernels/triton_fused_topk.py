@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.kernels import Plan, new_counters, reference
+from sere.kernels import Batch, Plan, new_counters, reference
 from sere.kernels.plan import Substitution
 from sere.policy import Policy
 
@@ -149,7 +149,7 @@ def test_reroutes_as_the_operator(seed: int) -> None:
     weights, ids, counters = run(logits, K, plan, rows)
     expected_weights, chosen = choose(logits, K, rows)
     counted = new_counters()
-    expected = reference.run(chosen, expected_weights, plan, rows, counted)
+    expected = reference.run(Batch(chosen, expected_weights, rows), plan, counted)
     assert torch.equal(ids, expected)
     assert torch.equal(weights, expected_weights)
     assert torch.equal(counters, counted)

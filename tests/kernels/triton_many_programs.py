@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sere.kernels import new_counters, triton_kernel
+from sere.kernels import Batch, new_counters, triton_kernel
 from sere.kernels.reference import run as specification
 from sere.policy import Policy
 from tests.kernels.test_reroute import batch, plan_of
@@ -25,13 +25,13 @@ def test_many_programs(
     rows, plan = torch.arange(T).remainder(3).to(torch.int8), plan_of(similarity, policy, K)
     short = torch.zeros_like(rows).index_fill_(0, torch.tensor([T // 2]), 1)  # of experts
     for classes in (rows, torch.zeros_like(rows), short, None):
-        votes = triton_kernel.vote(ids, weights, plan, classes)
+        votes = triton_kernel.vote(Batch(ids, weights, classes), plan)
         for given in (None, votes, votes):
             mine, theirs = new_counters(), new_counters()
             own, carried = weights.clone(), weights.clone()
             assert torch.equal(
-                triton_kernel.run(ids, own, plan, classes, mine, given),
-                specification(ids, carried, plan, classes, theirs, given),
+                triton_kernel.run(Batch(ids, own, classes), plan, mine, given),
+                specification(Batch(ids, carried, classes), plan, theirs, given),
             )
             assert torch.equal(own, carried)
             assert torch.equal(mine, theirs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sere.demo_model.tasks import examples
-from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reference, reroute
+from sere.kernels import COUNTERS, Batch, Plan, RowClass, new_counters, reference, reroute
 from sere.kernels.plan import ERROR_FRACTION, Placement, Substitution
 from sere.policy import Policy, PolicyError
 from sere.serving import parallel
@@ -382,10 +382,10 @@ def _check_one_union(ranks: list[list[Call]], plan: Plan, counted: list[dict[str
     for calls in zip(*ranks, strict=False):  # one may have been asked while it idled on
         ids, weights, rows = (torch.cat([call[part] for call in calls]) for part in range(3))
         reroute(ids, weights, plan, rows, counters)
-        said = [reference.vote(ids, weights, plan, rows) for ids, weights, rows, _ in calls]
+        said = [reference.vote(Batch(*call[:3]), plan) for call in calls]
         votes = torch.stack(said).amin(0)
         for ids, weights, rows, new in calls:
-            own = reference.run(ids, weights.clone(), plan, rows, None, votes)
+            own = reference.run(Batch(ids, weights.clone(), rows), plan, None, votes)
             assert own.tolist() == new
         alone += sum(reroute(*call[:2], plan, call[2])[0].tolist() != call[3] for call in calls)
     assert alone > 10  # without the other's votes it would have been something else

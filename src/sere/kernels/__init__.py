@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sere.kernels.batch import Batch
 from sere.kernels.freed import freed_weights
 from sere.kernels.implementations import implementation_for, load, load_vote
 from sere.kernels.plan import Plan
@@ -24,6 +25,7 @@ WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 __all__ = [
     "COUNTERS",
+    "Batch",
     "Plan",
     "RowClass",
     "freed_weights",
@@ -64,7 +66,7 @@ def reroute(
     scales them. The rules are listed in `sere.kernels.reference`.
     Raises `ValueError` for shapes that do not fit together, and for other types.
     """
-    _check(topk_ids, topk_weights, rows)
+    _check(Batch(topk_ids, topk_weights, rows))
     if votes is not None and votes.shape != (2 * plan.num_experts + 1,):
         raise ValueError(f"votes {list(votes.shape)}: expected [{2 * plan.num_experts + 1}]")
     weights = topk_weights.clone(memory_format=torch.contiguous_format)
@@ -85,20 +87,22 @@ def reroute(
 def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None = None) -> Tensor:
     """What a batch says of each expert, [2 E + 1] int32, for `reroute` to be given (the arguments
     are the same): the smaller the stronger, so that ranks combine theirs by a minimum."""
-    _check(topk_ids, topk_weights, rows)
+    batch = Batch(topk_ids, topk_weights, rows)
+    _check(batch)
     name = implementation_for(topk_ids.device, plan.num_experts, topk_ids.shape[1])
-    return load_vote(name)(topk_ids, topk_weights, plan, rows)
+    return load_vote(name)(batch, plan)
 
 
-def _check(topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None) -> None:
-    if topk_ids.ndim != 2 or topk_ids.shape != topk_weights.shape:
+def _check(batch: Batch) -> None:
+    ids, weights, rows = batch
+    if ids.ndim != 2 or ids.shape != weights.shape:
         raise ValueError(
-            f"topk_ids {list(topk_ids.shape)} and topk_weights {list(topk_weights.shape)}: "
+            f"topk_ids {list(ids.shape)} and topk_weights {list(weights.shape)}: "
             "expected two [T, K] tensors of one shape"
         )
-    check_types(topk_ids.dtype, topk_weights.dtype)
-    if rows is not None and rows.shape != topk_ids.shape[:1]:
-        raise ValueError(f"rows {list(rows.shape)}: expected [T] = [{topk_ids.shape[0]}]")
+    check_types(ids.dtype, weights.dtype)
+    if rows is not None and rows.shape != ids.shape[:1]:
+        raise ValueError(f"rows {list(rows.shape)}: expected [T] = [{ids.shape[0]}]")
 
 
 def check_types(ids: torch.dtype, weights: torch.dtype) -> None:
@@ -127,7 +131,7 @@ def _route(
 ) -> Tensor:
     run = load(implementation_for(topk_ids.device, len(neighbours), topk_ids.shape[1]))
     plan = Plan(neighbours, errors, scales, settings)
-    return run(topk_ids, topk_weights, plan, rows, counters, votes)
+    return run(Batch(topk_ids, topk_weights, rows), plan, counters, votes)
 
 
 def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sere.files import replaced
+from sere.kernels.batch import Batch
 from sere.kernels.plan import Plan
 from sere.kernels.reference import NEVER
 
@@ -36,54 +37,44 @@ _C_TYPES = {
 }
 
 
-def run(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    plan: Plan,
-    rows: Tensor | None,
-    counters: Tensor | None,
-    votes: Tensor | None = None,
-) -> Tensor:
+def run(batch: Batch, plan: Plan, counters: Tensor | None, votes: Tensor | None = None) -> Tensor:
     """New ids [T, K] (see `sere.kernels.reference.run`); all tensors on one NVIDIA GPU."""
-    T, K = topk_ids.shape
-    out = torch.empty((T, K), dtype=topk_ids.dtype, device=topk_ids.device)
+    T, K = batch.ids.shape
+    out = torch.empty((T, K), dtype=batch.ids.dtype, device=batch.ids.device)
     _check_sizes(plan.num_experts, K)
     if T == 0 or K == 0:
         return out
-    weights = _readable(topk_weights)
+    read = _readable(batch)
     decision = (
         *(plan.neighbours.data_ptr(), plan.errors.data_ptr()),
         *(plan.scales.data_ptr(), plan.settings.data_ptr()),
         *(out.data_ptr(), _pointer(counters)),
     )
-    kernels = _kernels(topk_ids.device, topk_ids.dtype, weights.dtype)
-    batch = _batch(topk_ids, weights, plan, rows)
+    kernels, arguments = _kernels_for(read), _arguments(read, plan)
     if votes is None and T * K <= ONE_BLOCK:
-        kernels.launch("reroute_at_once", 1, *batch, *decision)
+        kernels.launch("reroute_at_once", 1, *arguments, *decision)
     else:
         if votes is None:
-            votes = vote(topk_ids, weights, plan, rows)
+            votes = vote(read, plan)
         elif counters is not None:
             votes = votes.clone()  # blocks tell each other what they counted
         share, blocks = _split(T, K)
-        kernels.launch("reroute_move", blocks, *batch, share, votes.data_ptr(), *decision)
-    if weights is not topk_weights:
-        topk_weights.copy_(weights)
+        kernels.launch("reroute_move", blocks, *arguments, share, votes.data_ptr(), *decision)
+    if read.weights is not batch.weights:
+        batch.weights.copy_(read.weights)
     return out
 
 
-def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+def vote(batch: Batch, plan: Plan) -> Tensor:
     """[2 E + 1] int32 (see `sere.kernels.reference.vote`); all tensors on one NVIDIA GPU."""
-    (T, K), E = topk_ids.shape, plan.num_experts
+    (T, K), E = batch.ids.shape, plan.num_experts
     _check_sizes(E, K)
-    votes = torch.full((2 * E + 1,), NEVER, dtype=torch.int32, device=topk_ids.device)
+    votes = torch.full((2 * E + 1,), NEVER, dtype=torch.int32, device=batch.ids.device)
     if T and K:
-        weights = _readable(topk_weights)
+        read = _readable(batch)
         share, blocks = _split(T, K)
-        kernels = _kernels(topk_ids.device, topk_ids.dtype, weights.dtype)
-        batch = _batch(topk_ids, weights, plan, rows)
         shared_out = (share, votes.data_ptr(), plan.settings.data_ptr())
-        kernels.launch("reroute_vote", blocks, *batch, *shared_out)
+        _kernels_for(read).launch("reroute_vote", blocks, *_arguments(read, plan), *shared_out)
     return votes
 
 
@@ -92,16 +83,19 @@ def _check_sizes(E: int, K: int) -> None:
         raise ValueError(f"E={E}, K={K}: the CUDA kernel goes to E={MAX_E}, K={MAX_K}; use triton")
 
 
-def _readable(weights: Tensor) -> Tensor:
-    """Of a type that the kernel has; order and zeros are kept."""
-    return weights if weights.dtype in (torch.float32, torch.float64) else weights.float()
+def _readable(batch: Batch) -> Batch:
+    """With weights of a type that the kernel has; order and zeros are kept."""
+    if batch.weights.dtype in (torch.float32, torch.float64):
+        return batch
+    return batch._replace(weights=batch.weights.float())
 
 
-def _batch(topk_ids: Tensor, weights: Tensor, plan: Plan, rows: Tensor | None) -> tuple[Any, ...]:
+def _arguments(batch: Batch, plan: Plan) -> tuple[Any, ...]:
     """The arguments of every launch that are the batch."""
-    T, K = topk_ids.shape
+    ids, weights, rows = batch
+    T, K = ids.shape
     return (
-        *(topk_ids.data_ptr(), topk_ids.stride(0), topk_ids.stride(1)),
+        *(ids.data_ptr(), ids.stride(0), ids.stride(1)),
         *(weights.data_ptr(), weights.stride(0), weights.stride(1)),
         *(_pointer(rows), c_int(T), c_int(K), c_int(plan.num_experts)),
     )
@@ -144,6 +138,10 @@ class Kernels:
 
         stream = Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
         launch(stream, LaunchConfig(grid=blocks, block=THREADS), self._kernels[name], *arguments)
+
+
+def _kernels_for(batch: Batch) -> Kernels:
+    return _kernels(batch.ids.device, batch.ids.dtype, batch.weights.dtype)
 
 
 @functools.cache

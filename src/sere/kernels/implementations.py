@@ -18,23 +18,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sere.kernels.batch import Batch
 from sere.kernels.plan import Plan
 
-Vote = Callable[[Tensor, Tensor, Plan, Tensor | None], Tensor]
+Vote = Callable[[Batch, Plan], Tensor]
 
 
 class Implementation(Protocol):
     """`sere.kernels.reference.run`."""
 
     def __call__(
-        self,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        plan: Plan,
-        rows: Tensor | None,
-        counters: Tensor | None,
-        votes: Tensor | None = None,
-        /,
+        self, batch: Batch, plan: Plan, counters: Tensor | None, votes: Tensor | None = None, /
     ) -> Tensor: ...
 
 

@@ -14,6 +14,7 @@ from numba import carray, cfunc, types
 from torch import Tensor
 
 from sere.kernels import numba_loops
+from sere.kernels.batch import Batch
 from sere.kernels.numba_loops import FAST, reroute
 from sere.kernels.plan import Plan
 from sere.kernels.reference import COUNTERS
@@ -29,51 +30,37 @@ _KEPT: list[Any] = []
 _BOUND_ROWS = 512  # larger batches have an output of their own
 
 
-def run(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    plan: Plan,
-    rows: Tensor | None,
-    counters: Tensor | None,
-    votes: Tensor | None = None,
-) -> Tensor:
+def run(batch: Batch, plan: Plan, counters: Tensor | None, votes: Tensor | None = None) -> Tensor:
     """New ids [T, K] (see `sere.kernels.reference.run`); all tensors on the CPU."""
-    T, K = topk_ids.shape
-    ids, weights, rows = _readable(topk_ids, topk_weights, rows)
+    T, K = batch.ids.shape
+    ids, weights, rows = _readable(batch)
     out = torch.empty((T, K), dtype=ids.dtype)
     _entry(out.dtype, weights.dtype)(
-        ids.data_ptr(),
-        weights.data_ptr(),
-        out.data_ptr(),
-        rows.data_ptr(),
-        T,
-        K,
+        *(ids.data_ptr(), weights.data_ptr(), out.data_ptr(), rows.data_ptr(), T, K),
         *_fixed(plan, counters, votes),
     )
-    if weights is not topk_weights:
-        topk_weights.copy_(weights)
-    return out.to(topk_ids.dtype)
+    if weights is not batch.weights:
+        batch.weights.copy_(weights)
+    return out.to(batch.ids.dtype)
 
 
-def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+def vote(batch: Batch, plan: Plan) -> Tensor:
     """[2 E + 1] int32 (see `sere.kernels.reference.vote`); all tensors on the CPU."""
     votes = torch.empty(2 * plan.num_experts + 1, dtype=torch.int32)
-    read = _readable(topk_ids, topk_weights, rows)
-    numba_loops.vote(*(t.numpy() for t in (*read[:2], plan.settings, read[2], votes)))
+    ids, weights, rows = _readable(batch)
+    numba_loops.vote(*(t.numpy() for t in (ids, weights, plan.settings, rows, votes)))
     return votes
 
 
-def _readable(
-    topk_ids: Tensor, topk_weights: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _readable(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """What the loops can read: contiguous, and of a type that they know; no row class left out."""
-    ids, weights = topk_ids, topk_weights
+    ids, weights, rows = batch
     if ids.dtype not in _TYPES:
         ids = ids.long()
     if weights.dtype not in _TYPES:
         weights = weights.float()  # numpy has no bfloat16; order and zeros are kept
     if rows is None:
-        rows = torch.full(topk_ids.shape[:1], FAST, dtype=torch.int8)
+        rows = torch.full(ids.shape[:1], FAST, dtype=torch.int8)
     return ids.contiguous(), weights.contiguous(), rows.contiguous()
 
 
@@ -93,7 +80,7 @@ def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tenso
         if known is None:
             known_types = topk_ids.dtype in _TYPES and topk_weights.dtype in _TYPES
             if not (readable and known_types) or T > _BOUND_ROWS:
-                return run(topk_ids, topk_weights, plan, rows[:T], counters)
+                return run(Batch(topk_ids, topk_weights, rows[:T]), plan, counters)
             out, K = torch.empty_like(topk_ids), topk_ids.shape[1]
             entry = _entry(topk_ids.dtype, topk_weights.dtype)
             known = ready[T] = (entry, out, (out.data_ptr(), rows.data_ptr(), T, K, *fixed))

@@ -66,6 +66,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sere.kernels.batch import Batch
 from sere.kernels.distinct import NOWHERE, distinct
 from sere.kernels.plan import FRACTION, OFF, Plan
 
@@ -116,41 +117,33 @@ class Routing(NamedTuple):
     after: Tensor  # scalar: distinct experts that they name afterwards
 
 
-def run(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    plan: Plan,
-    rows: Tensor | None,
-    counters: Tensor | None,
-    votes: Tensor | None = None,
-) -> Tensor:
+def run(batch: Batch, plan: Plan, counters: Tensor | None, votes: Tensor | None = None) -> Tensor:
     """New ids [T, K]; scales the weights in place; counts the step if `counters` are given.
 
     votes: what `vote` said of this batch, the minimum with what it said of others; None: of this
         batch alone.
     """
     if votes is None:
-        votes = vote(topk_ids, topk_weights, plan, rows)
-    routing = route(topk_ids, topk_weights, plan, rows, votes)
+        votes = vote(batch, plan)
+    routing = route(batch, plan, votes)
     if counters is not None:
-        count(counters, topk_ids, routing, plan, rows, votes)
-    topk_weights.copy_(routing.weights)
+        count(counters, batch, routing, plan, votes)
+    batch.weights.copy_(routing.weights)
     return routing.ids
 
 
-def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None) -> Tensor:
+def vote(batch: Batch, plan: Plan) -> Tensor:
     """[2 E + 1] int32, the smaller the stronger; NEVER where there is nothing to say.
 
     First E: `first_rank`, or NAMED. Then 0 if a row is FAST. Then, where the plan has a tolerance,
     minus the largest share of each expert.
     """
-    E = plan.num_experts
-    rows = _given(rows, topk_ids)
+    E, rows = plan.num_experts, _rows(batch)
     fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
     real = (rows != RowClass.VOID)[:, None]
-    valid, counts, expert = _slots(topk_ids, topk_weights, E)
+    valid, counts, expert = _slots(batch, E)
 
-    ranks = _ranks(topk_weights, counts, counts)
+    ranks = _ranks(batch.weights, counts, counts)
     ranks = ranks.masked_fill(ranks < (rows - int(RowClass.EXACT))[:, None], 0)
     ranks = (
         ranks.masked_fill(~counts, NAMED).masked_fill(exact, 0).masked_fill(~(valid & real), NEVER)
@@ -159,26 +152,20 @@ def vote(topk_ids: Tensor, topk_weights: Tensor, plan: Plan, rows: Tensor | None
     first_rank = never.scatter_reduce(0, expert.reshape(-1), ranks.reshape(-1), "amin")
 
     any_fast = torch.where(fast.any(), 0, NEVER)[None]
-    shares = _largest_shares(topk_weights, expert, counts & fast, E)
+    shares = _largest_shares(batch.weights, expert, counts & fast, E)
     told = (shares > 0) & (plan.settings[3] >= 0)
     return torch.cat([first_rank, any_fast, torch.where(told, -shares, NEVER)]).to(torch.int32)
 
 
-def route(
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    plan: Plan,
-    rows: Tensor | None,
-    votes: Tensor | None = None,
-) -> Routing:
-    """Re-route one batch and say why (see `sere.kernels.reroute` for the arguments)."""
+def route(batch: Batch, plan: Plan, votes: Tensor | None = None) -> Routing:
+    """Re-route one batch and say why (see `run` for the arguments)."""
     if votes is None:
-        votes = vote(topk_ids, topk_weights, plan, rows)
-    K, E = topk_ids.shape[1], plan.num_experts
+        votes = vote(batch, plan)
+    K, E = batch.ids.shape[1], plan.num_experts
     S, min_active, max_active, tau, scaling = plan.settings.unbind()
-    rows = _given(rows, topk_ids)
+    rows = _rows(batch)
     fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
-    valid, counts, expert = _slots(topk_ids, topk_weights, E)
+    valid, counts, expert = _slots(batch, E)
 
     first_rank, shares = votes[:E].long(), (-votes[E + 1 :].long()).clamp(min=0)
     s = _choose_s(first_rank, S, min_active, max_active, K)
@@ -193,17 +180,17 @@ def route(
     carries = counts & fast
     leaves = valid & ~exact & ~active[expert] & works
     surplus = valid.sum(1, keepdim=True) - active.sum()
-    stays = leaves & (_ranks(topk_weights, carries, leaves) < surplus)
+    stays = leaves & (_ranks(batch.weights, carries, leaves) < surplus)
     moved = leaves & ~stays
 
     goes = torch.where(moved, torch.where(carries, target[expert], NOWHERE), expert)
     joins = valid & ~stays & moved.any(1, keepdim=True)
-    weights = _wide(topk_weights)
+    weights = _wide(batch.weights)
     scaled = moved & carries & (scaling != 0)
     weights = torch.where(scaled, _scaled(weights, plan, place[expert], expert), weights)
     ids, weights = distinct(goes, weights, joins, active)
-    ids = torch.where(joins, ids, topk_ids.long()).to(topk_ids.dtype)
-    weights = torch.where(joins & fast, weights.to(topk_weights.dtype), topk_weights)
+    ids = torch.where(joins, ids, batch.ids.long()).to(batch.ids.dtype)
+    weights = torch.where(joins & fast, weights.to(batch.weights.dtype), batch.weights)
 
     critical = carries & works & (kept | (active & ~primary))[expert]
     before = (first_rank < NEVER).sum()
@@ -213,20 +200,20 @@ def route(
     return Routing(ids, weights, primary, moved & fast, critical, before, after)
 
 
-def _given(rows: Tensor | None, topk_ids: Tensor) -> Tensor:
+def _rows(batch: Batch) -> Tensor:
     """The rows' classes; all FAST where none were given."""
-    if rows is not None:
-        return rows
-    fast = int(RowClass.FAST)
-    return torch.full(topk_ids.shape[:1], fast, dtype=torch.int8, device=topk_ids.device)
+    if batch.rows is not None:
+        return batch.rows
+    fast, ids = int(RowClass.FAST), batch.ids
+    return torch.full(ids.shape[:1], fast, dtype=torch.int8, device=ids.device)
 
 
-def _slots(topk_ids: Tensor, topk_weights: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+def _slots(batch: Batch, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T, K] each: whether the id is an expert's, whether the slot counts (rule 1), and the expert,
     safe to index with and meaningless where there is none."""
-    given = topk_ids.long()  # PyTorch compares no unsigned numbers but bytes
+    given = batch.ids.long()  # PyTorch compares no unsigned numbers but bytes
     valid = (given >= 0) & (given < E)
-    return valid, valid & (topk_weights != 0), given.clamp(0, E - 1)
+    return valid, valid & (batch.weights != 0), given.clamp(0, E - 1)
 
 
 def _fast(rows: Tensor) -> Tensor:
@@ -308,14 +295,7 @@ def _scaled(weights: Tensor, plan: Plan, place: Tensor, expert: Tensor) -> Tenso
     return weights if plan.num_experts == 1 else weights * plan.scales[expert, place]
 
 
-def count(
-    counters: Tensor,
-    topk_ids: Tensor,
-    routing: Routing,
-    plan: Plan,
-    rows: Tensor | None,
-    votes: Tensor,
-) -> None:
+def count(counters: Tensor, batch: Batch, routing: Routing, plan: Plan, votes: Tensor) -> None:
     """Add one step's figures to `counters` [len(COUNTERS)] int64, without a host sync.
 
     Steps and active experts count only where there is a FAST row: a step of prefill or of void
@@ -323,9 +303,9 @@ def count(
     `votes` know of; slots and rows are this batch's. `Plan.off` counts nothing, and neither does a
     batch without any row.
     """
-    if not len(topk_ids):
+    if not len(batch.ids):
         return
-    rows = _given(rows, topk_ids)
+    rows = _rows(batch)
     decoding = (votes[plan.num_experts] == 0).long()
     figures = [
         decoding,

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from sere.kernels import COUNTERS, Plan, check_types, implementation_for, reference
+from sere.kernels import COUNTERS, Batch, Plan, check_types, implementation_for, reference
 from sere.kernels.implementations import load, load_vote
 from sere.serving import second_engine
 from sere.serving.live import Live
@@ -67,7 +67,7 @@ class ReroutedLayer(nn.Module):
 
             return bound(plan, counters, rows.buffer)
         run = load(name)
-        return lambda ids, weights, T: run(ids, weights, plan, rows.of(T), counters)
+        return lambda ids, weights, T: run(Batch(ids, weights, rows.of(T)), plan, counters)
 
     def _run_together(self, name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The same in two halves, and between them what other ranks' rows say."""
@@ -75,14 +75,14 @@ class ReroutedLayer(nn.Module):
         vote, run = load_vote(name), load(name)
 
         def run_together(ids: Tensor, weights: Tensor, T: int) -> Tensor:
-            own = rows.of(T)
+            batch = Batch(ids, weights, rows.of(T))
             try:
-                votes = vote(ids, weights, plan, own)
+                votes = vote(batch, plan)
             except Exception:
                 self._abstain(ids, weights)
                 raise
             share_votes(votes)
-            return run(ids, weights, plan, own, counters, votes)
+            return run(batch, plan, counters, votes)
 
         return run_together
 
@@ -115,7 +115,7 @@ class ReroutedLayer(nn.Module):
         """Vote as rows that are not real do, where other ranks wait for a vote."""
         if self.live.together:
             void = torch.zeros(len(topk_ids), dtype=torch.int8, device=topk_ids.device)
-            share_votes(reference.vote(topk_ids, topk_weights, self.plan, void))
+            share_votes(reference.vote(Batch(topk_ids, topk_weights, void), self.plan))
 
     def _reroute(self, topk_ids: Tensor, topk_weights: Tensor, T: int) -> Tensor:
         if self.recording is None:
