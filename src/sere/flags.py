@@ -115,8 +115,9 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="JSON",
         help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5, "name": "mine"}, {"rival": "oea", "k0": 1} '
-        '(no rivals with --engine and --tasks); in one pass also "table": "other.table"; may be '
-        "repeated (default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
+        '(no rivals with --engine and --tasks), or the word tuned; in one pass also "table": '
+        '"other.table"; may be repeated ('
+        "default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
     )
 
 

@@ -31,6 +31,7 @@ from sere.statistics import TableError as TableError
 FORMAT = 2
 # Beside a model. Not *.safetensors: vLLM would take it for a shard of the model's weights.
 FILE_NAME = "sere.table"
+TUNED = "tuned"  # the word, where a policy is asked for, for that which the table carries
 # What reading a file that is no table, or no longer one, can end in.
 _UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError)
 
@@ -163,6 +164,17 @@ class Table:
         for own in (policy, *(policy.for_layer(index) for index in policy.layers)):
             if own.frees:
                 self.maps_for(own)
+
+    def tuned(self) -> Policy:
+        """What `sere tune` left in it, where that re-routes. Raises `PolicyError` where not."""
+        if self.policy is None:
+            raise PolicyError("the table carries no policy: run `sere tune`, or give JSON")
+        if self.policy.is_stock:
+            raise PolicyError(
+                "the choice of `sere tune` in this table is stock routing at every batch size: "
+                "there is nothing to compare with stock; give a policy as JSON"
+            )
+        return self.policy
 
     def check_served(self, policy: Policy) -> None:
         """`check_policy` for an engine: raise `PolicyError` for what is only evaluated, too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sere.calibration.calibrate import calibrate
 from sere.cli import main
 from sere.demo_model.tasks import examples
 from sere.engine_runs import generation
-from sere.evaluation.arms import parse_arm, served_policies
+from sere.evaluation.arms import parse_arm, served_policies, spelt_out
 from sere.evaluation.decoding import Passage
 from sere.evaluation.evaluate import run
 from sere.evaluation.passages import load_passages
@@ -274,6 +275,18 @@ def test_policies_for_the_engine_are_told_apart_by_name(table: Table) -> None:
         served_policies(['{"S": 1, "name": "stock"}'], table)
     with pytest.raises(PolicyError, match="the same policy is given twice: S=1 per layer"):
         served_policies([json.dumps(one), json.dumps({**one, "name": "again"})], table)
+
+
+def test_what_the_tuner_stored_is_a_policy_by_name(table: Table) -> None:
+    stored = Policy(S=1, batches={8: {"S": 2}})
+    carries = replace(table, policy=stored)
+    texts = spelt_out(["tuned", '{"S": 2}'], carries)
+    assert [parse_arm(text, carries).name for text in texts] == ["tuned", "S=2"]
+    assert served_policies(["tuned", '{"S": 2}'], carries) == {"tuned": stored, "S=2": Policy(S=2)}
+    with pytest.raises(PolicyError, match=r"carries no policy: run `sere tune`"):
+        spelt_out(["tuned"], table)
+    with pytest.raises(PolicyError, match=r"choice of `sere tune` .* is stock routing"):
+        spelt_out(["tuned"], replace(table, policy=Policy(S=1, batches={1: None})))
 
 
 def test_re_routing_prompts_is_for_the_engine(tiny: Any) -> None:

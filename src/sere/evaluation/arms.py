@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from sere.models.adapters import Changed
 from sere.models.moe import MoELayer
 from sere.policy import Policy, PolicyError, settings_from_json
 from sere.results.names import check_names
-from sere.table import Table, TableError
+from sere.table import TUNED, Table, TableError
 
 
 @dataclass
@@ -120,6 +121,15 @@ class Arm:
         return plan
 
 
+def spelt_out(texts: Sequence[str], table: Table) -> list[str]:
+    """The same, with the policy that the table carries for the word `tuned`: what a result and a
+    journal record, as another `sere tune` may store another. Raises `PolicyError` without one."""
+    return [
+        json.dumps({**table.tuned().to_dict(), "name": TUNED}) if text == TUNED else text
+        for text in texts
+    ]
+
+
 def parse_arm(text: str, table: Table) -> Arm:
     """An arm from JSON: a policy such as {"tau": 0.02}, or {"rival": "oea", "k0": 1}; either may
     have a "name", and a "table" of its own. Raises `PolicyError` for anything else."""
@@ -130,7 +140,7 @@ def served_policies(texts: Sequence[str], table: Table) -> dict[str, Policy]:
     """By name, in order: policies that an engine can follow, beside "stock". From JSON, each with a
     "name" if it likes. Raises `PolicyError` for a rival, for what makes no sense for the table's
     model, and for a policy or a name that is given twice."""
-    named = [_served(settings_from_json(text), table) for text in texts]
+    named = [_served(settings_from_json(text), table) for text in spelt_out(texts, table)]
     policies = [policy for _, policy in named]
     if twice := [policy for policy in policies if policies.count(policy) > 1]:
         raise PolicyError(f"the same policy is given twice: {twice[0].brief()}")

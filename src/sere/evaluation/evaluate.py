@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sere.evaluation.arms import Arm, parse_arm
+from sere.evaluation.arms import Arm, parse_arm, spelt_out
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge, figures
 from sere.files import unfinished
@@ -43,6 +43,7 @@ def run(
     """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot."""
     pictures.check_result(output, table_path, data)
     table = Table.load(table_path)
+    policies = spelt_out(policies, table)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
     folder = located(model_name)
@@ -55,7 +56,7 @@ def run(
     settings = {
         "model": model_name,
         "table": table_path,
-        "policies": list(policies),
+        "policies": policies,
         "batches": list(batches),
         "passages": passages_hash(passages),
         "layer_error": layer_error,

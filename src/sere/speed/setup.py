@@ -20,9 +20,7 @@ from sere.results.names import check_names
 from sere.serving.random_weights import LOAD_FORMAT, reached
 from sere.speed.shapes import SHAPES, Shape, shape_named
 from sere.step_cost.roofline import Sizes
-from sere.table import FILE_NAME, Table, stored_policy
-
-TUNED = "tuned"
+from sere.table import FILE_NAME, TUNED, Table
 
 
 class BenchError(RuntimeError):
@@ -147,15 +145,7 @@ def _served(
 def contender_of(text: str, table: Path) -> Contender:
     """From JSON: settings of a policy, "merge" and a "name"; or the word `tuned`."""
     if text == TUNED:
-        policy = stored_policy(table)
-        if policy is None:
-            raise PolicyError(f"{table} carries no policy: run `sere tune`, or give JSON")
-        if policy.is_stock:
-            raise PolicyError(
-                f"the choice of `sere tune` in {table} is stock routing at every batch size: there "
-                "is nothing to compare with stock; give a policy as JSON"
-            )
-        return Contender(TUNED, policy)
+        return Contender(TUNED, Table.load(table).tuned())
     rest = dict(settings_from_json(text))
     merge, name = rest.pop("merge", False), rest.pop("name", None)
     if not isinstance(merge, bool):
