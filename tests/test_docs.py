@@ -190,6 +190,17 @@ def test_links_resolve(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_tests_that_pages_name_exist() -> None:
+    tests = [*ROOT.glob("tests/**/*.py")]
+    known = {path.stem for path in tests}
+    known |= {name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text())}
+    for page in PAGES:
+        for name in re.findall(r"\btest_\w+", page.read_text()):
+            # Or how several begin: test_void_...
+            begins = name.endswith("_") and any(one.startswith(name) for one in known)
+            assert name in known or begins, f"{page.name}: {name}"
+
+
 def test_the_map_names_every_module() -> None:
     page = (ROOT / "docs/design.md").read_text()
     for path in (ROOT / "src/sere").rglob("*.py"):

@@ -32,6 +32,21 @@ VERBS = {
 NOTES = b"what I wrote in a month"
 
 
+def test_a_result_says_which_gpus_there_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "NVIDIA H100 80GB HBM3, 580.65.06"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\necho '{said}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    made = provenance.provenance()
+    assert (made["gpu"], made["driver"]) == ("2 x NVIDIA H100 80GB HBM3", "580.65.06")
+    assert made["cuda"] == "13.0"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # a machine without one
+    assert not {"gpu", "driver", "cuda"} & set(provenance.provenance())
+
+
 @pytest.fixture
 def run(table: Table, tmp_path: Path) -> object:
     table.save(tmp_path / "t.table")

@@ -16,6 +16,7 @@ import pytest
 import tomllib
 
 import sere
+from sere.results.commit import of_checkout
 from sere.table import Table
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,18 @@ def test_everything_that_is_no_module_came_along(installed: Path) -> None:
     assert modules == {
         path.relative_to(ROOT / "src/sere") for path in (ROOT / "src/sere").rglob("*.py")
     }
+
+
+def test_an_installed_package_knows_its_commit(installed: Path, tmp_path: Path) -> None:
+    """Of the checkout that it was built in, and not of the folder in which it is installed."""
+    asked = "from sere.results.commit import commit; print(commit())"
+    said = run(installed / "python", "-I", "-c", asked, cwd=tmp_path).strip()
+    assert said == run("git", "describe", "--always", "--dirty", "--abbrev=12").strip()
+    run("git", "init", "-q", tmp_path)
+    author = ["-c", "user.name=a", "-c", "user.email=b"]
+    run("git", *author, "commit", "-q", "--allow-empty", "-m", "of somebody else", cwd=tmp_path)
+    assert of_checkout(tmp_path / "commit.py") is None
+    assert of_checkout(ROOT / "src/sere/results/commit.py") == said
 
 
 def test_metadata_says_what_pyproject_says(installed: Path) -> None:

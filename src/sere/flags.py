@@ -193,6 +193,13 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "(inf: all at once); may be repeated",
     )
     parser.add_argument("--requests", type=_positive, default=100, help="at each --rate")
+    parser.add_argument(
+        "--against",
+        choices=("off", "stock"),
+        help="off: the same engine with re-routing off. stock: an engine without the plug-in, in a "
+        "process of its own; processes take turns, a round is a pair (default: off, unless stock "
+        "vLLM would take another expert kernel)",
+    )
     parser.add_argument("--layers", type=_positive, help="cut a shape to so many layers")
     parser.add_argument(
         "--skew",

@@ -213,12 +213,16 @@ def test_engine_modes(mode: str, table_path: Path, without_plugin: list[Any]) ->
     steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_record", True]]
     steps += [["generate", PROMPTS, 4, ["exact", None] * 12], ["rpc", "sere_recording"]]
     steps += [["rpc", "sere_telemetry"], ["rpc", "sere_policy", None], GENERATE]
+    # Of two ranks that refuse, the second's answer must not be taken for that to the next call.
+    steps += [["failing", "rpc", "sere_policy", {"S": 99}], ["rpc", "sere_layers"]]
     sere: dict[str, Any] = {"table": str(table_path), **S1}
     if "enforce_eager" not in options:
         sere["shadow"] = {"every": 2, "bound": 1e3}
-    on, stats, _, mixed, recording, told, _, off = run_engine(
+    on, stats, _, mixed, recording, told, _, off, refused, bound = run_engine(
         steps, sere=sere, options=options, env=env, paths=paths
     )
+    assert "S=99" in refused
+    assert bound == [sorted(map(int, rank)) for rank in recording]
     if mode == "pipeline parallel":
         # vLLM 0.32's CPU engine by itself dies of its first step here: KeyError in its scheduler.
         stock = without_plugin[0]

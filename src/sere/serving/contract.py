@@ -152,6 +152,8 @@ _REROUTING = Needs(
             "use_ubatching",
             "prefill_context_parallel_size",
             "pipeline_parallel_size",
+            "distributed_executor_backend",
+            "world_size",
         ),
         ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens",),
     },
@@ -248,6 +250,8 @@ _BENCH = Needs(
         (_KV_CACHE, "KVCacheGroupSpec"): ("layer_names", "kv_cache_spec"),
         (_KV_CACHE, "KVCacheSpec"): ("block_size", "page_size_bytes"),
         ("vllm.outputs", "RequestOutput"): ("metrics",),
+        ("vllm.v1.engine.llm_engine", "LLMEngine"): ("engine_core",),
+        ("vllm.v1.engine.core_client", "EngineCoreClient"): ("shutdown",),
         ("vllm.v1.metrics.stats", "RequestStateStats"): ("first_token_ts", "last_token_ts"),
         # The load generator, in a process of its own that says what it lacks.
         ("vllm.benchmarks.serve", "add_cli_args"): (),

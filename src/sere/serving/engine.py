@@ -1,8 +1,9 @@
 """One vLLM engine whose policy can be switched between batches.
 
 Stock and re-routed decoding then run interleaved in one process family, so that their ratio does
-not depend on what else the machine was doing. Stock here is the same engine with re-routing off,
-which is bit-identical to an engine without the plug-in (tested).
+not depend on what else the machine was doing. Stock here is the same engine with re-routing off.
+It equals an engine without the plug-in to the bit (tested), unless stock vLLM would take an expert
+kernel that routes inside itself: `Engine.kernels` tells.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Engine:
         table: None for stock vLLM, where no policy can be set. batch: requests decoded together at
         most. options: passed on to `vllm.LLM`.
         """
-        prepare()
+        prepare(needed=table is not None)
         from vllm import LLM
 
         if reason := lacking("bench"):
@@ -72,6 +73,19 @@ class Engine:
     def set_merge(self, on: bool) -> None:
         """Fold duplicates of re-routed rows, or stop to (see `sere.kernels.merge`)."""
         self.llm.collective_rpc("sere_merge", args=(on,))
+
+    def kernels(self) -> dict[str, list[str]]:
+        """Names of the expert kernels, "serving" and those that "stock" vLLM would have taken."""
+        workers = self.llm.collective_rpc("sere_description")
+        names = {"serving": "kernels", "stock": "stock_kernels"}
+        return {
+            key: sorted({kernel for worker in workers for kernel in worker[name]})
+            for key, name in names.items()
+        }
+
+    def close(self) -> None:
+        """End the engine's own process, if it has one, so that the device is free for another."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def probe(self) -> dict[str, float]:
         """What the device can do: see `sere.serving.probe`."""
@@ -121,10 +135,12 @@ class Engine:
         return stats
 
 
-def prepare() -> None:
-    """Before vLLM is imported for an engine of ours: the plug-in must be allowed; unless the user
-    says otherwise, the CPU's cache is small and vLLM logs errors only (sere's own among them)."""
-    check_plugin_allowed()
+def prepare(*, needed: bool = True) -> None:
+    """Before vLLM is imported for an engine of ours: the plug-in must be allowed where it is
+    needed; unless the user says otherwise, the CPU's cache is small and vLLM logs errors only
+    (sere's own among them)."""
+    if needed:
+        check_plugin_allowed()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")

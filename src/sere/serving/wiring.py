@@ -42,6 +42,7 @@ from sere.serving.contract_front_end import LAST, RUST
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
 from sere.serving.refusal import ServingError
+from sere.serving.remote import refusing_once
 from sere.serving.session import check_config, open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
 
@@ -94,7 +95,7 @@ def install() -> None:
         wrap(runner, "_dummy_run", worker.voiding)
         wrap(runner, "capture_model", worker.voiding)
     for call in (*worker.REMOTE_CALLS, sere_probe):
-        setattr(symbol("WorkerBase"), call.__name__, call)
+        setattr(symbol("WorkerBase"), call.__name__, refusing_once(call))
 
 
 def install_in_worker(own: Any, config: Any) -> None:
@@ -127,6 +128,8 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
                 "sere is not loaded in every worker: install the same version on every host, and "
                 f"let VLLM_PLUGINS name 'sere' there if it is set ({error})"
             ) from error
+        if refused := [answer for answer in told if isinstance(answer, str)]:
+            raise ServingError(refused[0])
         start_up.say(told)
 
     return compile_or_warm_up_model

@@ -8,17 +8,17 @@ each measured time stands the time that the bytes read would take (`sere.step_co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from sere.files import unfinished
-from sere.policy import Policy
 from sere.results import pictures, provenance
 from sere.results.journal import Journal
-from sere.serving.engine import Batch, Engine
+from sere.serving.engine import Engine
+from sere.speed.against import OFF, STOCK, measure_pairs
 from sere.speed.result import as_text, plot, summary
 from sere.speed.server import GATE_PROMPTS, Traffic, measure_server
 from sere.speed.setup import (
@@ -29,20 +29,7 @@ from sere.speed.setup import (
     contenders_of,
     subject,
 )
-
-_WARM_TOKENS = 4
-
-
-class Switchable(Protocol):
-    """What is needed of an engine (`sere.serving.engine.Engine`)."""
-
-    def set_policy(self, policy: Policy | None) -> None: ...
-    def set_merge(self, on: bool) -> None: ...
-    def reset_stats(self) -> None: ...
-    def stats(self) -> dict[int, dict[str, int]]: ...
-    def generate(
-        self, prompts: Sequence[list[int]], max_tokens: int, *, to_the_end: bool
-    ) -> Batch: ...
+from sere.speed.turns import WARM_TOKENS, Switchable, gate, timed
 
 
 def run(
@@ -54,18 +41,24 @@ def run(
     load: Load,
     rates: Sequence[float] = (),
     requests: int = 100,
+    against: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure, print, write `output` (JSON) and a plot beside it.
 
     rates: if any, a server is measured under so many requests per second instead of closed batches.
+    against: "off", the same engine with re-routing off; "stock", an engine without the plug-in (see
+    `sere.speed.against`); None: "off" unless stock vLLM would take another expert kernel.
     The rest: see `sere.speed.setup.subject`. Raises `BenchError` or `GateError` if the gate fails.
     """
     pictures.check_result(output, table)
     with subject(model, table, load, **options) as served:
         contenders = contenders_of(policies, served.table)
+        if rates and against == OFF:
+            raise BenchError("servers are compared with a stock server: leave out --against off")
         rules = [[c.name, c.policy and c.policy.to_dict(), c.merge] for c in contenders]
         pieces = {**served.facts, "rules": rules, "load": {**vars(load), "batches": None}}
+        pieces["against"] = against
         with Journal(unfinished(output), pieces) as journal:
             if rates:
                 traffic = Traffic(
@@ -73,11 +66,14 @@ def run(
                 )
                 found = _measure_server(served, contenders, load, traffic, journal)
             else:
-                _measure(served, contenders, load, journal)
+                against = _measure(served, contenders, load, journal, against)
+                if against == STOCK:
+                    contenders = [contenders[0], Contender(OFF, None), *contenders[1:]]
                 found = summary(contenders, load, journal, served)
             result = {
                 "provenance": provenance.provenance(),
                 **served.facts,
+                "against": against or STOCK,
                 "load": {**vars(load), "batches": list(load.batches)},
                 **found,
             }
@@ -109,16 +105,30 @@ def _measure_server(
 
 
 def _measure(
-    served: Subject, contenders: Sequence[Contender], load: Load, journal: Journal
-) -> None:
-    """Everything that the journal lacks."""
-    wanted = [f"{batch}/{turn}" for batch in load.batches for turn in range(load.rounds)]
-    if journal.get("machine") and all(journal.get(piece) for piece in wanted):
-        return
-    engine = Engine(served.folder, served.table, batch=max(load.batches), **served.options)
-    if not journal.get("machine"):
-        journal.add("machine", engine.probe())
-    measure(engine, contenders, load, journal, K=served.K, vocabulary=served.vocabulary)
+    served: Subject,
+    contenders: Sequence[Contender],
+    load: Load,
+    journal: Journal,
+    against: str | None,
+) -> str:
+    """Everything that the journal lacks; returns what policies were measured against."""
+    against = against or journal.get("against")
+    if against != STOCK:
+        wanted = [f"{batch}/{turn}" for batch in load.batches for turn in range(load.rounds)]
+        if journal.get("machine") and all(journal.get(piece) for piece in wanted):
+            return OFF
+        engine = Engine(served.folder, served.table, batch=max(load.batches), **served.options)
+        kernels = engine.kernels()
+        if against == OFF or kernels["serving"] == kernels["stock"]:
+            if not journal.get("machine"):
+                journal.add("machine", engine.probe())
+                journal.add("kernels", kernels)
+            measure(engine, contenders, load, journal, K=served.K, vocabulary=served.vocabulary)
+            return OFF
+        engine.close()
+        journal.add("against", STOCK)
+    measure_pairs(served, contenders, load, journal)
+    return STOCK
 
 
 def measure(
@@ -135,68 +145,18 @@ def measure(
     with tqdm(total=total, desc="bench", unit="round") as progress:
         for batch in load.batches:
             if journal.get(f"{batch}/gate") is None:
-                journal.add(f"{batch}/gate", _gate(engine, load, batch, K, vocabulary))
+                journal.add(f"{batch}/gate", gate(engine, load, batch, K, vocabulary))
             warm = False
             for turn in range(load.rounds):
                 if journal.get(f"{batch}/{turn}") is None:
                     prompts = load.prompts(batch, turn, vocabulary)
                     if not warm:
-                        brief = replace(load, output_len=_WARM_TOKENS)
+                        brief = replace(load, output_len=WARM_TOKENS)
                         for contender in contenders:
-                            _timed(engine, contender, prompts, brief)
+                            timed(engine, contender, prompts, brief)
                         warm = True
                     first = turn % len(contenders)
                     order = [*contenders[first:], *contenders[:first]]
-                    found = {c.name: _timed(engine, c, prompts, load) for c in order}
+                    found = {c.name: timed(engine, c, prompts, load) for c in order}
                     journal.add(f"{batch}/{turn}", found)
                 progress.update()
-
-
-def _gate(
-    engine: Switchable, load: Load, batch: int, K: int, vocabulary: int
-) -> dict[str, list[float]]:
-    """Active experts of stock routing by layer, if S=K writes what stock writes."""
-    prompts = load.prompts(batch, 0, vocabulary)
-
-    def written(policy: Policy | None) -> list[list[int]]:
-        engine.set_policy(policy)
-        return engine.generate(prompts, load.output_len, to_the_end=True).token_ids
-
-    engine.set_merge(False)
-    stock = written(None)
-    engine.reset_stats()
-    exact = written(Policy(S=K))
-    stats = engine.stats()
-    if exact != stock:
-        again = written(None)
-        cause = (
-            "S=K changes the tokens: please report"
-            if again == stock
-            else "two runs of stock vLLM differ from each other: this engine is not deterministic"
-        )
-        raise BenchError(f"batch {batch}: {cause}; no speed is reported")
-    return _active(stats)
-
-
-def _timed(
-    engine: Switchable, contender: Contender, prompts: list[list[int]], load: Load
-) -> dict[str, Any]:
-    engine.set_policy(contender.policy)
-    engine.set_merge(contender.merge)
-    engine.reset_stats()
-    batch = engine.generate(prompts, load.output_len, to_the_end=True)
-    return {
-        "tpot_ms": 1e3 * batch.decode_s / (load.output_len - 1),
-        "active": _active(engine.stats()) if contender.policy else None,
-    }
-
-
-def _active(stats: Mapping[int, Mapping[str, int]]) -> dict[str, list[float]]:
-    """[before, after] of every layer, a mean over decode steps."""
-    return {
-        str(index): [
-            counters["active_before"] / max(counters["steps"], 1),
-            counters["active_after"] / max(counters["steps"], 1),
-        ]
-        for index, counters in stats.items()
-    }

@@ -11,6 +11,7 @@ from typing import Any
 
 from sere.results import pictures, provenance
 from sere.results.journal import Journal
+from sere.serving.expert_kernels import difference
 from sere.speed import server
 from sere.speed.setup import Contender, Load, Subject
 from sere.speed.shapes import shape_named
@@ -31,11 +32,13 @@ def summary(
         kv_bytes=machine["kv_bytes"] * context,
     )
     return {
+        "kernels": journal.get("kernels"),
         "roofline": {**asdict(bound), "text": str(bound)},
         "results": [
             {
                 "batch": batch,
                 "gate": "S=K wrote the same tokens as stock",
+                "tokens_as_without_plugin": journal.get(f"{batch}/as stock"),
                 "arms": _arms(contenders, load, journal, batch, bound),
             }
             for batch in load.batches
@@ -127,6 +130,7 @@ def as_text(result: dict[str, Any]) -> str:
         gate = "gate: one at a time, S=K answered as the stock server did"
         return "\n".join([*lines, gate, "", server.as_text(result["server"])])
     lines += [
+        *_stock(result),
         f"{load['rounds']} rounds; predicted: {result['roofline']['text']}",
         "gate: S=K wrote the same tokens as stock at every batch size",
         "",
@@ -138,17 +142,35 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _stock(result: dict[str, Any]) -> list[str]:
+    """What stock is; results of older versions do not say it."""
+    kernels = result.get("kernels")
+    lines = [f"expert kernel {', '.join(kernels['serving'])}"] if kernels else []
+    if kernels and (other := difference(kernels["serving"], kernels["stock"])):
+        lines.append(other)
+    if result.get("against") == "stock":
+        lines.append("stock: an engine without the plug-in; a round is a pair of processes")
+        differ = [
+            str(found["batch"])
+            for found in result["results"]
+            if found["tokens_as_without_plugin"] is False
+        ]
+        as_stock = f"not at batch {', '.join(differ)}" if differ else "at every batch size"
+        lines.append(f'"off" wrote the same tokens as stock: {as_stock}')
+    return lines
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """A row for every policy and batch size."""
     head = ["batch", "policy", "TPOT ms (quartiles)", "tokens/s", "active experts"]
     head += ["predicted ms", "speed-up (95 %)", "predicted"]
     rows: list[list[str]] = []
-    for found in results:
+    for found in _ascending(results):
         rows += [[]] if rows else []
         for arm in found["arms"]:
             low, high = arm["tpot_ms_quartiles"]
             least, most = arm["speedup_interval_95"]
-            stock = arm["policy"] is None
+            stock = arm is found["arms"][0]
             rows.append(
                 [
                     str(found["batch"]),
@@ -164,20 +186,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return provenance.text_table(head, rows)
 
 
+def _ascending(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(results, key=lambda found: int(found["batch"]))
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Left: speed-up against batch size, predicted dashed. Right: time of a step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     speed, time = figure.subplots(1, 2)
-    batches = [found["batch"] for found in result["results"]]
-    for i, first in enumerate(result["results"][0]["arms"]):
-        arms = [found["arms"][i] for found in result["results"]]
+    results = _ascending(result["results"])
+    batches = [found["batch"] for found in results]
+    for i, first in enumerate(results[0]["arms"]):
+        arms = [found["arms"][i] for found in results]
         color = f"C{i}"
         times = [arm["tpot_ms"] for arm in arms]
         time.plot(batches, times, "o-", color=color, label=first["name"])
         time.plot(batches, [arm["predicted_ms"] for arm in arms], ":", color=color)
-        if first["policy"] is None:
+        if i == 0:
             continue
         median = [arm["speedup"] for arm in arms]
         spread = [

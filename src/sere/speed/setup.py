@@ -38,13 +38,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class Load:
-    """How a batch is made: lengths in tokens, rounds that count."""
+    """How a batch is made: lengths in tokens, rounds that count. Batch sizes ascend, whatever the
+    order in which they are given."""
 
     batches: tuple[int, ...]
     input_len: int = 128
     output_len: int = 32
     rounds: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(sorted(set(self.batches))))
 
     def prompts(self, batch: int, turn: int, vocabulary: int) -> list[list[int]]:
         """Random token ids, others in every round."""
@@ -157,7 +161,7 @@ def contender_of(text: str, table: Path) -> Contender:
 def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:
     """Stock and what was asked for. Raises `PolicyError` for what cannot be meant."""
     contenders = [Contender("stock", None), *(contender_of(text, table) for text in policies)]
-    check_names([contender.name for contender in contenders])
+    check_names(["off", *(contender.name for contender in contenders)])
     known = Table.load(table)
     for contender in contenders:
         if contender.policy:
