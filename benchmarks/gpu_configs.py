@@ -56,9 +56,9 @@ def slots(T: int, S: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]
     for _ in range(LAYERS):
         weights, ids = torch.randn(T, E, device=device).softmax(1).topk(K)
         weights = weights / weights.sum(1, keepdim=True)
-        plan = Plan.build(torch.rand(E, E, device=device), Policy(S=S), K=K)
-        moved = reroute(ids.to(torch.int32), weights, plan)
-        found.append((weights, moved))
+        plan = Plan.build(torch.rand(E, E), Policy(S=S), K=K).to(device)
+        ids, weights = reroute(ids.to(torch.int32), weights, plan)
+        found.append((weights, ids))
     return found
 
 

@@ -265,6 +265,7 @@ RAISES = {
     },
     "the caller of collective_rpc": {
         *("session.check_policy", "worker._session", "worker.sere_policy", "plan.build"),
+        "remote.answer",
     },
     "a step, which survives it": {"incidents.survive", "rows._fill", "layer.run_together"},
     "a caller in Python, never an engine": {"__init__._check", "__init__.reroute"},
