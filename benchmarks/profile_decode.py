@@ -27,7 +27,7 @@ PARTS = {
     "attention": ("_C::cpu_attention_with_kv_cache",),
     "top-k": ("aten::topk",),
 }
-ARMS = [("stock", None, False), ("S=1", Policy(S=1), False), ("S=1 merge", Policy(S=1), True)]
+ARMS = [("stock", None), ("S=1", Policy(S=1))]
 
 
 def main() -> None:
@@ -41,9 +41,8 @@ def main() -> None:
         rows = []
         for batch in load.batches:
             prompts = load.prompts(batch, 0, served.vocabulary)
-            for name, policy, merge in ARMS:
+            for name, policy in ARMS:
                 engine.set_policy(policy)
-                engine.set_merge(merge)
                 rows.append({"batch": batch, "policy": name, **measured(engine, prompts)})
         result = {"provenance": provenance.provenance(), **served.facts, "rows": rows}
     provenance.save_json(arguments.output, result)

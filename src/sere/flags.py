@@ -176,7 +176,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
         dest="policies",
         action="append",
         metavar="JSON",
-        help='e.g. {"S": 1}, {"S": 1, "merge": true}, or the word tuned; may be repeated '
+        help='e.g. {"S": 1}, {"tau": 0.05}, or the word tuned; may be repeated '
         "(default: S=2 and S=1)",
     )
     _batch_flag(parser)

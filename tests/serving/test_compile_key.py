@@ -44,11 +44,11 @@ def test_policies_tables_and_tiers_share_what_was_compiled(
     usual = key({"S": 1})
     assert key({"S": 2, "rho": 0.5, "batches": {"8": {"S": 1}}}) == usual
     assert key({"S": 1, "table": str(elsewhere), "fingerprint": "shape"}) == usual
-    assert key({"S": 1, "default": "exact", "cap": "exact"}) == usual
+    assert key({"S": 1, "default": "exact", "cap": "exact", "merge": True}) == usual
 
 
 def test_what_changes_compiled_code_counts(key: Any) -> None:
-    keys = [key(), key({}), key({"shadow": {"every": 9}}), key({"merge": True})]
+    keys = [key(), key({}), key({"shadow": {"every": 9}})]
     assert len(set(keys)) == len(keys)
 
 

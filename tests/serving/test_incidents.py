@@ -244,7 +244,7 @@ def test_vllms_metrics_do_not_go_with_ours(caplog: pytest.LogCaptureFixture) -> 
 # Where each of them ends.
 RAISES = {
     "start-up": {
-        *("session.bind", "session.check_bound", "session.check_config", "session.check_merge"),
+        *("session.bind", "session.check_bound", "session.check_config"),
         *("session._check_rows_are_known", "session._check_ranks", "session._check_shadow"),
         *("settings.parse", "settings._flag", "settings._tier", "settings._tolerance"),
         *("settings._find_table", "shadow.parse"),

@@ -62,7 +62,7 @@ def test_nobody_looks_at_rows_while_routing_is_stock(table: Table) -> None:
 def test_layers_see_the_change_and_write_through(table: Table) -> None:
     live, rows = Live(table, "cpu"), RowClasses(16, "cpu", "decode")
     live.follow(POLICY)
-    layer = ReroutedLayer("one", table.plan(1, POLICY), rows, live, live.place(1), merges=False)
+    layer = ReroutedLayer("one", table.plan(1, POLICY), rows, live, live.place(1))
     assert layer.settings.tolist() == live.settings[1].tolist()
     live.choose(3, 0)
     assert layer.plan.settings[0] == 2
@@ -76,7 +76,7 @@ def test_layers_see_the_change_and_write_through(table: Table) -> None:
 def test_a_router_of_unsigned_ids_is_refused_in_the_first_pass(table: Table) -> None:
     """Which is start-up's, and whatever the policy: later a request would have to end for it."""
     live, rows = Live(table, "cpu"), RowClasses(16, "cpu", "decode")
-    layer = ReroutedLayer("one", table.plan(1, POLICY), rows, live, live.place(1), merges=False)
+    layer = ReroutedLayer("one", table.plan(1, POLICY), rows, live, live.place(1))
     live.follow(None)
     with pytest.raises(ValueError, match=r"topk_ids torch.uint16, .*expected ids of int16"):
         layer(torch.zeros(2, K, dtype=torch.uint16), torch.rand(2, K))
@@ -94,7 +94,7 @@ def test_what_the_host_spares_is_what_the_operator_would_do(
     rows, live = RowClasses(16, "cpu", "decode"), Live(table, "cpu")
     live.follow(policy)
     plan = table.plan(0, policy) if policy else Plan.off(E)
-    layer = ReroutedLayer("one", plan, rows, live, live.place(0), merges=False)
+    layer = ReroutedLayer("one", plan, rows, live, live.place(0))
     given = torch.tensor(kinds, dtype=torch.int8)
     rows.buffer[: len(kinds)] = given
     exact = kinds.count(RowClass.EXACT)

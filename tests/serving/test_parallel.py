@@ -20,7 +20,7 @@ from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.rows import RowClasses
 from sere.serving.server import free_port
-from sere.serving.session import ServingError, check_config
+from sere.serving.session import ServingError
 from sere.serving.settings import Settings
 from sere.table import Table
 from tests.conftest import E, K
@@ -206,10 +206,6 @@ def test_settings_of_ranks_are_checked_at_start(table_path: Path) -> None:
         configure(table=str(table_path), union="all")
     with pytest.raises(ServingError, match='"placement" here: every rank has a part'):
         configure(table=str(table_path), placement=0.1)
-    config = configure(table=str(table_path), merge=True)
-    config.parallel_config.data_parallel_size = 2
-    with pytest.raises(ServingError, match="cannot merge duplicates here: data-parallel ranks"):
-        check_config(config)
 
 
 def _rank(rank: int, port: int, results: Any) -> None:
@@ -224,7 +220,7 @@ def _rank(rank: int, port: int, results: Any) -> None:
     live = Live(table, "cpu", together=True)
     live.follow(Policy(S=1, min_active=1))
     plan = table.plan(0, Policy(S=1, min_active=1))
-    layer = ReroutedLayer("one", plan, rows_of, live, live.place(0), merges=False)
+    layer = ReroutedLayer("one", plan, rows_of, live, live.place(0))
     told = []
     for ids, weights, kinds in _batches(rank):
         rows_of.buffer[: len(kinds)] = kinds

@@ -168,9 +168,7 @@ def test_dummy_and_capture_runs_have_no_real_row(table: Table) -> None:
     assert worker.voiding(lambda *args: "ran")(runner(own), 8) == "ran"
     assert own.rows.buffer.tolist() == padded()
     ids = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
-    layer = ReroutedLayer(
-        "one", table.plan(0, Policy(S=1, min_active=1)), own.rows, own.live, 0, merges=False
-    )
+    layer = ReroutedLayer("one", table.plan(0, Policy(S=1, min_active=1)), own.rows, own.live, 0)
     assert torch.equal(layer(ids.clone(), torch.ones(2, K)), ids)
     assert layer.stats()["steps"] == 0
 
@@ -228,7 +226,7 @@ def test_eplb_maps_what_was_rerouted(table: Table, monkeypatch: pytest.MonkeyPat
     router = Router(K, E, state)
     router.__class__ = _rerouting(Router)
     assert not router.supports_monolithic_kernels  # what vLLM 0.33 asks
-    router._sere = ReroutedLayer("one", plan, own.rows, own.live, 0, merges=False)
+    router._sere = ReroutedLayer("one", plan, own.rows, own.live, 0)
     captured: list[Any] = []
     router.set_capture_fn(lambda ids: captured.append(ids.clone()))
     weights, ids = logits.topk(K)

@@ -27,7 +27,7 @@ from sere.serving.engine import check_plugin_allowed, prepare
 from sere.serving.session import ServingError, check_config, stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.wiring import install, install_in_worker
-from sere.serving.worker import self_check, sere_description, sere_layers
+from sere.serving.worker import self_check, sere_description, sere_layers, sere_merge
 from sere.table import FILE_NAME, Table
 from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, run_engine
 from tests.servers import Server
@@ -164,23 +164,6 @@ def test_ids_inside_vllm_are_the_specifications(
             moved += int((after != before).sum())
             scaled += int((expected != torch.tensor(weights)).sum())
     assert moved > 100 and scaled > 10
-
-
-@pytest.mark.xfail(strict=False, reason="being folded in: rows have no duplicates any more")
-def test_merged_duplicates_take_fewer_slots_and_change_no_token(table_path: Path) -> None:
-    """A batch of one that may collapse onto one expert: one slot instead of four."""
-    steps = [["capture"], ["generate", PROMPTS[:1], TOKENS], ["captured"], GENERATE]
-
-    def run(merge: bool) -> tuple[set[int], list[Any]]:
-        sere = {"table": str(table_path), **S1, "min_active": 1, "merge": merge}
-        _, alone, captured, together = run_engine(steps, sere=sere)
-        widths = {len(batch[0]) for layer in captured.values() for batch in layer}
-        return widths, [tokens for tokens, _ in alone + together]
-
-    (widths, tokens), (merged_widths, merged_tokens) = run(False), run(True)
-    assert merged_tokens == tokens
-    assert widths == {4}
-    assert min(merged_widths) < 4 == max(merged_widths)  # prefill is exact
 
 
 def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> None:
@@ -380,10 +363,15 @@ def test_bad_settings_are_refused_before_loading(
     configure(table=str(table_path))
 
 
-def test_merging_is_refused_where_shapes_are_fixed(table_path: Path) -> None:
-    with pytest.raises(ServingError, match="eager mode"):
+def test_merge_is_what_every_row_has_and_one_version_still_takes_the_word(table_path: Path) -> None:
+    """As a setting and as a remote call; what once refused it does so no more."""
+    with heard() as messages:
+        configure(table=str(table_path), merge=False)
+        assert messages == []
         configure({"enforce_eager": False}, table=str(table_path), merge=True)
-    configure(table=str(table_path), merge=True)
+        sere_merge(None, True)
+    assert len(messages) >= 2
+    assert all("merge does nothing any more" in message for message in messages)
 
 
 def test_batch_invariance_is_refused(table_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

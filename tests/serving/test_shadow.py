@@ -162,9 +162,7 @@ class Layers:
         self.layers, self.experts = [], []
         for index in range(2):
             plan = table.plan(index, policy)
-            self.layers.append(
-                ReroutedLayer(str(index), plan, self.rows, live, index, merges=False)
-            )
+            self.layers.append(ReroutedLayer(str(index), plan, self.rows, live, index))
             self.experts.append(SimpleNamespace(forward_modular=self.mix))
             self.shadow.watch(index, self.layers[-1], self.experts[-1])
 

@@ -44,9 +44,6 @@ class ToyEngine:
     def set_policy(self, policy: Policy | None) -> None:
         self.policy = policy
 
-    def set_merge(self, on: bool) -> None:
-        assert not on
-
     def reset_stats(self) -> None:
         pass
 
@@ -248,10 +245,12 @@ def test_prompts_differ_by_round_and_not_by_run() -> None:
     assert prompts == LOAD.prompts(4, 0, 50) != LOAD.prompts(4, 1, 50)
 
 
-def test_policies_are_read_with_merge_and_name(tmp_path: Path) -> None:
-    assert contender_of('{"S": 1, "merge": true}', tmp_path) == Contender(
-        "S=1 merge", Policy(S=1), True
-    )
+def test_policies_are_read_with_a_name_and_merge_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = contender_of('{"S": 1, "merge": true}', tmp_path)
+    assert merged == Contender("S=1 merge", Policy(S=1))
+    assert "merge does nothing any more" in caplog.text
     assert contender_of('{"S": 1, "name": "mine"}', tmp_path).name == "mine"
     for text, complaint in [
         ("{", "not JSON"),
@@ -328,7 +327,7 @@ def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
     table, output = str(tmp_path / "demo.safetensors"), tmp_path / "bench.json"
     calibrate("demo", table, samples=64, progress=False)
     sizes = ["--input-len", "16", "--output-len", "6", "--rounds", "2"]
-    policies = ["--policy", '{"S": 1}', "--policy", '{"S": 1, "merge": true}']
+    policies = ["--policy", '{"S": 1}', "--policy", '{"S": 2}']
     batches = ["--batch", "1", "--batch", "8"]
     command = [sys.executable, "-m", "sere", "bench", "demo", table, *sizes, *policies, *batches]
     done = subprocess.run(
@@ -345,12 +344,12 @@ def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
     assert result["against"] == "off" and result["kernels"]["serving"]
     assert f"expert kernel {result['kernels']['serving'][0]}" in printed
     one, eight = result["results"]
-    assert [arm["name"] for arm in one["arms"]] == ["stock", "S=1", "S=1 merge"]
+    assert [arm["name"] for arm in one["arms"]] == ["stock", "S=1", "S=2"]
     for arm in one["arms"]:  # alone, nothing may move
         assert arm["active_after"] == arm["active_before"] == result["K"]
-    stock, s1, merged = eight["arms"]
-    assert stock["active_after"] == stock["active_before"] > s1["active_after"]
-    assert merged["active_after"] == pytest.approx(s1["active_after"], abs=2)
+    stock, s1, s2 = eight["arms"]
+    assert stock["active_after"] == stock["active_before"] > s2["active_after"]
+    assert s2["active_after"] > s1["active_after"]
     assert s1["predicted_ms"] < stock["predicted_ms"]
     assert stock["speedup"] == 1
     for arm in eight["arms"]:

@@ -495,7 +495,6 @@ def benched(model_dir: Path, cost: Cost, **changed: Any) -> dict[str, Any]:
         return {
             "name": name,
             "policy": policy,
-            "merge": False,
             "active_after": active,
             "tpot_ms": ms,
         }

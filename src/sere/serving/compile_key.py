@@ -24,6 +24,7 @@ from sere.serving.asking import KEY, given
 _NOT_COMPILED = {field.name for field in fields(Policy)} | {
     "table",
     "fingerprint",
+    "merge",
     "default",
     "cap",
     "any_version",

@@ -70,10 +70,6 @@ class Engine:
         """Switch the live engine; None is stock routing."""
         self.llm.collective_rpc("sere_policy", args=(policy.to_dict() if policy else None,))
 
-    def set_merge(self, on: bool) -> None:
-        """Fold duplicates of re-routed rows, or stop to (see `sere.kernels.merge`)."""
-        self.llm.collective_rpc("sere_merge", args=(on,))
-
     def kernels(self) -> dict[str, list[str]]:
         """Names of the expert kernels, "serving" and those that "stock" vLLM would have taken."""
         workers = self.llm.collective_rpc("sere_description")

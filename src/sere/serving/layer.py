@@ -31,13 +31,10 @@ class ReroutedLayer(nn.Module):
     settings: Tensor
     counters: Tensor
 
-    def __init__(
-        self, name: str, plan: Plan, rows: RowClasses, live: Live, place: int, *, merges: bool
-    ) -> None:
+    def __init__(self, name: str, plan: Plan, rows: RowClasses, live: Live, place: int) -> None:
         """plan: on the device of `rows` and `live`. place: this layer's row in `live`."""
         super().__init__()
         self.name = name
-        self.merges = merges
         self.rows = rows
         self.live = live
         self.called = False

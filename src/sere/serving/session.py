@@ -96,8 +96,7 @@ class Session:
         if ranks is not None:
             self.placements[index] = Placement(ranks, self.settings.placement)
         plan = self._plan(index, self.settings.policy).to(self.rows.buffer.device)
-        place, merges = self.live.place(index), self.settings.merge
-        layer = ReroutedLayer(name, plan, self.rows, self.live, place, merges=merges)
+        layer = ReroutedLayer(name, plan, self.rows, self.live, self.live.place(index))
         self.layers[index] = layer
         return layer
 
@@ -261,28 +260,12 @@ def check_config(config: Any) -> None:
             f"sere cannot keep the KV blocks of fast and exact requests apart: {reason}"
         )
     settings = settings_of(config)
-    check_merge(config, settings.merge)
     _check_ranks(config, settings)
     if settings.shadow is not None:
         _check_shadow(config)
     table = Table.load(settings.table)
     table.check_served(settings.policy)
     check_model(config, settings, table)
-
-
-def check_merge(config: Any, merge: bool) -> None:
-    """Refuse to fold duplicates where the number of slots may not follow the data."""
-    on_cpu = config.device_config.device_type == "cpu"
-    if merge and config.parallel_config.data_parallel_size > 1:
-        raise ServingError(
-            "sere cannot merge duplicates here: data-parallel ranks gather their slots, and each "
-            'would have another number of them; remove "merge"'
-        )
-    if merge and not (on_cpu and config.model_config.enforce_eager):
-        raise ServingError(
-            'sere cannot merge duplicates here: "merge" needs the CPU engine in eager mode '
-            "(enforce_eager=True), as the number of slots follows the data; remove it"
-        )
 
 
 def _check_rows_are_known(config: Any) -> None:

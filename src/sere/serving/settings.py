@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,10 +15,15 @@ from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
 
+_LOG = logging.getLogger("vllm.sere")
+_MERGES_NO_MORE = (
+    "sere: merge does nothing any more, as no re-routed row names an expert twice; remove it: the "
+    "next version will not know the word"
+)
 _OWN_KEYS = (
     "table",
     "fingerprint",
-    "merge",
+    "merge",  # until 0.2, see `merge_is_asked`
     "default",
     "cap",
     "any_version",
@@ -39,8 +45,6 @@ class Settings:
     fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
         "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
         compares only architecture, E, K and layers (engines with random weights).
-    merge: hand each expert once per row to the CPU engine's expert kernel, in as few slots as the
-        batch needs (see `sere.kernels.merge`); eager mode only.
     default: the tier of requests that ask for none.
     cap: the best tier that a request may ask for.
     any_version: try a version of vLLM outside the tested range.
@@ -54,7 +58,6 @@ class Settings:
     table: Path
     policy: Policy
     fingerprint: Literal["weights", "router", "shape"] = "weights"
-    merge: bool = False
     default: Tier = FAST
     cap: Tier = EXACT
     any_version: bool = False
@@ -100,7 +103,8 @@ class Settings:
         union = merged.get("union", "rank")
         if union not in ("rank", "all"):
             raise PolicyError(f'union={union!r}: expected "rank" or "all"')
-        flags = {name: _flag(merged, name) for name in ("merge", "any_version")}
+        if _flag(merged, "merge"):
+            merge_is_asked()
         from_model = "table" not in given
         table = _find_table(merged.get("table"), model_folder, from_model)
         own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
@@ -116,8 +120,13 @@ class Settings:
             union=union,
             placement=_tolerance(merged.get("placement", 0.0)),
             shadow=shadow,
-            **flags,
+            any_version=_flag(merged, "any_version"),
         )
+
+
+def merge_is_asked() -> None:
+    """Say that merging, once an option, is what re-routing does (rule 9 of the specification)."""
+    _LOG.warning(_MERGES_NO_MORE)
 
 
 def _flag(given: Mapping[str, Any], name: str) -> bool:

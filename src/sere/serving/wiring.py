@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sere.kernels.merge import narrow
 from sere.serving import (
     admission,
     drafters,
@@ -192,8 +191,6 @@ def _rerouting(router: Any) -> type:
             ids = torch.ops.sere.reroute(ids, weights, layer.name)
         else:
             ids = layer.forward(ids, weights)
-        if layer.merges and not layer.live.idle:
-            ids, weights = narrow(ids, weights)
         return weights, ids
 
     members = {

@@ -13,13 +13,8 @@ from sere.serving import drafters, expert_kernels
 from sere.serving.asking import asked_by, given
 from sere.serving.refusal import ServingError
 from sere.serving.reuse import obstacle_to_rows
-from sere.serving.session import (
-    Session,
-    check_merge,
-    is_dense_stage,
-    open_session,
-    session_of,
-)
+from sere.serving.session import Session, is_dense_stage, open_session, session_of
+from sere.serving.settings import merge_is_asked
 from sere.serving.start_up import description
 from sere.serving.symbols import rival, symbol
 from sere.serving.telemetry import snapshot
@@ -238,11 +233,8 @@ def sere_reset(worker: Any) -> None:
 
 
 def sere_merge(worker: Any, on: bool) -> None:
-    """Switch the folding of duplicates, where the engine allows it (see `check_config`)."""
-    session = _session(worker)
-    check_merge(worker.vllm_config, on)
-    for layer in session.layers.values():
-        layer.merges = on
+    """Does nothing, for callers of 0.1; goes with the next version."""
+    merge_is_asked()
 
 
 def sere_record(worker: Any, on: bool) -> None:

@@ -74,7 +74,7 @@ def _in_a_process(
         "folder": served.folder,
         "table": str(served.table) if rerouting else None,
         "options": served.options,
-        "arms": [[a.name, a.policy.to_dict() if a.policy else None, a.merge] for a in arms],
+        "arms": [[a.name, a.policy.to_dict() if a.policy else None] for a in arms],
         "load": vars(load),
         "turn": turn,
         "K": served.K,
@@ -130,7 +130,7 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _times(engine: Engine, load: Load, batch: int, job: dict[str, Any]) -> dict[str, Any]:
-    arms = [Contender(n, Policy.from_dict(p) if p else None, merge) for n, p, merge in job["arms"]]
+    arms = [Contender(n, Policy.from_dict(p) if p else None) for n, p in job["arms"]]
     prompts = load.prompts(batch, job["turn"], job["vocabulary"])
 
     def turn(load: Load) -> dict[str, dict[str, Any]]:

@@ -56,7 +56,7 @@ def run(
         contenders = contenders_of(policies, served.table)
         if rates and against == OFF:
             raise BenchError("servers are compared with a stock server: leave out --against off")
-        rules = [[c.name, c.policy and c.policy.to_dict(), c.merge] for c in contenders]
+        rules = [[c.name, c.policy and c.policy.to_dict()] for c in contenders]
         pieces = {**served.facts, "rules": rules, "load": {**vars(load), "batches": None}}
         pieces["against"] = against
         with Journal(unfinished(output), pieces) as journal:
@@ -94,8 +94,6 @@ def _measure_server(
     journal: Journal,
 ) -> dict[str, Any]:
     policies = [(c.name, c.policy) for c in contenders if c.policy]
-    if any(contender.merge for contender in contenders):
-        raise BenchError("merge is set when a server starts: leave it out with --rate")
     prompts = load.prompts(GATE_PROMPTS, 0, served.vocabulary)
     options = {**served.options, "max_num_seqs": max(load.batches)}
     rows = measure_server(

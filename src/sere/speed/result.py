@@ -70,7 +70,6 @@ def _arms(
             {
                 "name": contender.name,
                 "policy": contender.policy.to_dict() if contender.policy else None,
-                "merge": contender.merge,
                 "tpot_ms": median,
                 "tpot_ms_quartiles": quartiles(times),
                 "tpot_ms_by_round": times,

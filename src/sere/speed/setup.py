@@ -18,6 +18,7 @@ from sere.policy import Policy, PolicyError, settings_from_json
 from sere.results import provenance
 from sere.results.names import check_names
 from sere.serving.random_weights import LOAD_FORMAT, reached
+from sere.serving.settings import merge_is_asked
 from sere.speed.shapes import SHAPES, Shape, shape_named
 from sere.step_cost.roofline import Sizes
 from sere.table import FILE_NAME, TUNED, Table
@@ -29,11 +30,10 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy and how it is served; None is stock routing."""
+    """A policy; None is stock routing."""
 
     name: str
     policy: Policy | None
-    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _served(
 
 
 def contender_of(text: str, table: Path) -> Contender:
-    """From JSON: settings of a policy, "merge" and a "name"; or the word `tuned`."""
+    """From JSON: settings of a policy and a "name"; or the word `tuned`."""
     if text == TUNED:
         return Contender(TUNED, Table.load(table).tuned())
     rest = dict(settings_from_json(text))
@@ -155,7 +155,9 @@ def contender_of(text: str, table: Path) -> Contender:
     if not isinstance(merge, bool):
         raise PolicyError(f"policy {text!r}: merge={merge!r}: expected true or false")
     policy = Policy.from_dict(rest)
-    return Contender(name or policy.brief() + (" merge" if merge else ""), policy, merge)
+    if merge:  # its name stays its own, as it may stand beside the same policy without
+        merge_is_asked()
+    return Contender(name or policy.brief() + (" merge" if merge else ""), policy)
 
 
 def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:

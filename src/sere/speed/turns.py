@@ -24,7 +24,6 @@ class Switchable(Decoding, Protocol):
     """And of one that re-routes."""
 
     def set_policy(self, policy: Policy | None) -> None: ...
-    def set_merge(self, on: bool) -> None: ...
     def reset_stats(self) -> None: ...
     def stats(self) -> dict[int, dict[str, int]]: ...
 
@@ -39,7 +38,6 @@ def gate(
         engine.set_policy(policy)
         return engine.generate(prompts, load.output_len, to_the_end=True).token_ids
 
-    engine.set_merge(False)
     stock = written(None)
     engine.reset_stats()
     exact = written(Policy(S=K))
@@ -60,7 +58,6 @@ def timed(
 ) -> dict[str, Any]:
     """Milliseconds a token, and active experts by layer (None for stock routing), of one batch."""
     engine.set_policy(contender.policy)
-    engine.set_merge(contender.merge)
     engine.reset_stats()
     batch = engine.generate(prompts, load.output_len, to_the_end=True)
     return {

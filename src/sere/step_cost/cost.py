@@ -134,7 +134,7 @@ def from_bench(path: str | Path, layers: Sequence[MoELayer], K: int) -> Cost:
             Step(arm["active_after"], each["batch"], arm["tpot_ms"] / 1e3, bool(arm["policy"]))
             for each in results
             for arm in each["arms"]
-            if not arm.get("merge")
+            if not arm.get("merge")  # in results of 0.1: fewer slots for as many experts
         ]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; `sere bench MODEL TABLE` writes one") from None
