@@ -150,6 +150,16 @@ def test_answers_lost_are_those_that_stock_had_right(table_path: Path, tmp_path:
     lost = stock["exact_match"][0] - lossy["exact_match"][0]
     assert 0 < lost <= lossy["answers_lost_gross"][0] + 1e-12
     assert 0 < lossy["answers_lost_gross"][1] < lossy["answers_lost_gross"][0]
+    # The same passages are hard for both: what they have in common is no error of a difference.
+    assert lossy["exact_match_over_stock"][0] == pytest.approx(-lost)
+    apart = math.hypot(stock["exact_match"][1], lossy["exact_match"][1])
+    assert 0 < lossy["exact_match_over_stock"][1] < apart
+    worse = lossy["perplexity"][0] - stock["perplexity"][0]
+    assert lossy["perplexity_over_stock"][0] == pytest.approx(worse)
+    assert lossy["nll_over_stock"][0] == pytest.approx(
+        math.log(lossy["perplexity"][0] / stock["perplexity"][0])
+    )
+    assert 0 < lossy["perplexity_over_stock"][1] < 1.001 * lossy["perplexity"][1]
 
 
 def test_off_is_stock_and_re_routing_is_not(result: dict[str, Any]) -> None:

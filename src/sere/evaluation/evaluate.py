@@ -75,7 +75,10 @@ def run(
                 {
                     "name": arm.name,
                     "rule": arm.rule.to_dict() if arm.rule else None,
-                    "batches": {str(batch): figures(sums[arm.name][batch]) for batch in batches},
+                    "batches": {
+                        str(batch): figures(sums[arm.name][batch], sums["stock"][batch])
+                        for batch in batches
+                    },
                 }
                 for arm in arms
             ],
@@ -116,6 +119,11 @@ def _cell(figure: Sequence[float], digits: int, factor: float = 1) -> str:
     return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +-{error:.{digits}f}")
 
 
+def _beside_stock(f: dict[str, Any], name: str, digits: int, factor: float = 1) -> str:
+    """The value, with the error of its difference from stock: what arms are compared by."""
+    return _cell((f[name][0], f[f"{name}_over_stock"][1] or math.nan), digits, factor)
+
+
 def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
     rows = [
         [
@@ -123,14 +131,15 @@ def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
             _cell(f["active"], 2),
             _cell(f["kl"], 3, 1000),
             _cell(f["top1"], 2, 100),
-            _cell(f["perplexity"], 4),
-            _cell(f["exact_match"], 2, 100),
+            _beside_stock(f, "perplexity", 4),
+            _beside_stock(f, "exact_match", 2, 100),
             _cell(f["answers_lost_gross"], 2, 100),
         ]
         for name, f in found.items()
     ]
-    head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity"]
-    return provenance.text_table([*head, "exact match, %", "lost, gross, %"], rows)
+    head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity *"]
+    table = provenance.text_table([*head, "exact match, % *", "lost, gross, %"], rows)
+    return f"{table}\n* +- is the error of the difference from stock, batch by batch"
 
 
 def _error_table(batch: str, found: dict[str, dict[str, Any]]) -> list[str]:

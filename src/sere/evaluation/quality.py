@@ -274,8 +274,12 @@ def mean(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return ratio, math.sqrt(spread) / count
 
 
-def figures(parts: Sequence[Sums]) -> dict[str, Any]:
-    """What is reported of one arm at one batch size; every figure as [value, standard error]."""
+def figures(parts: Sequence[Sums], stock: Sequence[Sums] | None = None) -> dict[str, Any]:
+    """What is reported of one arm at one batch size; every figure as [value, standard error].
+
+    stock: the same batches under stock routing. Then also the differences from it, whose errors
+    are paired: batches are hard or easy for both alike, and cancel.
+    """
 
     def over(name: str, count: str) -> tuple[float, float]:
         return mean([(getattr(p, name), getattr(p, count)) for p in parts])
@@ -301,4 +305,18 @@ def figures(parts: Sequence[Sums]) -> dict[str, Any]:
         },
         "batches": len(parts),
         "prompt_difference": max(p.prompt_difference for p in parts),
+        **({} if stock is None else _over_stock(parts, stock)),
+    }
+
+
+def _over_stock(parts: Sequence[Sums], stock: Sequence[Sums]) -> dict[str, tuple[float, float]]:
+    """Nats a token, perplexity and exact match, less stock's."""
+    pairs = list(zip(parts, stock, strict=True))
+    nll = mean([(p.nll - s.nll, p.tokens) for p, s in pairs])
+    before = math.exp(sum(s.nll for s in stock) / sum(s.tokens for s in stock))
+    more = math.exp(nll[0])
+    return {
+        "nll_over_stock": nll,
+        "perplexity_over_stock": (before * (more - 1), before * more * nll[1]),
+        "exact_match_over_stock": mean([(p.exact - s.exact, p.passages) for p, s in pairs]),
     }
