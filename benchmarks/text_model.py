@@ -14,12 +14,12 @@ import argparse
 import ast
 import json
 import lzma
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pareto import over_seeds
 from torch import Tensor
 
 from sere.calibration.calibrate import calibrate
@@ -40,6 +40,9 @@ from sere.results.journal import Journal
 from sere.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+from benchmarks.pareto import over_seeds  # noqa: E402
+
 MODEL = ROOT / "training/text_model/model"
 DOMAINS = ("prose", "code")
 FIRST_SEED = 400  # of those that no decision was made by

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import composition, pareto, profile_decode, tuned  # noqa: E402
+from benchmarks import composition, pareto, profile_decode, text_model, tuned  # noqa: E402
 from sere import demo  # noqa: E402
 from sere.engine_runs import run as runs  # noqa: E402
 from sere.files import replaced  # noqa: E402
@@ -119,6 +119,29 @@ def speedup(stem: str, policy: str, batch: str) -> str:
 
 def policies(stem: str, batch: str) -> str:
     return _fenced(pareto.as_text(result(stem), batch))
+
+
+def real_text(stem: str, batch: str, *names: str) -> str:
+    """Policies on the text model at one batch size: what is read, and nats over stock."""
+    rows = []
+    for name in names:
+        found = {
+            row["domain"]: row
+            for row in result(stem)["rows"]
+            if (row["batch"], row["calibrated_on"]) == (int(batch), row["domain"])
+            and text_model.brief(row) == name
+        }
+        active, read = (
+            " / ".join(f"{found[d][f][0]:.1f}" for d in text_model.DOMAINS)
+            for f in ("active", "read")
+        )
+        losses = (
+            f"{1000 * v:+.1f} ±{1000 * e:.1f}"
+            for v, e in (found[d]["loss"] for d in text_model.DOMAINS)
+        )
+        rows.append([name, active, read, *losses])
+    head = ["policy", "experts active", "read", "loss on prose", "loss on code"]
+    return _markdown([f"{head[0]}, batch {batch}", *head[1:]], rows)
 
 
 def company(stem: str) -> str:
@@ -317,6 +340,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "gpu-overhead": gpu_overhead,
     "speedup": speedup,
     "pareto": policies,
+    "text-model": real_text,
     "composition": company,
     "tuning": tuning,
     "tuned": tuned_in_engine,
@@ -359,6 +383,8 @@ def pages() -> list[Path]:
 def pictures() -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """The plots that stand beside the tables, and what draws them."""
     yield ROOT / "docs/demo.png", lambda path: demo.plot(result("demo"), path)
+    drawn = ROOT / "docs/real_text.png"
+    yield drawn, lambda path: text_model.plot(result("text_model")["rows"], path)
     yield ROOT / "docs/pareto.png", lambda path: pareto.plot(result("pareto")["arms"], path)
     for path in RESULTS.glob("bench_*.png"):
         yield path, lambda path: speed.plot(result(path.stem), path)
