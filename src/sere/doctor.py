@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model
+from sere.calibration.stand_ins import in_a_line
 from sere.serving.engine import check_plugin_allowed
 from sere.serving.expert_kernels import difference
 from sere.serving.rehearsal import Rehearsal
@@ -218,6 +219,8 @@ def _table(path: str, folder: str | None) -> str:
         about += f", with a policy of `sere tune` ({table.policy.brief()})"
         if not table.can_move(table.policy):
             about += ": NOTHING IS RE-ROUTED unless settings of yours replace it"
+    if known_of_stand_ins := in_a_line(table):
+        about += f"; {known_of_stand_ins}"
     if folder is None or not Path(folder).is_dir():
         return about
     if not table.check_made_for(folder):

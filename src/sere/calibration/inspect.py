@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sere.calibration import stand_ins
 from sere.results import pictures
 from sere.table import LayerStatistics, Table
 
@@ -114,6 +115,8 @@ def as_text(table: Table, rho: float) -> str:
             f"#{best[0]} ({best[1]:.3f}) / #{worst[0]} ({worst[1]:.3f})"
         )
         lines += [f"       warning: {warning}" for warning in layer.warnings]
+    if known := list(stand_ins.as_text(table)):
+        lines += ["", *known]
     return "\n".join(lines)
 
 
@@ -122,14 +125,17 @@ def _percent(share: float | None) -> str:
 
 
 def plot(table: Table, path: str | Path) -> None:
-    """Heatmaps of all layers' similarity, one colour scale, as PNG."""
+    """Heatmaps of all layers' similarity, one colour scale, and what stand-ins leave; as PNG."""
     from matplotlib.figure import Figure
 
-    columns = min(4, len(table.layers))
-    rows = -(-len(table.layers) // columns)
+    panels = len(table.layers) + bool(stand_ins.left(table))
+    columns = min(4, panels)
+    rows = -(-panels // columns)
     figure = Figure(figsize=(3.2 * columns + 0.8, 3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(table.layers) :]:
+    if panels > len(table.layers):
+        stand_ins.draw(table, axes[panels - 1])
+    for axis in axes[panels:]:
         axis.set_visible(False)
     for axis, (index, layer) in zip(axes, table.layers.items(), strict=False):
         image = axis.imshow(layer.similarity.numpy(), vmin=0, vmax=1, cmap="viridis")
