@@ -15,7 +15,7 @@ import torch
 
 from sere.evaluation.arms import Arm, parse_arm, spelt_out
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
-from sere.evaluation.quality import Judge, figures
+from sere.evaluation.quality import Judge, Sums, figures
 from sere.files import unfinished
 from sere.models.hub import located
 from sere.models.loading import load_model
@@ -24,6 +24,8 @@ from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.results.names import check_names
 from sere.table import Table
+
+BySize = dict[int, list[Sums]]
 
 
 def run(
@@ -71,23 +73,19 @@ def run(
             "E": table.fingerprint.E,
             "K": table.fingerprint.K,
             "passages": len(passages),
-            "arms": [
-                {
-                    "name": arm.name,
-                    "rule": arm.rule.to_dict() if arm.rule else None,
-                    "batches": {
-                        str(batch): figures(sums[arm.name][batch], sums["stock"][batch])
-                        for batch in batches
-                    },
-                }
-                for arm in arms
-            ],
+            "arms": [_of_arm(arm, sums[arm.name], sums["stock"]) for arm in arms],
         }
         print(as_text(result))
         provenance.save_json(output, result)
     plot(result, pictures.beside(output))
     print(f"\nwritten: {output}, {pictures.beside(output)}")
     return result
+
+
+def _of_arm(arm: Arm, sums: BySize, stock: BySize) -> dict[str, Any]:
+    rule = arm.rule.to_dict() if arm.rule else None
+    found = {str(batch): figures(parts, stock[batch]) for batch, parts in sums.items()}
+    return {"name": arm.name, "rule": rule, "batches": found}
 
 
 def load(folder: str) -> tuple[Any, list[MoELayer]]:
