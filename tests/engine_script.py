@@ -1,7 +1,8 @@
 """One real vLLM engine in a process of its own: read a job as JSON, print its results as JSON.
 
 Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
-`steps`, each a list: ["generate", prompts, max_tokens, tiers, adapters], ["ask", requests],
+`steps`, which may also follow in a line of their own, once the engine has started. Each is a list:
+["generate", prompts, max_tokens, tiers, adapters], ["ask", requests],
 ["chat", chats, max_tokens, switches], ["next_beam", prompt, after, tokens],
 ["sessions", sessions, tokens], ["refused", tier], ["failing", step...],
 ["beam", prompts, width, tokens, tier], ["beam_online", ...], ["made_elsewhere", tier],
@@ -380,7 +381,7 @@ def _moe_layers(llm: Any) -> list[tuple[str, Any]]:
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.read())
+    job = json.loads(sys.stdin.readline())
     make = logging.getLogRecordFactory()
 
     def kept(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -393,7 +394,8 @@ def main() -> None:
     from vllm import LLM
 
     steps = Steps(LLM(**job["options"]))
-    results = [getattr(steps, name)(*arguments) for name, *arguments in job["steps"]]
+    asked = job["steps"] if "steps" in job else json.loads(sys.stdin.readline())
+    results = [getattr(steps, name)(*arguments) for name, *arguments in asked]
     print(RESULT + json.dumps(results), flush=True)
 
 

@@ -67,24 +67,48 @@ def run_engine(
 ) -> list[Any]:
     """Results of `steps` on a fresh engine; `sere` is the value in `additional_config`, `paths` are
     further folders to import from (and to find plug-ins in)."""
-    settings = {**OPTIONS, **(options or {})}
-    if sere is not None:
-        settings["additional_config"] = {"sere": sere}
-    variables = environment(**(env or {}))
-    variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], *map(str, paths)])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        input=json.dumps({"options": settings, "steps": steps}),
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            results: list[Any] = json.loads(line[len(RESULT) :])
-            return results
-    raise EngineFailure((done.stdout + done.stderr)[-6000:])
+    return Starting(sere=sere, options=options, env=env, paths=paths).run(steps, timeout)
+
+
+class Starting:
+    """An engine that starts while others are asked; arguments as of `run_engine`."""
+
+    def __init__(
+        self,
+        *,
+        sere: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+        paths: tuple[Path, ...] = (),
+    ) -> None:
+        settings = {**OPTIONS, **(options or {})}
+        if sere is not None:
+            settings["additional_config"] = {"sere": sere}
+        variables = environment(**(env or {}))
+        variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], *map(str, paths)])
+        self._process = subprocess.Popen(
+            [sys.executable, str(SCRIPT)],
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"options": settings}) + "\n")
+        self._process.stdin.flush()
+
+    def run(self, steps: list[list[Any]], timeout: int = 600) -> list[Any]:
+        """As `run_engine`; once."""
+        try:
+            output, errors = self._process.communicate(json.dumps(steps) + "\n", timeout)
+        finally:
+            self._process.kill()
+        for line in output.splitlines():
+            if line.startswith(RESULT):
+                results: list[Any] = json.loads(line[len(RESULT) :])
+                return results
+        raise EngineFailure((output + errors)[-6000:])
 
 
 def run_ranks(steps: list[list[list[Any]]], *, env: dict[str, str], **more: Any) -> list[list[Any]]:

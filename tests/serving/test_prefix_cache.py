@@ -11,7 +11,7 @@ import pytest
 
 from sere.demo_model.tasks import examples
 from sere.serving import frontend
-from tests.engines import run_engine
+from tests.engines import Starting, run_engine
 from tests.servers import Server
 from tests.serving.test_telemetry import value
 
@@ -55,10 +55,11 @@ NEXT: dict[str, dict[str, Any]] = {
     "structured output": {"regex": "[0-9]{6}"},
 }
 TURN = {"prompt": SAID[1], "max_tokens": 6, "tier": "exact"}
-# All are forced to say the same, and there is no room for all of them.
+# Each pair is forced to say the same, and there is no room for all of them.
 CROWD = [
-    {"prompt": SYSTEM, "tier": tier, "max_tokens": 150, "allowed_token_ids": [30]}
-    for tier in [None, "exact"] * 6
+    {"prompt": SYSTEM + one, "tier": tier, "max_tokens": 150, "allowed_token_ids": [30]}
+    for one in SAID[:6]
+    for tier in (None, "exact")
 ]
 # Several, as a row that is alone has nobody's experts to move to.
 SESSIONS = [
@@ -68,7 +69,13 @@ SESSIONS = [
 
 
 @pytest.fixture(scope="module")
-def served(table_path: Path) -> dict[str, Any]:
+def alone() -> Starting:
+    """vLLM alone, which starts while the other engine does."""
+    return Starting(options=OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def served(table_path: Path, alone: Starting) -> dict[str, Any]:
     """What the engine that re-routes answered. Its scheduler is in a process of its own, in which
     vLLM finds the plug-in by its entry point."""
     nexts = [{**TURN, **more, "after": [4, 0, i]} for i, more in enumerate(NEXT.values())]
@@ -94,7 +101,7 @@ def served(table_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stock(served: dict[str, Any]) -> dict[str, Any]:
+def stock(served: dict[str, Any], alone: Starting) -> dict[str, Any]:
     """What vLLM alone answers to the same prompts."""
     turns = [
         {"prompt": served["chats"][chat][turn]["prompt"], "max_tokens": TOKENS}
@@ -116,7 +123,7 @@ def stock(served: dict[str, Any]) -> dict[str, Any]:
         "session": ["ask", session],
         "behind": ["ask", behind],
     }
-    return dict(zip(steps, run_engine(list(steps.values()), options=OPTIONS), strict=True))
+    return dict(zip(steps, alone.run(list(steps.values())), strict=True))
 
 
 def test_every_turn_that_promises_stock_is_stock(
