@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from sere.kernels import Plan, RowClass, keeping, new_counters, reroute
+from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
 from sere.policy import Policy
 from sere.serving import worker
 from sere.serving.layer import ReroutedLayer
@@ -93,6 +93,38 @@ def seen(own: Session) -> list[int]:
 
 def padded(*rows: int) -> list[int]:
     return [*rows, *[VOID] * (MOST - len(rows))]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_rows_of_requests_that_had_ended_are_not_counted(version: int, table: Table) -> None:
+    """Asynchronous scheduling: r1 (exact) and r2 had ended when this step was prepared; r3 still
+    read its prompt. One that ends later was in no step too many."""
+    own = session(table)
+    own.overlapping = True
+    take = worker.tracking(lambda *args: None)
+    take(runner(own), news({"r1": {"sere": "exact"}}))
+    own.live.counters += 100
+    rows = {"rows_fast": 100, "rows_exact": 100}
+
+    def counted() -> dict[str, int]:
+        return {name: int(own.live.counters[0, COUNTERS.index(name)]) for name in rows}
+
+    if version == 1:
+        step_v1(own, [20, 20, 20, 4], [5, 5, 5, 9], [1, 1, 1, 1])
+    else:
+        step_v2(own, [False, False, False, True], [1, 1, 1, 1], 4)
+    take(runner(own), news(finished=["r1", "r2", "r3"]))
+    assert counted() == {"rows_fast": 99, "rows_exact": 99}
+    take(runner(own), news(finished=["r0"]))
+    assert counted() == {"rows_fast": 99, "rows_exact": 99}
+    own.live.follow(None)  # stock routing had counted nothing
+    step_v2(own, [False], [1], 1)
+    take(runner(own), news(finished=["r0"]))
+    own.overlapping = False
+    own.live.follow(Policy(S=1))
+    step_v2(own, [False], [1], 1)
+    take(runner(own), news(finished=["r0"]))  # the row of a step of its own, the only one
+    assert counted() == {"rows_fast": 100, "rows_exact": 99}
 
 
 # --- model runner V1 ------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ _REROUTING = Needs(
             "distributed_executor_backend",
             "world_size",
         ),
-        ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens",),
+        ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens", "async_scheduling"),
     },
     parameters={
         ("vllm.v1.executor.abstract", "Executor.__init__"): ("self", "vllm_config"),

@@ -97,6 +97,17 @@ class Live:
         self._bucket, self._now = bucket, self._bank[bucket]
         self.settings.copy_(self._now.values, non_blocking=True)
 
+    @property
+    def counts(self) -> bool:
+        """Whether the pass under way counts its rows: stock routing does not."""
+        return not self._now.off
+
+    def retract(self, fast: int, exact: int) -> None:
+        """Count so many rows less in every layer."""
+        for name, rows in (("rows_fast", fast), ("rows_exact", exact)):
+            if rows:
+                self.counters[:, COUNTERS.index(name)] -= rows
+
     def choose(self, fast: int, exact: int) -> None:
         """Prepare a pass over so many rows that may be re-routed, and rows that may not."""
         if fast and len(self._bank) > 1 and self._policy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from sere.serving.inert import inert
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.model_fit import check_kind, check_model, model_folder
+from sere.serving.overrun import LatestPass
 from sere.serving.parallel import (
     BATCHES_DISAGREE,
     obstacle_to_one_union,
@@ -61,6 +62,8 @@ class Session:
     checked: bool = False  # the worker's start-up self check is through
     asleep: bool = False  # vLLM's sleep mode: the layers' buffers are unmapped
     last_told: dict[str, Any] | None = None  # see `telemetry.snapshot`
+    overlapping: bool = False  # vLLM's asynchronous scheduling
+    latest: LatestPass = field(default_factory=LatestPass)
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
@@ -111,11 +114,21 @@ class Session:
         total: int | None = None,
     ) -> None:
         """A pass over these requests follows, in batch order (see `RowClasses.fill`)."""
-        self.rows.fill(prefilling, query_lengths, self.tiers.classes(requests), total)
+        classes = self.tiers.classes(requests)
+        self.rows.fill(prefilling, query_lengths, classes, total)
         self.live.choose(self.rows.fast, self.rows.exact)
+        if self.overlapping and self.live.counts:
+            self.latest.note(requests, prefilling, query_lengths, classes)
+
+    def end(self, requests: Collection[str]) -> None:
+        """Requests have ended: what the latest pass has of them is counted no longer."""
+        fast, exact = self.latest.of(requests)
+        if fast or exact:
+            self.live.retract(fast, exact)
 
     def begin_dummy(self) -> None:
         """A pass without a real row follows."""
+        self.latest.forget()
         self.rows.void()
         self.live.choose(0, 0)
 
@@ -211,6 +224,7 @@ def open_session(config: Any) -> Session:
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
         session = Session(settings, table, rows, live, tiers)
+        session.overlapping = bool(config.scheduler_config.async_scheduling)
         object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
     return session
 

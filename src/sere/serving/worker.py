@@ -88,7 +88,9 @@ def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _take_in(session: Session, news: Any) -> None:
     if news.finished_req_ids:
+        session.end(news.finished_req_ids)
         session.tiers.remove(news.finished_req_ids)
+    session.latest.forget()
     for new in news.scheduled_new_reqs:
         session.tiers.add(new.req_id, asked_by(new.sampling_params))
 
@@ -228,6 +230,7 @@ def sere_reset(worker: Any) -> None:
     """Set all counters to zero."""
     session = _session(worker)
     session.live.counters.zero_()
+    session.latest.forget()
     if session.shadow is not None:
         session.shadow.reset()
 
