@@ -13,7 +13,7 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(threads)
-#define __shared__ static
+#define SHARED(type, name) static type name
 
 struct Index {
     unsigned x;

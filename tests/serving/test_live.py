@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sere.demo_model.tasks import examples
-from sere.kernels import COUNTERS, Plan, RowClass, new_counters, reroute
+from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
 from sere.policy import STOCK, Policy
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
@@ -109,6 +109,34 @@ def test_what_the_host_spares_is_what_the_operator_would_do(
     assert live.idle is (policy is None or lone or (exact > 0 and not fast))
 
 
+@pytest.mark.parametrize("kind", [RowClass.FAST, RowClass.EXACT, keeping(1)])
+@pytest.mark.parametrize("policy", [None, Policy(S=1), Policy(S=1, min_active=1, max_active=2)])
+def test_a_row_alone_is_left_without_asking_the_operator(
+    policy: Policy | None, kind: int, table: Table
+) -> None:
+    """As on a GPU, where the graph of one row then holds no launch: the operator would have changed
+    nothing, and counted the same but for critical slots. Two rows do ask it."""
+    rows, live = RowClasses(16, "cpu", "decode"), Live(table, "cpu", lone=True)
+    live.follow(policy)
+    live._on_host = False  # nothing else may be spared
+    live.idle = False
+    plan = table.plan(0, policy) if policy else Plan.off(E)
+    layer = ReroutedLayer("one", plan, rows, live, live.place(0))
+    random = torch.Generator().manual_seed(1)
+    ids = torch.stack([torch.randperm(E, generator=random)[:K] for _ in range(2)]).int()
+    weights = torch.rand(2, K, generator=random) + 0.1
+    rows.buffer[:2] = kind
+    exact = kind == RowClass.EXACT
+    live.choose(int(not exact), int(exact))
+    assert layer(one := ids[:1].clone(), weights[:1].clone()) is one
+    counters = new_counters()
+    wanted, kept = reroute(ids[:1], weights[:1], plan, rows.of(1), counters)
+    assert torch.equal(one, wanted) and torch.equal(kept, weights[:1])
+    counters[COUNTERS.index("slots_critical")] = 0
+    assert layer.stats() == dict(zip(COUNTERS, counters.tolist(), strict=True))
+    assert layer(ids, weights.clone()) is not ids
+
+
 # --- in the engine --------------------------------------------------------------------------------
 
 PROMPTS = [e.prompt for e in examples(16, seed=5, split="held_out")]
@@ -139,6 +167,11 @@ def engine(table_path: Path) -> dict[str, Any]:
         "reset again": ["rpc", "sere_reset"],
         "8 tuned to stock": batch(8),
         "stock stats": ["rpc", "sere_stats"],
+        "1 at stock": batch(1),
+        "the paper's": ["rpc", "sere_policy", {"S": 1, "min_active": 1}],
+        "reset once more": ["rpc", "sere_reset"],
+        "1 at S=1": batch(1),
+        "lone stats": ["rpc", "sere_stats"],
     }
     sere = {"table": str(table_path), **ADAPTIVE}
     return dict(zip(steps, run_engine(list(steps.values()), sere=sere), strict=True))
@@ -201,3 +234,16 @@ def test_a_policy_switched_live_brings_its_own_sizes(make_table: Callable[..., T
     live.follow(None)
     live.choose(9, 0)
     assert live.idle
+
+
+@pytest.mark.engine
+def test_a_request_alone_writes_what_stock_writes_and_asks_no_operator(
+    engine: dict[str, Any], table_path: Path
+) -> None:
+    """Whatever the policy. The operator would have counted critical slots."""
+    K = Table.load(table_path).fingerprint.K
+    assert engine["1 at S=1"] == engine["1 at stock"]
+    for layer in engine["lone stats"][0].values():
+        assert layer["steps"] > 0 and layer["rows_fast"] == layer["steps"]
+        assert layer["active_before"] == layer["active_after"] == K * layer["steps"]
+        assert layer["slots_rerouted"] == layer["slots_critical"] == 0

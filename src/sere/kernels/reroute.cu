@@ -11,18 +11,35 @@
 //
 // Compiled with -DID=int or long long, -DWEIGHT=float or double. Loops step by blockDim.x and by
 // LANES, so that the same source is correct with any number of threads: tests run it on CPUs.
+//
+// Variants (see variants.py): -DTHREADS, those of a block; -DNEIGHBOUR=short, lists of half the bytes;
+// -DSLOTS_K and -DEXPERTS, K and E as constants, the batch then without gaps; -DROW_LANES=1 with
+// -DJOINED and -DPDL, the form in row_lanes.cuh besides.
 
 #ifndef LANES
 #define LANES 32
 #endif
-enum { THREADS = 1024 };  // a launch's blocks, at most
+#ifndef THREADS
+#define THREADS 1024
+#endif
+#ifndef NEIGHBOUR
+#define NEIGHBOUR int
+#endif
+#ifndef SLOTS_K
+#define SLOTS_K 0
+#define EXPERTS 0
+#endif
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+
+#ifndef SHARED
+#define SHARED(type, name) __shared__ type name
+#endif
 
 enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };  // EXACT + n: a FAST row that keeps n slots
 // first_rank of an expert that rule 5 made primary, and of those that nobody voted for: named by a
 // real row, or by none.
 enum { RESCUED = -1, NAMED = 1 << 20, NEVER = 1 << 30 };
-enum { OFF = 0x7fffffff, MAX_K = 32, MAX_E = 1024, GROUP = 4 };
+enum { OFF = 0x7fffffff, MAX_K = 32, MAX_E = 1024, GROUP = 4096 / THREADS };
 // As in plan.py and reference.py.
 enum { FRACTION = 1 << 15, WEIGHT_FRACTION = 1 << 20, LARGEST_WEIGHT = 1 << 15 };
 enum Setting { SETTING_S, MIN_ACTIVE, MAX_ACTIVE, TAU, SCALES };
@@ -38,11 +55,11 @@ struct Batch {
 };
 
 struct Decision {
-    const int* neighbours;  // [E, E - 1]
-    const int* errors;      // [E, E - 1]
-    const float* scales;    // [E, E - 1]
-    const int* settings;    // see Setting
-    ID* out;                // [T, K]
+    const NEIGHBOUR* neighbours;  // [E, E - 1]
+    const int* errors;            // [E, E - 1]
+    const float* scales;          // [E, E - 1]
+    const int* settings;          // see Setting
+    ID* out;                      // [T, K]; may be the ids themselves, where they have no gaps
     unsigned long long* counters;  // or null
 };
 
@@ -158,7 +175,7 @@ __device__ static int choose_s(const Shared& shared, const int* settings, int K,
 }
 
 // The first entries of GROUP neighbour lists: independent loads, so that they are under way at once.
-__device__ static void prefetch(const Batch& batch, const int* neighbours, int first, int (&listed)[GROUP]) {
+__device__ static void prefetch(const Batch& batch, const NEIGHBOUR* neighbours, int first, int (&listed)[GROUP]) {
     const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES;
     for (int i = 0; i < GROUP; ++i) {
         const int e = first + i * warps;
@@ -168,7 +185,7 @@ __device__ static void prefetch(const Batch& batch, const int* neighbours, int f
 
 // Where the first primary stands in e's list, or -1, found by the lanes of a warp together.
 __device__ static int nearest(
-    const Shared& shared, const int* list, int length, int s, int listed) {
+    const Shared& shared, const NEIGHBOUR* list, int length, int s, int listed) {
     const int lane = threadIdx.x % LANES;
     for (int at = 0; at < length; at += LANES) {
         if (at > 0) listed = at + lane < length ? list[at + lane] : -1;
@@ -181,7 +198,7 @@ __device__ static int nearest(
 }
 
 __device__ static void look_up(
-    const Batch& batch, const int* neighbours, Shared& shared, int s, int (&listed)[GROUP]) {
+    const Batch& batch, const NEIGHBOUR* neighbours, Shared& shared, int s, int (&listed)[GROUP]) {
     const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES, lane = threadIdx.x % LANES;
     for (int first = warp; first < batch.E; first += GROUP * warps) {
         if (first != warp) prefetch(batch, neighbours, first, listed);
@@ -232,7 +249,7 @@ __device__ static void rescue(const Batch& batch, const Decision& decision, Shar
 
 __device__ static void move(
     const Batch& batch, const Decision& decision, Shared& shared, int s, int active, int start, int stop) {
-    __shared__ Rows rows;
+    SHARED(Rows, rows);
     int rerouted = 0, critical = 0;
     const int turn = blockDim.x > batch.K ? blockDim.x / batch.K : 1;
     list_active(shared, batch.E);
@@ -296,7 +313,7 @@ __device__ static void decide_and_move(
     for (int word = 0; word < MAX_E / 32; ++word) active += __popc(shared.active[word]);
     if (movable)
         move(batch, decision, shared, s, active, start, stop);
-    else
+    else if (decision.out != batch.ids)
         copy(batch, decision.out, start, stop);
     if (!decision.counters || decision.settings[SETTING_S] == OFF) return;
     count_rows(batch, shared, start, stop);
@@ -317,20 +334,23 @@ __device__ static void decide_and_move(
 #define BATCH_PARAMETERS                                                                          \
     const ID *ids, long long ids_row, long long ids_slot, WEIGHT *weights,                        \
         long long weights_row, long long weights_slot, const signed char *rows, int T, int K, int E
-#define BATCH \
-    Batch { ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E }
+#define BATCH                                                                                     \
+    SLOTS_K ? Batch{ids, SLOTS_K, 1, weights, SLOTS_K, 1, rows, T, SLOTS_K, EXPERTS}              \
+            : Batch{ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E}
 #define DECISION_PARAMETERS \
-    const int *neighbours, const int *errors, const float *scales, const int *settings, ID *out, \
+    const NEIGHBOUR *neighbours, const int *errors, const float *scales, const int *settings, ID *out, \
         unsigned long long *counters
 #define DECISION \
     Decision { neighbours, errors, scales, settings, out, counters }
 
 KERNEL reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
-    __shared__ Shared shared;
+    // In place, off is one load.
+    if (out == ids && settings[SETTING_S] >= (counters ? (int)OFF : K)) return;
+    SHARED(Shared, shared);
     const Batch batch = BATCH;
     int listed[GROUP];
     prefetch(batch, neighbours, threadIdx.x / LANES, listed);
-    clear(shared, E);
+    clear(shared, batch.E);
     __syncthreads();
     vote(batch, settings, shared, 0, T);
     __syncthreads();
@@ -341,7 +361,7 @@ KERNEL reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
 // shares, negative so that the least is wanted everywhere.
 KERNEL reroute_vote(
     BATCH_PARAMETERS, int share, int* votes, const int* settings) {
-    __shared__ Shared shared;
+    SHARED(Shared, shared);
     const Batch batch = BATCH;
     const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
     clear(shared, E);
@@ -359,7 +379,7 @@ KERNEL reroute_vote(
 
 KERNEL reroute_move(
     BATCH_PARAMETERS, int share, int* votes, DECISION_PARAMETERS) {
-    __shared__ Shared shared;
+    SHARED(Shared, shared);
     const Batch batch = BATCH;
     const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
     int listed[GROUP];
@@ -373,3 +393,8 @@ KERNEL reroute_move(
     __syncthreads();
     decide_and_move(batch, DECISION, shared, listed, start, stop, votes);
 }
+
+#if ROW_LANES
+#include "row_lanes.cuh"
+#include "row_moves.cuh"
+#endif

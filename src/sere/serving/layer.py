@@ -9,7 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from sere.kernels import COUNTERS, Batch, Plan, check_types, implementation_for, reference
+from sere.kernels import (
+    COUNTERS,
+    Batch,
+    Plan,
+    check_types,
+    cuda_kernel,
+    implementation_for,
+    reference,
+)
 from sere.kernels.implementations import load, load_vote
 from sere.serving import second_engine
 from sere.serving.live import Live
@@ -41,6 +49,8 @@ class ReroutedLayer(nn.Module):
         self.traced = True  # whether torch.compile may look into the layer's router
         self.recording: list[tuple[Tensor, ...]] | None = None
         live.settings[place].copy_(plan.settings)
+        if self._implementation(plan) == "cuda":
+            plan = cuda_kernel.prepared(plan, live.K)
         shared = {"settings": live.settings[place], "counters": live.counters[place]}
         own = {part.name: getattr(plan, part.name) for part in fields(plan)}
         for name_, buffer in {**own, **shared, "row_classes": rows.buffer}.items():
@@ -55,7 +65,7 @@ class ReroutedLayer(nn.Module):
     def _run(self) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The operator on this layer's buffers, without checks: shapes are vLLM's own."""
         plan, counters, rows = self.plan, self.counters, self.rows
-        name = implementation_for(self.settings.device, plan.num_experts, self.live.K)
+        name = self._implementation(plan)
         if self.live.together:
             return self._run_together(name)
         if name == "numba":
@@ -63,8 +73,16 @@ class ReroutedLayer(nn.Module):
             from sere.kernels.numba_kernel import bound
 
             return bound(plan, counters, rows.buffer)
+        if name == "cuda":  # the router's own ids, which nobody else reads
+            overwrite = cuda_kernel.run_in_place
+            return lambda ids, weights, T: overwrite(
+                Batch(ids, weights, rows.of(T)), plan, counters
+            )
         run = load(name)
         return lambda ids, weights, T: run(Batch(ids, weights, rows.of(T)), plan, counters)
+
+    def _implementation(self, plan: Plan) -> str:
+        return implementation_for(plan.settings.device, plan.num_experts, self.live.K)
 
     def _run_together(self, name: str) -> Callable[[Tensor, Tensor, int], Tensor]:
         """The same in two halves, and between them what other ranks' rows say."""
@@ -95,9 +113,9 @@ class ReroutedLayer(nn.Module):
         if not self.called:  # setting a module's attribute costs microseconds
             check_types(topk_ids.dtype, topk_weights.dtype)  # in start-up's first pass
             self.called = True
-        if self.live.idle:
-            return topk_ids
         T = topk_ids.shape[0]
+        if self.live.idle or (T == 1 and self.live.lone and self.recording is None):
+            return topk_ids
         if not self.rows.filled <= T <= self.rows.size:
             self.rows.surprise(T)
             self._abstain(topk_ids, topk_weights)

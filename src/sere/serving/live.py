@@ -42,9 +42,19 @@ class Live:
         no graph can freeze it.
     dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
     together: the operator runs in every pass, as other ranks wait for this one's votes.
+    lone: a layer that sees one row alone launches nothing, and its graph holds nothing: no policy
+        moves a slot of it (every active expert is one that it names: rule 8). Such steps are
+        counted here, but for critical slots, which only the operator sees.
     """
 
-    def __init__(self, table: Table, device: torch.device | str, *, together: bool = False) -> None:
+    def __init__(
+        self,
+        table: Table,
+        device: torch.device | str,
+        *,
+        together: bool = False,
+        lone: bool = False,
+    ) -> None:
         self._table = table
         self.K = table.fingerprint.K
         self._places = {index: i for i, index in enumerate(table.layers)}
@@ -55,6 +65,10 @@ class Live:
         self._on_host = self.settings.device.type == "cpu"
         self.idle = self.dormant = self._watched = False
         self.together = together
+        self.lone = lone and not together
+        alone = [self._figures(steps=1, active_before=self.K, active_after=self.K, rows_fast=1)]
+        alone.insert(0, self._figures(rows_exact=1))
+        self._alone = torch.stack(alone).to(device)  # by whether the row is FAST
         self.follow(None)
 
     def place(self, index: int) -> int:
@@ -115,6 +129,8 @@ class Live:
             if bucket != self._bucket:
                 self._use(bucket)
         self.idle = self._may_idle() and self._spared(fast, exact)
+        if self.lone and not self.idle and fast + exact == 1 and not self._now.off:
+            self.counters += self._alone[fast]
 
     def _spared(self, fast: int, exact: int) -> bool:
         """Whether the operator would change nothing; counts what it would have counted."""
@@ -131,4 +147,8 @@ class Live:
         return False
 
     def _count(self, **figures: int) -> None:
-        self.counters += torch.tensor([figures.get(name, 0) for name in COUNTERS])
+        self.counters += self._figures(**figures)
+
+    @staticmethod
+    def _figures(**figures: int) -> Tensor:
+        return torch.tensor([figures.get(name, 0) for name in COUNTERS], device="cpu")

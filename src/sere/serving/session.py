@@ -220,13 +220,23 @@ def open_session(config: Any) -> Session:
             settings.policy.rows,
         )
         table = Table.load(settings.table)
-        live = Live(table, rows.buffer.device, together=settings.union == "all")
+        together, lone = settings.union == "all", sees_lone_rows(config)
+        live = Live(table, rows.buffer.device, together=together, lone=lone)
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
         session = Session(settings, table, rows, live, tiers)
         session.overlapping = bool(config.scheduler_config.async_scheduling)
         object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
     return session
+
+
+def sees_lone_rows(config: Any) -> bool:
+    """Whether a step of one row reaches the layers as one row: without padding, be it to the
+    smallest captured graph or to other data-parallel ranks' rows."""
+    if config.parallel_config.data_parallel_size > 1:
+        return False
+    sizes = config.compilation_config.cudagraph_capture_sizes
+    return bool(config.model_config.enforce_eager or 1 in (sizes or ()))
 
 
 def check_request(config: Any, asked: Any) -> None:

@@ -240,7 +240,8 @@ def _define_operator() -> None:
 
 def _reroute(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
     layers = symbol("get_forward_context")().no_compile_layers
-    ids: Tensor = layers[layer_name].sere.forward(topk_ids, topk_weights)
+    own = topk_ids.clone() if topk_ids.is_cuda else topk_ids  # GPUs may work in place
+    ids: Tensor = layers[layer_name].sere.forward(own, topk_weights)
     return ids.clone() if ids is topk_ids else ids  # an operator must not return its input
 
 
