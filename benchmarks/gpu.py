@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -29,13 +30,16 @@ QWEN = ["qwen3-30b-a3b", "--policy", '{"S": 1}', "--policy", '{"S": 2}', "--poli
 @dataclass(frozen=True)
 class Step:
     """script: beside this file, or a verb of `sere`. minutes: the limit. speed: only after the
-    checks have passed."""
+    checks have passed. configs: the folder of those that `gpu_configs.py` wrote that vLLM is to
+    read. folder: it writes several results, into one. In arguments {folder} is that of all."""
 
     name: str
     minutes: float
     script: str
     arguments: Sequence[str] = ()
     speed: bool = False
+    configs: str | None = None
+    folder: bool = False
 
     def command(self, output: Path) -> list[str]:
         """Its result goes to `output`."""
@@ -43,27 +47,40 @@ class Step:
             start = [sys.executable, str(HERE / self.script)]
         else:
             start = [sys.executable, "-m", "sere", self.script]
-        return [*start, *self.arguments, "-o", str(output)]
+        own = [word.replace("{folder}", str(output.parent)) for word in self.arguments]
+        return [*start, *own, "-o", str(output.with_suffix("") if self.folder else output)]
+
+    def environment(self, output: Path) -> dict[str, str]:
+        """What it changes of this process's."""
+        if self.configs is None:
+            return {}
+        return {"VLLM_TUNED_CONFIG_FOLDER": str(output.parent / "configs" / self.configs)}
 
 
 def _batches(*sizes: int) -> list[str]:
     return [word for size in sizes for word in ("--batch", str(size))]
 
 
+TUNED = _batches(8, 16, 32, 64)
 STEPS = (
     Step("checks", 6, "gpu_checks.py"),
     Step("tokens", 5, "gpu_tokens.py"),
+    Step("variants", 5, "bench_variants.py", speed=True),
     Step("operator", 4, "bench_reroute.py", ["--device", "cuda"], speed=True),
     Step("engine", 9, "bench", [*QWEN, *_batches(1, 2, 4, 8, 16, 32, 64, 128, 256)], speed=True),
+    Step("configs", 5, "gpu_configs.py", ["--folder", "{folder}/configs"], speed=True),
+    Step("engine-best-for-stock", 5, "bench", [*QWEN, *TUNED], speed=True, configs="stock"),
+    Step("engine-best-for-S=1", 5, "bench", [*QWEN, *TUNED], speed=True, configs="S=1"),
     Step("serving", 6, "gpu_server.py"),
     Step("profile", 5, "gpu_profile.py", speed=True),
     Step("modes", 12, "gpu_modes.py"),
     Step("mxfp4", 4, "gpu_mxfp4.py"),
-    Step("stock", 9, "bench", [*QWEN[:3], "--layers", "16", "--against", "stock", "--rounds", "2",
-                               *_batches(1, 8, 32)], speed=True),
+    # Five pairs of processes; killed on the way, it goes on where it was.
+    Step("stock", 18, "bench", [*QWEN[:3], *QWEN[-2:], "--layers", "16", "--against", "stock",
+                                "--rounds", "5", *_batches(1, 8, 32)], speed=True),
     Step("server", 9, "bench", [*QWEN[:3], "--layers", "16", "--rate", "16", *_batches(64)],
          speed=True),
-    Step("configs", 5, "gpu_configs.py", speed=True),
+    Step("shapes", 90, "bench_decode.py", speed=True, folder=True),  # other models; resumable
 )  # fmt: skip
 
 
@@ -84,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for step in [step for step in STEPS if step.name in wanted]:
         result = arguments.output / f"{step.name}.json"
         if arguments.dry_run:
-            print(f"at most {step.minutes:g} min: {shlex.join(step.command(result))}")
+            variables = [f"{k}={shlex.quote(v)}" for k, v in step.environment(result).items()]
+            words = " ".join([*variables, shlex.join(step.command(result))])
+            print(f"at most {step.minutes:g} min: {words}")
         elif step.speed and "checks" in failed:
             print(f"{step.name}: left out, as the checks failed", flush=True)
         elif not _run(step, result):
@@ -104,7 +123,11 @@ def _run(step: Step, result: Path) -> bool:
     with result.with_suffix(".log").open("wb") as log:
         try:
             status = subprocess.run(
-                step.command(result), stdout=log, stderr=log, timeout=60 * step.minutes
+                step.command(result),
+                stdout=log,
+                stderr=log,
+                timeout=60 * step.minutes,
+                env={**os.environ, **step.environment(result)},
             ).returncode
         except subprocess.TimeoutExpired:
             status = 124

@@ -20,10 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sere.kernels import cuda_kernel, triton_programs
+from sere.kernels.cuda_variants import VARIANTS
 from sere.results import provenance
 
 GPUS = (80, 90, 100)
 SHAPES = ((60, 4), (128, 8), (896, 16))
+FORM_SHAPES = ((128, 8), (512, 10))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 LAUNCHES = {
     "decode": "1",
@@ -111,18 +113,27 @@ def every_kernel() -> Iterator[dict[str, Any]]:
                 yield {"gpu": f"sm_{gpu}", "kernel": f"triton {name}", "shape": shape, **found}
 
 
+def every_form() -> Iterator[dict[str, Any]]:
+    """One entry a form of the CUDA kernel (see `cuda_variants`) and shape, for an H100."""
+    for E, K in FORM_SHAPES:
+        for form in (form for form in VARIANTS if form.fits(64, E, K)):
+            switches = form.macros(E, K)
+            cubin = cuda_kernel.compiled("sm_90", torch.int32, torch.float32, switches)
+            found = figures(cubin)["reroute_lanes" if form.lanes else "reroute_at_once"]
+            yield {"gpu": "sm_90", "form": form.name, "shape": f"({E}, {K})", **found}
+
+
 def main() -> None:
     """Compile and count."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("-o", "--output", default="kernel_code.json")
     output = parser.parse_args().output
-    entries = list(every_kernel())
+    entries, forms = list(every_kernel()), list(every_form())
     head = ["kernel", *(key for key in entries[0] if key != "kernel")]
     print(provenance.text_table(head, [[str(entry[key]) for key in head] for entry in entries]))
     print(f"launches a layer: {LAUNCHES}")
-    provenance.save_json(
-        output, {"provenance": provenance.provenance(), "launches": LAUNCHES, "kernels": entries}
-    )
+    about = {"provenance": provenance.provenance(), "launches": LAUNCHES}
+    provenance.save_json(output, {**about, "kernels": entries, "forms": forms})
 
 
 if __name__ == "__main__":

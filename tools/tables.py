@@ -27,6 +27,7 @@ from sere.engine_runs import run as runs  # noqa: E402
 from sere.files import replaced  # noqa: E402
 from sere.speed import result as speed  # noqa: E402
 from sere.tuning import choice  # noqa: E402
+from tools import goals  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 REGION = re.compile(r"<!-- from: (?P<key>[^>]+?) -->(?P<gap>\n?)(?P<old>.*?)<!-- end -->", re.S)
@@ -201,6 +202,27 @@ def compiled(stem: str, gpu: str, shape: str) -> str:
     return _markdown(["kernel", "SASS instructions", *columns[1:3], "shared bytes"], rows)
 
 
+def forms(stem: str, *shapes: str) -> str:
+    """Instructions, barriers and registers of every form of the CUDA kernel, by shape."""
+    found = result(stem)["forms"]
+    columns = ("instructions", "barriers", "registers", "shared_bytes")
+    names = dict.fromkeys(each["form"] for each in found)
+    by = {(each["form"], each["shape"]): each for each in found}
+
+    def cells(name: str) -> Iterator[str]:
+        for column in columns:
+            yield " / ".join(str(by.get((name, s), {}).get(column, "-")) for s in shapes)
+
+    head = ["form", "SASS instructions", *columns[1:3], "shared bytes"]
+    return _markdown(head, [[name, *cells(name)] for name in names])
+
+
+def goals_met(operator: str, engine: str) -> str:
+    """The goals for an H100, and what was measured."""
+    head = ["goal", "measured", ""]
+    return _markdown(head, [*goals.rows(result(operator), result(engine))])
+
+
 def profile(stem: str) -> str:
     """Where a decode step's time goes."""
     found = result(stem)
@@ -347,6 +369,8 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "tasks": tasks,
     "operator": operator,
     "kernels": compiled,
+    "forms": forms,
+    "goals": goals_met,
     "overhead": overhead,
     "profile": profile,
     "calibration-speed": calibration_speed,
