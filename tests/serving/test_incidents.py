@@ -254,6 +254,7 @@ RAISES = {
         *("worker.self_check", "worker._check_runner", "worker._checked", "worker.check_layers"),
         *("model_fit.check_kind", "model_fit.check_model", "prefix_cache.self_check"),
         *("vllm_plugin.__post_init__", "__init__.check_types"),  # the latter in the first pass
+        "cuda_variants.__post_init__",  # which forms serve is read when a layer is bound
         *(
             "implementations._chosen",
             "cuda_kernel._check_sizes",
