@@ -5,7 +5,8 @@
 
 For each: S=K writes what "off" writes; S=1 moves slots; in eager steps no row that reaches the
 experts names one twice; an exact request among fast ones writes what it writes with re-routing off;
-no step was left to stock routing as something failed.
+requests that a token ends are counted so far and no further; no step was left to stock routing as
+something failed.
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ def checked(mode: str, shape: str, layers: int) -> dict[str, Any]:
             "exact among fast is stock": mixed[0] == off[0],
             "no step failed": told["unclassified_steps"] == 0,
         }
+        if mode in ("plain", "eager"):  # drafts and recomputation are rows as well
+            holds["ended requests are not counted on"] = _stops(engine, prompts, mixed)
         if mode == "lora":
             plain = _written(engine, prompts, None)
             holds["the adapter changes what is written"] = plain[::2] != mixed[::2]
@@ -123,8 +126,10 @@ def _written(
     prompts: list[list[int]],
     adapter: Any,
     tiers: Sequence[str | None] = (None,) * 8,
+    **more: Any,
 ) -> list[list[int]]:
-    """Token ids of each prompt. adapter: a LoRA request for every second one, or None."""
+    """Token ids of each prompt. adapter: a LoRA request for every second one, or None. more: for
+    vLLM's `SamplingParams`."""
     from vllm import SamplingParams
 
     sampling = [
@@ -134,6 +139,7 @@ def _written(
             ignore_eos=True,
             detokenize=False,
             extra_args={"sere": tier} if tier else None,
+            **more,
         )
         for tier in tiers
     ]
@@ -167,6 +173,15 @@ def _adapter(folder: Path, model: str) -> Any:
     about = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(about))
     return LoRARequest("random", 1, str(folder))
+
+
+def _stops(engine: Any, prompts: list[list[int]], written: list[list[int]]) -> bool:
+    """Whether as many rows were counted as tokens came, where a token ends the requests."""
+    stops = sorted({answer[3 + i] for i, answer in enumerate(written)})
+    engine.reset_stats()
+    ended = _written(engine, prompts, None, stop_token_ids=stops)
+    rows = {layer["rows_fast"] for layer in engine.stats().values()}
+    return rows == {sum(map(len, ended)) - len(prompts)}
 
 
 def _distinct(engine: Any, prompts: list[list[int]]) -> bool:
