@@ -29,7 +29,7 @@ from sere.demo_model.tasks import examples
 from sere.results import provenance
 from sere.serving.server import NAME, Server, serving
 
-BLOCK, TOKENS = 16, 40
+BLOCK, TOKENS = 32, 40
 PROMPTS = [" ".join(e.prompt for e in examples(4, seed=s, split="held_out")) for s in range(16)]
 SERE = {"S": 1, "min_active": 1}
 _FRESH_S = 1.0  # metrics are asked for at most twice a second
@@ -48,7 +48,7 @@ def main() -> int:
         "max_model_len": 512,
         "max_num_batched_tokens": 512,
         "block_size": BLOCK,
-        "num_gpu_blocks_override": 200,  # a crowd does not fit
+        "num_gpu_blocks_override": 100,  # a crowd does not fit
         "enable_prefix_caching": True,
         "enable_prompt_tokens_details": True,
     }
