@@ -16,6 +16,8 @@ import pytest
 from sere.calibration.calibrate import calibrate
 from sere.cli import main
 from sere.evaluation import evaluate
+from sere.page.sources import Source
+from sere.page.speed import sections
 from sere.results.provenance import front
 from sere.step_cost.cost import Cost
 from sere.table import Table
@@ -194,6 +196,16 @@ def test_speed_is_the_benchmarks_beside_its_roofline(results: Path, data: dict[s
             (arm["name"] + ", roofline", "predicted_ms"),
         ):
             assert (name, tuple(each["arms"][i][figure] for each in found)) in drawn
+
+
+def test_a_bound_that_was_beaten_is_not_shown(results: Path) -> None:
+    result = load(results, "g.json")
+    result["results"][0]["arms"][0]["tpot_ms_by_round"][1] = 0.01
+    (shown,) = sections(Source("g.json", "", "bench", result), [])
+    (grid,), (figure,) = shown.grids, shown.figures
+    assert "Predicted: nothing, as at batch" in grid.caption and "roofline" not in shown.finding
+    assert all(row[6] is None and row[10] is None for row in grid.rows)
+    assert not [trace.name for trace in figure.plot.data if "roofline" in trace.name]
 
 
 def test_quality_against_time_where_the_same_model_was_timed(

@@ -25,10 +25,11 @@ from sere.speed.bench import measure
 from sere.speed.result import as_text, interval, quartiles
 from sere.speed.result import table as result_table
 from sere.speed.setup import BenchError, Contender, Load, contender_of, experts_load
-from sere.step_cost.roofline import Roofline, Sizes
+from sere.step_cost.roofline import Roofline, Sizes, beaten, unbound
 from sere.table import Table
 from tests.engines import environment
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CONTENDERS = [Contender("stock", None), Contender("S=1", Policy(S=1))]
 LOAD = Load((2, 4), input_len=3, output_len=5, rounds=2)
 
@@ -167,6 +168,7 @@ ARM = {
     **dict.fromkeys(("tpot_ms", "tokens_per_s", "active_before", "active_after"), 1.0),
     **dict.fromkeys(("predicted_ms", "speedup", "predicted_speedup"), 1.0),
     **{name: [1.0, 1.0] for name in ("tpot_ms_quartiles", "speedup_interval_95")},
+    "tpot_ms_by_round": [1.0],
 }
 
 
@@ -277,6 +279,29 @@ def test_the_roofline_by_hand() -> None:
     bound = Roofline(sizes, itemsize=4, bandwidth=1000, kv_bytes=5)
     # 2 layers x 3 experts x 40 bytes, 400 bytes, 8 rows x 5 bytes.
     assert bound.seconds(active=3, rows=8) == pytest.approx((240 + 400 + 40) / 1000)
+
+
+def steps(predicted: float, *rounds: float) -> list[dict[str, Any]]:
+    arm = {"name": "S=1", "tpot_ms": rounds[0], "tpot_ms_by_round": list(rounds)}
+    return [{"batch": 8, "arms": [{**arm, "predicted_ms": predicted}]}]
+
+
+def test_a_bound_that_a_measurement_beats_is_not_printed() -> None:
+    """Such as the committed one, whose probe saw 52 GB/s and whose engine read faster."""
+    assert beaten(steps(3.0, 4.0, 3.5)) is None
+    found = beaten(steps(3.0, 4.0, 2.5))
+    assert found is not None and "S=1 took 2.50 ms where reading would have taken 3.00" in found
+    printed = as_text(json.loads((RESULTS / "bench_cpu_qwen3.json").read_text()))
+    assert "nothing is predicted: at batch 8 stock took 33" in printed
+    assert "predicted ms" not in printed and "GB/s" not in printed
+    held = as_text(json.loads((RESULTS / "bench_h100_qwen3.json").read_text()))
+    assert "predicted ms" in held and "GB/s measured here, and nothing else" in held
+
+
+def test_what_a_bound_leaves_out_is_said_where_it_is_most_of_a_step() -> None:
+    assert unbound(steps(3.0, 4.0)) is None
+    found = unbound(steps(0.27, 6.09))
+    assert found is not None and "6.09 ms, 22.6 times" in found and "leaves out" in found
 
 
 def test_spread() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sere.page.parts import GREY, Column, Figure, Grid, Section, colour, panels
 from sere.page.sources import Source
+from sere.step_cost.roofline import beaten
 
 _COLUMNS = (
     Column("batch"),
@@ -26,19 +27,23 @@ _COLUMNS = (
 def sections(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """One section: speed-up and time of a step against batch size, and all figures as a grid."""
     result = source.content
+    reason = beaten(result["results"])
+    predicted = f"nothing, as {reason}" if reason else result["roofline"]["text"]
     found = sorted(result["results"], key=lambda one: int(one["batch"]))
     rows = [_row(one["batch"], arm) for one in found for arm in one["arms"]]
+    for row in rows if reason else ():
+        row[6] = row[10] = None
     load = result["load"]
     yield Section(
         f"Decode speed, {result['model']}",
         source.name,
-        _finding(result),
-        [_speed(result["results"])] if len(result["results"]) > 1 else [],
+        _finding(result, bound=not reason),
+        [_speed(result["results"], bound=not reason)] if len(result["results"]) > 1 else [],
         [
             Grid(
                 f"{load['input_len']} tokens in, {load['output_len']} out, medians of "
                 f"{load['rounds']} rounds; from, to: 95 % interval of the speed-up. Predicted: "
-                f"{result['roofline']['text']}",
+                f"{predicted}",
                 _COLUMNS,
                 rows,
             )
@@ -59,21 +64,22 @@ def _speedup(arm: dict[str, Any]) -> list[float]:
     return [arm["speedup"], *arm["speedup_interval_95"], arm["predicted_speedup"]]
 
 
-def _finding(result: dict[str, Any]) -> str:
+def _finding(result: dict[str, Any], *, bound: bool) -> str:
     found = [(arm, each["batch"]) for each in result["results"] for arm in each["arms"][1:]]
     best, batch = max(found, key=lambda pair: pair[0]["speedup"])
     worst, where = min(found, key=lambda pair: pair[0]["speedup"])
     layers = f"{result['layers']} of {result['of_layers']} layers"
+    says = f"; the roofline says {best['predicted_speedup']:.2f}x" if bound else ""
     least = f" Least: {worst['speedup']:.2f}x at batch {where} ({worst['name']})."
     return (
         f"{result['E']} experts, {result['K']} per token, {layers}, {result['dtype']}: "
-        f"{best['speedup']:.2f}x the speed of stock at batch {batch} ({best['name']}; the roofline "
-        f"says {best['predicted_speedup']:.2f}x).{least if best is not worst else ''}"
+        f"{best['speedup']:.2f}x the speed of stock at batch {batch} ({best['name']}{says})."
+        f"{least if best is not worst else ''}"
     )
 
 
-def _speed(results: Sequence[dict[str, Any]]) -> Figure:
-    """Left: speed-up. Right: milliseconds a token. Dotted: predicted."""
+def _speed(results: Sequence[dict[str, Any]], *, bound: bool) -> Figure:
+    """Left: speed-up. Right: milliseconds a token. Dotted: predicted, if the bound holds."""
     both = panels(["speed-up over stock", "time per token, ms"], 0.09)
     results = sorted(results, key=lambda found: int(found["batch"]))
     batches = [found["batch"] for found in results]
@@ -119,10 +125,13 @@ def _speed(results: Sequence[dict[str, Any]]) -> Figure:
     ticks = {"tickvals": batches, "ticktext": [str(batch) for batch in batches]}
     both.update_xaxes(title="requests decoded together", type="log", **ticks)
     both.update_yaxes(rangemode="tozero")
+    dotted = " Dotted: the roofline, from the bytes that a step reads and what this machine can do."
+    if not bound:
+        both.data = [trace for trace in both.data if "roofline" not in trace.name]
     return Figure(
         "Speed-up and time per token against batch size",
-        "Solid: measured, stock and re-routed taking turns in one engine; bars: 95 % interval. "
-        "Dotted: the roofline, from the bytes that a step reads and what this machine can do.",
+        "Solid: measured, stock and re-routed taking turns in one engine; bars: 95 % interval."
+        f"{dotted if bound else ''}",
         both,
     )
 

@@ -16,7 +16,7 @@ from sere.speed import server
 from sere.speed.setup import Contender, Load, Subject
 from sere.speed.shapes import shape_named
 from sere.step_cost.reached import in_words, reached, too_little
-from sere.step_cost.roofline import Roofline
+from sere.step_cost.roofline import Roofline, beaten, unbound
 
 
 def summary(
@@ -130,13 +130,13 @@ def as_text(result: dict[str, Any]) -> str:
         return "\n".join([*lines, gate, "", server.as_text(result["server"])])
     lines += [
         *_stock(result),
-        f"{load['rounds']} rounds; predicted: {result['roofline']['text']}",
+        f"{load['rounds']} rounds; {_bound(result)}",
         "gate: S=K wrote the same tokens as stock at every batch size",
         "",
         table(result["results"]),
     ]
-    found = reached(result)
-    if all(one.share <= 1 for one in found):  # else the probe was slower than the engine
+    if beaten(result["results"]) is None:
+        found = reached(result)
         lines += ["", in_words(found), *filter(None, [too_little(found)])]
     return "\n".join(lines)
 
@@ -159,10 +159,20 @@ def _stock(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _bound(result: dict[str, Any]) -> str:
+    """What is predicted, and what that leaves out; or why nothing is."""
+    if reason := beaten(result["results"]):
+        return f"nothing is predicted: {reason}"
+    text = f"predicted: {result['roofline']['text']}, and nothing else"
+    far = unbound(result["results"])
+    return f"{text};\n{far}" if far else text
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A row for every policy and batch size."""
+    """A row for every policy and batch size; without the prediction where it was beaten."""
+    bound = beaten(results) is None
     head = ["batch", "policy", "TPOT ms (quartiles)", "tokens/s", "active experts"]
-    head += ["predicted ms", "speed-up (95 %)", "predicted"]
+    head += ["predicted ms", "speed-up (95 %)", "predicted"] if bound else ["speed-up (95 %)"]
     rows: list[list[str]] = []
     for found in _ascending(results):
         rows += [[]] if rows else []
@@ -170,6 +180,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             low, high = arm["tpot_ms_quartiles"]
             least, most = arm["speedup_interval_95"]
             stock = arm is found["arms"][0]
+            predicted = "-" if stock else f"{arm['predicted_speedup']:.2f}x"
             rows.append(
                 [
                     str(found["batch"]),
@@ -177,9 +188,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                     f"{arm['tpot_ms']:.2f} ({low:.2f}-{high:.2f})",
                     f"{arm['tokens_per_s']:.1f}",
                     f"{arm['active_before']:.1f} -> {arm['active_after']:.1f}",
-                    f"{arm['predicted_ms']:.2f}",
+                    *([f"{arm['predicted_ms']:.2f}"] if bound else []),
                     "-" if stock else f"{arm['speedup']:.2f}x ({least:.2f}-{most:.2f})",
-                    "-" if stock else f"{arm['predicted_speedup']:.2f}x",
+                    *([predicted] if bound else []),
                 ]
             )
     return provenance.text_table(head, rows)
@@ -190,9 +201,10 @@ def _ascending(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Left: speed-up against batch size, predicted dashed. Right: time of a step."""
+    """Left: speed-up against batch size. Right: time of a step. Dotted: predicted, if it holds."""
     from matplotlib.figure import Figure
 
+    bound = beaten(result["results"]) is None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     speed, time = figure.subplots(1, 2)
     results = _ascending(result["results"])
@@ -202,7 +214,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         color = f"C{i}"
         times = [arm["tpot_ms"] for arm in arms]
         time.plot(batches, times, "o-", color=color, label=first["name"])
-        time.plot(batches, [arm["predicted_ms"] for arm in arms], ":", color=color)
+        if bound:
+            time.plot(batches, [arm["predicted_ms"] for arm in arms], ":", color=color)
         if i == 0:
             continue
         median = [arm["speedup"] for arm in arms]
@@ -211,10 +224,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
             for end in (0, 1)
         ]
         speed.errorbar(batches, median, spread, fmt="o-", color=color, label=first["name"])
-        speed.plot(batches, [arm["predicted_speedup"] for arm in arms], ":", color=color)
+        if bound:
+            speed.plot(batches, [arm["predicted_speedup"] for arm in arms], ":", color=color)
     speed.axhline(1, color="black", linewidth=0.8)
-    speed.set_ylabel("speed-up over stock (dotted: predicted)")
-    time.set_ylabel("time per output token, ms (dotted: predicted)")
+    dotted = " (dotted: predicted)" if bound else ""
+    speed.set_ylabel(f"speed-up over stock{dotted}")
+    time.set_ylabel(f"time per output token, ms{dotted}")
     for axes in (speed, time):
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])

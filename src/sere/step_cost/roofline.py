@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,3 +61,37 @@ class Roofline:
             f"reading {expert:.3g} MB an expert, {dense:.4g} MB of all else, at the "
             f"{self.bandwidth / 1e9:.3g} GB/s measured here"
         )
+
+
+def beaten(results: Sequence[dict[str, Any]]) -> str | None:
+    """What of a bench's results was faster than its bound, in words: a bound that is beaten is
+    none, and must not be shown. None where it holds."""
+    steps = [
+        (min(arm["tpot_ms_by_round"]), found["batch"], arm)
+        for found in results
+        for arm in found["arms"]
+    ]
+    fastest, batch, arm = max(steps, key=lambda step: step[2]["predicted_ms"] / step[0])
+    if fastest >= arm["predicted_ms"]:
+        return None
+    return (
+        f"at batch {batch} {arm['name']} took {fastest:.2f} ms where reading "
+        f"would have taken {arm['predicted_ms']:.2f}: the probe read slower than the engine does"
+    )
+
+
+def unbound(results: Sequence[dict[str, Any]]) -> str | None:
+    """The step that is farthest from its bound, in words, where that is more than twice the bound:
+    what else it does, and a bound leaves out, weighs more than reading. Else None."""
+    steps = [
+        (arm["tpot_ms"] / arm["predicted_ms"], found["batch"], arm)
+        for found in results
+        for arm in found["arms"]
+    ]
+    factor, batch, arm = max(steps, key=lambda step: step[0])
+    if factor <= 2:
+        return None
+    return (
+        f"at batch {batch} {arm['name']} took {arm['tpot_ms']:.2f} ms, {factor:.3g} times what "
+        "reading takes: there computing and calls, which the prediction leaves out, are the limit"
+    )
