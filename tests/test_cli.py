@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import sere.calibration.calibrate
 from sere import verbs
 from sere.calibration.similarity import METHODS
 from sere.cli import VERBS, main, parser
-from sere.table import Table
+from sere.table import Table, TableError
 
 HELP = [["--help"], *([verb, "--help"] for verb in VERBS)]
 
@@ -69,7 +70,8 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
     required = needed.get(verb, [])
     given = vars(parser().parse_args([verb, *required]))
     given.pop("verb")
-    given.pop("force", None)  # read by `main`
+    given.pop("force", None)  # read by `main`, as is the next
+    given.pop("debug")
     signature(getattr(verbs, verb)).bind(**given)
     module, function = VERBS[verb][2].split(":")
     assert (module, function) == ("sere.verbs", verb)
@@ -108,6 +110,25 @@ def test_a_shell_sees_the_status_and_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("sere: error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="no such table"):
+        main(["inspect", str(tmp_path / "absent"), "--debug"])
+
+
+def test_a_death_in_native_code_says_what_was_being_done(tmp_path: Path) -> None:
+    """Such as an instruction that this processor has not; the shell alone would only name it."""
+    script = (
+        "import os, signal, sys\n"
+        "from sere import cli, verbs\n"
+        "def attention(**_): os.kill(os.getpid(), signal.SIGILL)\n"
+        "verbs.inspect = attention\n"
+        "cli.main(['inspect', 'table'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGILL
+    assert "Illegal instruction" in done.stderr and "in attention" in done.stderr
 
 
 @pytest.mark.parametrize(

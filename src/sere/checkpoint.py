@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.")
 _ROUTED = re.compile(r"^(?!.*(?:shared|vision|visual|mtp)).*expert")
 _SAMPLE_BYTES = 65536
 _EXPERT_TENSORS_PER_LAYER = 4
+_NUMBERS_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 # Other matrices of a layer, which may happen to have E rows (and are quantised; routers are not).
 _NOT_A_ROUTER = re.compile(r"attn|attention|_proj\b")
 
@@ -56,6 +58,8 @@ class Fingerprint:
         missing = sorted(set(model.layers) - set(self.layers))
         if missing:
             found.append(f"MoE layers of the model that the table lacks: {missing}")
+        if found:  # hashes of other sizes' weights tell nothing more
+            return found
         for what, mine, other in [
             ("router weights", self.router_hash, model.router_hash),
             ("expert weights", self.experts_hash, model.experts_hash),
@@ -112,6 +116,21 @@ def expert_layers(folder: str | Path) -> tuple[int, ...]:
     """
     names = (name for name, _ in _tensors(Path(folder)) if _ROUTED.search(name))
     return tuple(sorted({int(match.group(1)) for name in names if (match := _LAYER.search(name))}))
+
+
+def configured(folder: str | Path) -> tuple[int | None, int | None]:
+    """(E, K) as the model's config.json has them, None where it has no such number."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None, None
+    parts = [config, *(config[key] for key in ("text_config", "llm_config") if key in config)]
+
+    def found(names: Sequence[str]) -> int | None:
+        values = [part[name] for part in parts for name in names if name in part]
+        return next((value for value in values if isinstance(value, int)), None)
+
+    return found(_NUMBERS_OF_EXPERTS), found(_EXPERTS_PER_TOKEN)
 
 
 def _is_quantised(folder: Path) -> bool:

@@ -4,12 +4,13 @@ help needs neither torch nor vllm."""
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -63,6 +64,15 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
 }
 
 
+_WORDS = """
+A decode step has a row for each request; a row chooses K of a layer's E experts, in K slots.
+Primary experts are every row's first S choices. A slot of another, a secondary expert, moves to
+the primary that is most like it, and an expert without slots is not read. Critical is a secondary
+expert that no primary is like enough to: it stays. Rows that may be re-routed are fast; prompts,
+and requests that ask for it, are exact. rho and tau say what is like enough.
+"""
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Tells defaults, but not that there is none."""
 
@@ -73,7 +83,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     top = argparse.ArgumentParser(
-        prog="sere", description="Similarity-based expert re-routing for MoE models in vLLM."
+        prog="sere",
+        description="Similarity-based expert re-routing for MoE models in vLLM.",
+        epilog=_WORDS,
     )
     top.add_argument("--version", action="version", version=f"sere {__version__}")
     verbs = top.add_subparsers(dest=_VERB, required=True, metavar="VERB")
@@ -89,17 +101,20 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--force", action="store_true", help="replace outputs that are none of sere's"
             )
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 1 with a message on an expected failure, 130 on Ctrl-C."""
+    _say_what_dies()
     with _interruptible() as interrupted:
         arguments = vars(parser().parse_args(argv))
         module, function = VERBS[arguments.pop(_VERB)][2].split(":")
         # Threads of a team that spin while they wait take the core from a neighbour: a busy one
         # made a calibration six times slower (issue 21).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        debug = arguments.pop("debug")
         try:
             files.FORCE.set(arguments.pop("force", False))
             status = getattr(import_module(module), function)(**arguments)
@@ -109,11 +124,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             if interrupted() or isinstance(error, KeyboardInterrupt):
                 print(_INTERRUPTED, file=sys.stderr)
                 return 130
-            if not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
+            if debug or not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
                 raise
             print(f"sere: error: {error}", file=sys.stderr)
             return 1
     return int(status or 0)
+
+
+def _say_what_dies() -> None:
+    """A process that dies in native code, here or in an engine's process, says by which signal, and
+    what it was doing; Python alone would say nothing."""
+    with suppress(AttributeError, ValueError, OSError):  # stderr is no file, as in notebooks
+        faulthandler.enable()
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 
 _INTERRUPTED = (

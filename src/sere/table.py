@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere.checkpoint import Fingerprint, weight_hashes
+from sere.checkpoint import Fingerprint, configured, weight_hashes
 from sere.files import is_file, replaced
 from sere.kernels import Plan
 from sere.kernels.plan import OUTPUTS_UNKNOWN, Placement, Substitution, can_move, settings_of
@@ -192,7 +192,10 @@ class Table:
         """
         known = self.fingerprint
         router, experts = weight_hashes(folder, known.layers, known.E)
-        self.check_against(replace(known, router_hash=router, experts_hash=experts))
+        model = replace(known, router_hash=router, experts_hash=experts)
+        if known.differences(model):  # which may be of more than weights: that is said then
+            E, K = configured(folder)
+            self.check_against(replace(model, E=E or known.E, K=K or known.K))
         return router is not None
 
     def save(self, path: str | Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from sere import demo_model
 from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
 from sere.kernels import RowClass, reroute
@@ -29,7 +33,7 @@ from sere.serving.vllm_plugin import register
 from sere.serving.wiring import install, install_in_worker
 from sere.serving.worker import self_check, sere_description, sere_layers, sere_merge
 from sere.table import FILE_NAME, Table
-from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, run_engine
+from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, environment, run_engine
 from tests.servers import Server
 
 pytestmark = pytest.mark.engine
@@ -358,9 +362,30 @@ def heard() -> Iterator[list[str]]:
 def test_bad_settings_are_refused_before_loading(
     sere: dict[str, Any], reason: str, table_path: Path
 ) -> None:
-    with pytest.raises(Exception, match=reason):
+    with pytest.raises(ServingError, match=reason) as refusal:
         configure(**{"table": str(table_path), **sere})
+    assert "validation error" not in str(refusal.value)  # pydantic's words around ours
     configure(table=str(table_path))
+
+
+@pytest.mark.modes
+def test_a_server_that_is_refused_ends_with_the_reason(tmp_path: Path) -> None:
+    """Not with a traceback through vLLM."""
+    asked = json.dumps({"sere": {"table": "nowhere.table"}})
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--additional-config"]
+    flags = ["--model", str(demo_model.PATH), "--dtype", "float32", "--enforce-eager"]
+    ended = subprocess.run(
+        [*command, asked, *flags],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    said = "sere: error: nowhere.table: no such table; run `sere calibrate MODEL -o sere.table`"
+    assert ended.stderr.splitlines()[-2].startswith(said)
+    assert "Traceback" not in ended.stderr
 
 
 def test_merge_is_what_every_row_has_and_one_version_still_takes_the_word(table_path: Path) -> None:

@@ -22,11 +22,19 @@ def located(model: str) -> str:
     folder = Path(demo_model.resolve(model))
     if folder.is_dir():
         return str(folder)
-    if folder.is_file():
+    check_name(model)
+    return _downloaded(model)
+
+
+def check_name(model: str) -> None:
+    """Raise `LoadError` for what is no folder and cannot be a name on the hub either."""
+    path = Path(model)
+    if path.is_dir():
+        return
+    if path.is_file():
         raise LoadError(f"{model} is a file: name the folder that holds the model")
     if not _NAME.fullmatch(model) or model.startswith((".", "~")):
         raise LoadError(f"{model}: no such folder")
-    return _downloaded(model)
 
 
 def _downloaded(name: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,8 +63,11 @@ class Rehearsal:
             if line.startswith(RESULT):
                 found: dict[str, Any] = json.loads(line[len(RESULT) :])
                 return found
-        end = (errors or output).strip()[-600:]
-        raise RuntimeError(end or f"exit {self._process.returncode}")
+        status, end = self._process.returncode, (errors or output).strip()[-600:]
+        if status < 0:
+            name = signal.Signals(-status).name
+            raise RuntimeError(f"vLLM's process was ended by {name}, in native code: {end}")
+        raise RuntimeError(end or f"exit {status}")
 
 
 def _missing() -> list[str]:
@@ -97,7 +102,7 @@ def _started(model: str, table: str | None) -> dict[str, Any]:
             own = {KEY: {"table": table}}
             config = arguments(**options, additional_config=own).create_engine_config()
     except Exception as error:  # whatever vLLM raises is the answer
-        return {**found, "refused": str(error)}
+        return {**found, "refused": sentence(str(error))}
     if table is None:
         return found
     try:
@@ -109,6 +114,13 @@ def _started(model: str, table: str | None) -> dict[str, Any]:
     except Exception as error:  # vLLM's own, and not of a start-up as it will be
         found["unbuilt"] = f"{type(error).__name__}: {error}"
     return found
+
+
+def sentence(text: str) -> str:
+    """What an error says, without what pydantic puts around it."""
+    text = re.sub(r"^\d+ validation errors? for \S+\n", "", text)
+    text = re.sub(r" \[type=\w+, input_value=.*", "", text, flags=re.S)
+    return text.strip().removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def _build(config: Any) -> None:

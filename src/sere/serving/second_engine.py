@@ -2,8 +2,8 @@
 
 When a CPU engine starts, vLLM (0.32, 0.33) looks through everything in every loaded module for
 kernels that it replaces, and fails at an object of llvmlite's that answers to any name
-("'_lib_fn_wrapper' object has no attribute 'get'"). The operator of the first engine has loaded
-llvmlite, with numba.
+("'_lib_fn_wrapper' object has no attribute 'get'"). The operator has loaded
+llvmlite with numba: the first engine's, or an evaluation's in the same process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from sere.serving.symbols import lacking, module_of, wrap
 _UNSCANNABLE = "llvmlite.binding.ffi"
 
 
+def in_the_way() -> bool:
+    """Whether it is loaded already: a calibration or an evaluation in this process did it."""
+    return _UNSCANNABLE in sys.modules
+
+
 @functools.cache
 def allow() -> None:
-    """Keep that object from vLLM's look; to be called before numba is loaded."""
+    """Keep that object from vLLM's look; to be called before it looks again."""
     if not lacking("a second engine"):
         wrap(module_of("_rebind_kernels"), "_rebind_kernels", _without_it)
 

@@ -49,8 +49,9 @@ def _making(original: Callable[..., None]) -> Callable[..., None]:
     def __post_init__(config: Any, *args: Any, **kwargs: Any) -> None:
         original(config, *args, **kwargs)
         if reason := unread(config.additional_config):
-            from sere.serving.refusal import ServingError
+            from sere.serving.refusal import ServingError, say_plainly
 
+            say_plainly()
             raise ServingError(reason)
         if key := misspelt(config.additional_config):
             _say_misspelt(key)

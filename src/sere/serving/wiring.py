@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sere.policy import PolicyError
 from sere.serving import (
     admission,
     drafters,
@@ -30,6 +31,7 @@ from sere.serving import (
     last_word,
     prefix_cache,
     rust_front_end,
+    second_engine,
     start_up,
     telemetry,
     worker,
@@ -40,10 +42,11 @@ from sere.serving.compile_key import keyed
 from sere.serving.contract_front_end import LAST, RUST
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
-from sere.serving.refusal import ServingError
+from sere.serving.refusal import ServingError, say_plainly
 from sere.serving.remote import refusing_once
 from sere.serving.session import check_config, open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
+from sere.table import TableError
 
 _LOG = logging.getLogger("vllm.sere")
 
@@ -52,6 +55,14 @@ def admit(config: Any) -> None:
     """Make this process re-route engines of such a config, or refuse it: raises `ServingError`."""
     if drafters.is_drafters(config):
         return
+    try:
+        _admit(config)
+    except (ServingError, PolicyError, TableError) as error:
+        say_plainly()
+        raise ServingError(str(error)) from error  # a ValueError would come wrapped by pydantic
+
+
+def _admit(config: Any) -> None:
     asked = given(config)
     any_version = isinstance(asked, Mapping) and asked.get("any_version") is True
     if reason := obstacle(any_version=any_version):
@@ -72,6 +83,8 @@ def install() -> None:
     if reason := obstacle(any_version=True):
         raise ServingError(f"sere cannot re-route: {reason}")
     wrap(symbol("VllmConfig"), "compute_hash", keyed)
+    if second_engine.in_the_way():
+        second_engine.allow()
     _define_operator()
     wrap(module_of("create_fused_moe_router"), "create_fused_moe_router", _rerouting_factory)
     wrap(symbol("MoERunner"), "__init__", _binding)
