@@ -119,7 +119,7 @@ def make_table() -> Callable[..., Table]:
     def make(
         *,
         layers: tuple[int, ...] = (0, 1),
-        tokens: int = 100,
+        tokens: int = 400,
         method: str = "frobenius",
         **other: Any,
     ) -> Table:

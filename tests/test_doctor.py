@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -45,6 +46,9 @@ def test_all_is_well_with_the_bundled_model(
     assert "stock vLLM would take RoutesInside" in checks["start-up"]
     assert "made for" in checks["table"]
     assert "numba on cpu (not triton: it does not run on cpu" in checks["operator"]
+    command = shlex.split(checks["serve"])
+    assert command[:3] == ["vllm", "serve", str(demo_model.PATH)]
+    assert json.loads(command[-1]) == {"sere": {"table": str(table_path)}}
 
 
 @pytest.mark.engine
@@ -71,7 +75,9 @@ def test_a_table_that_does_not_fit_would_be_refused(table_path: Path, tmp_path: 
     replace(table, fingerprint=replace(table.fingerprint, router_hash="0" * 64)).save(other)
     found = failed("demo", str(other))
     assert "belongs to another model" in found["table"]
-    assert "belongs to another model" in found["start-up"]
+    refusal = "vLLM would refuse to start: the table belongs to another model:\n  router weights"
+    assert found["start-up"].startswith(refusal)  # and nothing of pydantic's
+    assert found["start-up"].endswith("on the model that you serve")
     assert set(found) == {"table", "start-up"}
 
 
@@ -144,7 +150,9 @@ def test_broken_tables(table: Table, tmp_path: Path) -> None:
     table.save(path)
     (tmp_path / "empty").mkdir()
     assert "no safetensors checkpoint" in failed(str(tmp_path / "empty"), str(path))["table"]
-    assert "belongs to another model" in failed(str(demo_model.PATH), str(path))["table"]
+    foreign = failed(str(demo_model.PATH), str(path))["table"]
+    assert "experts per layer: the table has 8, the model has 32" in foreign
+    assert "hash" not in foreign  # of weights that are not there
 
 
 def test_what_the_fresh_process_found(rehearsed: Callable[..., None], table_path: Path) -> None:
@@ -166,6 +174,41 @@ def test_a_process_that_dies_fails_what_it_was_asked(monkeypatch: pytest.MonkeyP
     """All other checks are answered, and before it is waited for."""
     monkeypatch.setattr(rehearsal.sys, "executable", "/bin/false")
     assert failed() == dict.fromkeys(("vLLM", "plug-in loads", "metrics"), "exit 1")
+
+
+def test_a_process_that_dies_in_native_code_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'in attention' >&2\nkill -ILL $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(rehearsal.sys, "executable", str(program))
+    told = "vLLM's process was ended by SIGILL, in native code: in attention"
+    assert failed() == dict.fromkeys(("vLLM", "plug-in loads", "metrics"), told)
+
+
+@pytest.mark.parametrize("name", ["./nowhere/model", "/nowhere", "~/model", "a/b/c"])
+def test_a_wrong_path_is_called_one(name: str) -> None:
+    """And no name of a repository that is malformed, as the hub's own check has it."""
+    assert failed(name) == {"model": f"{name}: no such folder"}
+
+
+def test_pydantics_words_are_taken_off() -> None:
+    wrapped = (
+        "1 validation error for ModelConfig\n  Value error, No supported config format found "
+        "[type=value_error, input_value=ArgsKwargs((), {'model': 'x'}), input_type=ArgsKwargs]\n"
+        "    For further information visit https://errors.pydantic.dev/2.13/v/value_error"
+    )
+    assert rehearsal.sentence(wrapped) == "No supported config format found"
+    assert rehearsal.sentence("S=5 exceeds\n  [it does]") == "S=5 exceeds\n  [it does]"
+
+
+def test_the_whole_policy_is_told(table: Table, tmp_path: Path) -> None:
+    tuned = Policy(S=1, tau=0.1, batches={1: None, 8: {"tau": 0.02, "layers": {0: {"tau": 0.3}}}})
+    replace(table, policy=tuned).save(tmp_path / "t")
+    told = doctor._table(str(tmp_path / "t"), None)
+    assert "(1 to 7 rows: stock; 8 rows or more: S=1 tau=0.02 per layer; layer 0: " in told
+    assert '{"tau": 0.3}' in told
 
 
 def test_checks_are_told_as_they_are_answered(

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model
+from sere.calibration.inspect import serve_line
 from sere.calibration.stand_ins import in_a_line
+from sere.models.hub import check_name
+from sere.models.loading import LoadError
+from sere.policy import in_full
 from sere.serving.engine import check_plugin_allowed
 from sere.serving.expert_kernels import difference
 from sere.serving.rehearsal import Rehearsal
@@ -53,6 +57,12 @@ def examine(
     if model is not None and table is None and Path(model).is_file():
         model, table = None, model
     folder = None if model is None else demo_model.resolve(model)
+    if folder is not None:
+        try:
+            check_name(folder)
+        except LoadError as error:
+            yield Check("model", False, str(error))
+            return
     rehearsal = Rehearsal(folder, table)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: " ".join(_versions())),
@@ -76,6 +86,7 @@ def examine(
         checks.append(("model", lambda: _model(folder, rehearsal.found())))
     if folder is not None and table is not None:
         checks.append(("start-up", lambda: _start(rehearsal.found())))
+        checks.append(("serve", lambda: serve_line(folder, table)))
     for name, check in checks:
         yield _answered(name, check)
 
@@ -216,7 +227,8 @@ def _table(path: str, folder: str | None) -> str:
     about = f"{len(table.layers)} layers, E={known.E}, K={known.K}"
     if table.policy is not None:
         table.check_policy(table.policy)
-        about += f", with a policy of `sere tune` ({table.policy.brief()})"
+        whole = "; ".join(line.strip() for line in in_full(table.policy))
+        about += f", with a policy of `sere tune` ({whole})"
         if not table.can_move(table.policy):
             about += ": NOTHING IS RE-ROUTED unless settings of yours replace it"
     if known_of_stand_ins := in_a_line(table):

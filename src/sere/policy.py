@@ -312,6 +312,19 @@ class Policy:
         return cls.from_dict(settings_from_json(text))
 
 
+def in_full(policy: Policy) -> list[str]:
+    """All of it: a line for each range of rows of a step and for each layer of its own settings."""
+    starts = sorted({1, *policy.batches})
+    lines: list[str] = []
+    for start, following in zip(starts, [*starts[1:], 0], strict=True):
+        rows = f"{start} rows or more" if not following else f"{start} to {following - 1} rows"
+        rows = f"{start} row{'s' * (start > 1)}" if following == start + 1 else rows
+        own = policy.at(start)
+        lines.append(f"{rows}: {in_words(own)}")
+        lines += [f"  layer {i}: {json.dumps(o)}" for i, o in (own.layers if own else {}).items()]
+    return lines
+
+
 def in_words(policy: Policy | None) -> str:
     """What differs from the defaults; None is stock routing."""
     return "stock" if policy is None else policy.brief()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from sere.calibration.inspect import as_text, plot, report
+from sere.calibration.inspect import as_text, plot, report, too_little_text
+from sere.cli import main
+from sere.policy import Policy
 from sere.table import LayerStatistics, Table
 
 E = 8
@@ -69,6 +72,21 @@ def test_replacements_that_other_text_would_choose_differently(table: Table) -> 
     assert warnings(with_stability(0.95), 0.0) == ""
 
 
+def test_how_much_text_would_be_enough_is_said(table: Table) -> None:
+    layer = table.layers[0]
+
+    def told(tokens: int, stability: float | None) -> str | None:
+        return too_little_text(dataclasses.replace(layer, tokens=tokens, stability=stability))
+
+    for tokens in (2, 128):
+        found = told(tokens, None)
+        assert found is not None and "about 160 of them" in found and "90%" in found
+    assert told(160, None) is None and told(160, 0.85) is None
+    found = told(1000, 0.7)  # three times what is wanted: nine times the text
+    assert found is not None and "about 9,000 tokens and not 1,000 for 10%" in found
+    assert told(0, None) is None  # a null model
+
+
 def test_an_outlier_that_sets_the_scale_of_frobenius_alone(make_table: Make) -> None:
     """Expert 3 lies far from all: the others close up towards 1."""
     similarity = spread(0.75, 0.9)
@@ -109,6 +127,31 @@ def test_the_report_as_text_and_json(table: Table) -> None:
     assert "warning: rho=0.9 is above" in text
     layers = json.loads(json.dumps([asdict(layer) for layer in report(table, 0.5)]))
     assert [layer["index"] for layer in layers] == [0, 1]
+
+
+def test_the_whole_stored_policy_is_told_and_how_to_serve_it(
+    table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = {1: None, 2: {}, 3: {"tau": 0.02}, 32: {"tau": 0.4, "layers": {1: {"tau": 0.3}}}}
+    path = tmp_path / "a table"
+    replace(table, policy=Policy(S=1, tau=0.1, batches=batches)).save(path)
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().out
+    for line in (
+        "  1 row: stock",
+        "  2 rows: S=1 tau=0.1",
+        "  3 to 31 rows: S=1 tau=0.02",
+        "  32 rows or more: S=1 tau=0.4 per layer",
+        '    layer 1: {"tau": 0.3}',
+    ):
+        assert line in told.splitlines()
+    command = shlex.split(told.splitlines()[-1])
+    assert command[:2] == ["vllm", "serve"] and json.loads(command[-1])["sere"]["table"] == str(
+        path
+    )
+    table.save(path)
+    assert main(["inspect", str(path)]) == 0
+    assert "policy: none stored" in capsys.readouterr().out
 
 
 def test_the_plot_is_a_png_that_shows_the_table(tmp_path: Path, make_table: Make) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sere import demo_model
 from sere.calibration import stand_ins
+from sere.policy import in_full
 from sere.results import pictures
 from sere.table import LayerStatistics, Table
 
 # A layer whose farthest pair is this many times its median pair is scaled by an outlier.
 _OUTLIER = 3.0
-_UNSTABLE = 0.8
+_UNSTABLE, _STABLE = 0.8, 0.9
+_TOKENS_AN_EXPERT = 20
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,34 @@ def _warnings(
         found.append("near-constant: this measure does not tell the experts apart")
     if method == "frobenius" and (1 - pairs.min()) > _OUTLIER * (1 - pairs.median()):
         found.append("outlier-dominated: one far pair sets the scale of all similarities")
-    if layer.stability is not None and layer.stability < _UNSTABLE:
-        found.append(
-            f"unstable: other text would choose {1 - layer.stability:.0%} of the replacements "
-            "differently; calibrate on more"
-        )
+    if reason := too_little_text(layer):
+        found.append(reason)
     unused = int((layer.load == 0).sum())
     if layer.tokens and unused:
         found.append(f"{unused} experts were never chosen by the router on this text")
     return found
+
+
+def too_little_text(layer: LayerStatistics) -> str | None:
+    """Why replacements are not to be trusted, and how many tokens it would take; or None.
+
+    What other text would choose differently falls with the root of the tokens. Of very few the
+    bootstrap knows nothing: then it is the bundled model's 20 an expert that give 90 %.
+    """
+    E = len(layer.load)
+    if 0 < layer.tokens < _TOKENS_AN_EXPERT * E:
+        return (
+            f"{layer.tokens} tokens are too few: with about {_TOKENS_AN_EXPERT * E} of them other "
+            f"text would choose {_STABLE:.0%} of the replacements again; calibrate on more"
+        )
+    if layer.stability is None or layer.stability >= _UNSTABLE:
+        return None
+    needed = layer.tokens * ((1 - layer.stability) / (1 - _STABLE)) ** 2
+    return (
+        f"unstable: other text would choose {1 - layer.stability:.0%} of the replacements "
+        f"differently; calibrate on about {needed:,.0f} tokens and not {layer.tokens:,} for "
+        f"{1 - _STABLE:.0%} at most"
+    )
 
 
 def as_text(table: Table, rho: float) -> str:
@@ -101,7 +125,7 @@ def as_text(table: Table, rho: float) -> str:
         f"{len(table.layers)} MoE layers, E={table.fingerprint.E}, K={table.fingerprint.K}",
         f"{table.method} similarity from {about.get('tokens', '?')} tokens of "
         f"{about.get('corpus', '?')}, seed {about.get('seed', '?')}",
-        f"policy: {table.policy.brief()} (`sere tune`)" if table.policy else "policy: none stored",
+        *_policy(table),
         "",
         f"layer  5% / median / 95%      nearest  critical at rho={rho}  stable   "
         "most / least replaceable",
@@ -118,6 +142,20 @@ def as_text(table: Table, rho: float) -> str:
     if known := list(stand_ins.as_text(table)):
         lines += ["", *known]
     return "\n".join(lines)
+
+
+def _policy(table: Table) -> list[str]:
+    if table.policy is None:
+        return ["policy: none stored (`sere tune` stores one; served without, S=2)"]
+    lines = (f"  {line}" for line in in_full(table.policy))
+    return ["policy (`sere tune`), by the rows of a step:", *lines]
+
+
+def serve_line(model: str, table: str | Path) -> str:
+    """What serves a model with a table, ready for a shell."""
+    asked = json.dumps({"sere": {"table": str(table)}})
+    folder = demo_model.resolve(model)
+    return f"vllm serve {shlex.quote(folder)} --additional-config {shlex.quote(asked)}"
 
 
 def _percent(share: float | None) -> str:
