@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sere.engine_runs import generation
 from sere.engine_runs.generation import Part, Written
 from sere.evaluation import evaluate
 from sere.serving.engine import Batch
@@ -111,3 +112,18 @@ def test_lost_answers_net_and_gross() -> None:
     assert figures["answers_lost"][0] == 0
     assert figures["answers_lost_gross"][0] == pytest.approx(1 / 3)
     assert figures["same_as_stock"][0] == pytest.approx(1 / 3)
+
+
+def test_answers_are_shown_where_stock_has_some_right() -> None:
+    shown = {
+        name: generation.as_text({"batch": 1, "prompts": 2, "arms": [arm]})
+        for name, right in (("some", 0.5), ("none", 0.0))
+        for arm in [{**_FIGURES, "exact_match": (right, 0.1)}]
+    }
+    assert "exact match" in shown["some"] and "answers lost" in shown["some"]
+    assert "exact match" not in shown["none"] and "lost" not in shown["none"]
+    assert "same as stock" in shown["none"]
+
+
+_NAMES = ("active", "answers_lost", "answers_lost_gross", "same_as_stock", "length")
+_FIGURES = {"name": "stock", "length_drift": 0.0, **dict.fromkeys(_NAMES, (0.0, 0.0))}

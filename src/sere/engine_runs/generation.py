@@ -246,20 +246,25 @@ def as_text(result: dict[str, Any]) -> str:
         value, error = figure
         return f"{value:.2%}" + ("" if math.isnan(error) else f" +-{error:.2%}")
 
+    keys = {
+        "exact match": "exact_match",
+        "answers lost": "answers_lost",
+        "lost, gross": "answers_lost_gross",
+    }
+    if not result["arms"][0]["exact_match"][0]:  # none is right under stock, none to be lost
+        keys.clear()
     rows = [
         [
             arm["name"],
             f"{arm['active'][0]:.2f}",
-            share(arm["exact_match"]),
-            share(arm["answers_lost"]),
-            share(arm["answers_lost_gross"]),
+            *(share(arm[key]) for key in keys.values()),
             share(arm["same_as_stock"]),
             f"{arm['length'][0]:.1f} ({arm['length_drift']:+.1%})",
         ]
         for arm in result["arms"]
     ]
     head = f"vLLM, batch {result['batch']}, {result['prompts']} prompts"
-    columns = [head, "active experts", "exact match", "answers lost", "lost, gross"]
+    columns = [head, "active experts", *keys]
     columns += ["same as stock", "tokens written (length drift)"]
     table = provenance.text_table(columns, rows)
     return "\n\n".join([table, *provenance.not_full(result["batch"], result["prompts"], "prompts")])
