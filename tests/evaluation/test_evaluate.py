@@ -19,7 +19,7 @@ from sere.demo_model.tasks import examples
 from sere.engine_runs import generation
 from sere.evaluation.arms import parse_arm, served_policies, spelt_out
 from sere.evaluation.decoding import Passage
-from sere.evaluation.evaluate import run
+from sere.evaluation.evaluate import as_text, run
 from sere.evaluation.passages import load_passages
 from sere.evaluation.quality import EvaluationError, Sums, _add_passage, figures, mean
 from sere.models.adapters import Mixture
@@ -156,6 +156,17 @@ def test_answers_lost_are_those_that_stock_had_right(table_path: Path, tmp_path:
     assert lossy["nll_over_stock"][0] == pytest.approx(
         math.log(lossy["perplexity"][0] / stock["perplexity"][0])
     )
+    assert "exact match, % *" in as_text(found)
+
+
+def test_where_stock_has_no_answer_right_none_is_printed(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On plain text: 0 of 0 would look like a loss of all."""
+    tiny("plain.json")
+    assert arm(tiny("plain.json"), "stock", 4)["exact_match"][0] == 0
+    printed = capsys.readouterr().out
+    assert "perplexity *" in printed and "exact match" not in printed and "lost" not in printed
 
 
 def test_what_is_hard_for_both_is_no_error_of_their_difference() -> None:
@@ -230,7 +241,7 @@ def test_passes_hold_whole_batches_within_a_bound_of_logits(
     large = tiny("large.json", batches=[3, 5])
     assert set(passes) == {8}
     passes.clear()
-    monkeypatch.setattr(quality, "_LOGITS", 1)
+    monkeypatch.setattr(quality, "LOGITS", 1)
     small = tiny("small.json", batches=[3, 5])
     assert sorted(set(passes)) == [2, 3, 5]  # a batch each; the last of either is smaller
     for mine, theirs in zip(small["arms"], large["arms"], strict=True):

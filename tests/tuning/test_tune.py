@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sere.results.journal import Journal, JournalError
 from sere.serving.settings import Settings
 from sere.step_cost.cost import Cost, Step, fitted, from_bench, roofline
 from sere.table import Table
-from sere.tuning.choice import front
+from sere.tuning.choice import front, in_place
 from sere.tuning.search import (
     TAUS,
     Budget,
@@ -37,7 +38,7 @@ from sere.tuning.search import (
     most,
     neighbours,
 )
-from sere.tuning.tune import run
+from sere.tuning.tune import _cost, run
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 READING = Cost(b=1.0, a=0.0)  # time is what is read
@@ -63,7 +64,7 @@ def tune(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFa
         settings = {"batches": [1, 4], "output": str(folder / "o.json"), "cost": READING, **options}
         return run(str(model_dir), str(folder / "t"), budget=budget, **{**settings, **more})
 
-    tuned.folder = folder  # type: ignore[attr-defined]
+    tuned.folder, tuned.model = folder, model_dir  # type: ignore[attr-defined]
     return tuned
 
 
@@ -136,6 +137,57 @@ def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None
     result = json.loads(Path(output).read_text())
     assert "10 MB an expert" in result["cost"]["source"] and result["cost"]["route"] == 7e-6
     assert result["settings"]["budget"] == {"name": "top1", "limit": 0.8}
+
+
+def test_it_says_what_it_will_take_before_it_starts(
+    tune: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Table.load(tune.folder / "t").policy
+    assert tune("kl=0.01", per_layer=False, output=str(tune.folder / "dry"), dry_run=True) == {}
+    assert not [path for path in tune.folder.iterdir() if path.name.startswith("dry")]
+    assert Table.load(tune.folder / "t").policy == before
+    said = capsys.readouterr().err
+    # at 1: stock, 5 halvings of 20 tau; at 4 as well K-1=1 by the paper's rule and 2 thresholds
+    assert f"about {2 * (1 + 5 + 8) + 3} settings on 28 passages each" in said
+    assert "GB of weights" in said and "stock routing took" in said
+    tune("kl=0.01", per_layer=False, output=str(tune.folder / "wet.json"))
+    assert re.search(r"setting \d+ of about 31, about \d+ s left", capsys.readouterr().err)
+
+
+def test_predictions_name_the_card_that_they_are_of(
+    tune: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody said on what will be served: that it pays is only said of an H100."""
+    large = {"expert_bytes": 1e9}
+    tune("kl=0.5", cost=None, device=large, per_layer=False)
+    said = capsys.readouterr().out
+    assert re.search(r"x on an H100 +enable on an H100", said)
+    assert "an H100 is not here" in said and "3350 GB/s (an H100's)" in said
+    tune("kl=0.5", cost=None, device={"expert_bytes": 1.0}, per_layer=False)
+    assert "saves no time on an H100: do not enable" in capsys.readouterr().out
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert _cost(moe_layers(load_model(str(tune.model))), 2, None, large).card == ""
+    monkeypatch.undo()
+    everything = {**large, "bandwidth": 1e12, "flops": 1e14, "route": 1e-6}
+    tune("kl=0.5", cost=None, device=everything, per_layer=False)
+    said = capsys.readouterr().out
+    assert "H100" not in said and "1000 GB/s, 1e+14 flop/s" in said
+
+
+def test_the_table_and_the_front_name_one_policy_alike(
+    tune: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is served at 4 rows does something else below: no line calls it by what it is not."""
+    result = tune("kl=0.01", per_layer=False)
+    chosen, own = Policy.from_dict(result["policy"]), result["by_batch"][1]
+    name = in_place(chosen, 4)
+    assert name.endswith("below 4 stock")
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if name in line and "->" not in line]
+    assert f" {own['as_chosen']['active']:.1f} " in line and line.split()[-1] == "yes"
+    assert own["as_chosen"]["policy"] == result["policy"]
+    assert len([line for line in said.splitlines() if name in line and "->" in line]) == 1
 
 
 @pytest.mark.parametrize(
@@ -415,7 +467,7 @@ def test_layers_of_a_group_share_their_tau(tune: Any, monkeypatch: pytest.Monkey
     alone = []
     for groups in (1, 12):
         with monkeypatch.context() as patch:
-            patch.setattr("sere.tuning.search._GROUPS", groups)
+            patch.setattr("sere.tuning.search.GROUPS", groups)
             done = stopping_at(patch, None)
             result = tune("kl=0.003", batches=[4], output=str(tune.folder / "groups.json"))
         alone.append(sum('"S": 2' in work for work in done))  # the other layers are as in stock

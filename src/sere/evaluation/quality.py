@@ -23,7 +23,7 @@ from sere.results.journal import Journal
 
 # Passages per forward pass, and bytes of their logits; or one batch where that is more.
 _TOGETHER = 128
-_LOGITS = 2**30
+LOGITS = 2**30
 # How far prefill may be off where an architecture cannot run its prompts' rows apart.
 _ROUNDING = 1e-3
 
@@ -115,7 +115,7 @@ class Judge:
         longest = max(len(passage.continuation) for passage in self.passages)
         config: Any = self.model.config
         vocabulary: int = config.get_text_config().vocab_size
-        fit: int = min(_TOGETHER, _LOGITS // (4 * vocabulary * longest))
+        fit: int = min(_TOGETHER, LOGITS // (4 * vocabulary * longest))
         return batch * max(1, fit // batch)
 
     def _measured(self, chunk: list[Passage], start: int, arm: Arm, batch: int) -> list[Sums]:

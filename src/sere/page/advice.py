@@ -19,7 +19,7 @@ _COLUMNS = (
     Column("loss", ".3g"),
     Column("upper end", ".3g"),
     Column("within budget"),
-    Column("expected speed-up", ".2f"),
+    Column("predicted speed-up", ".2f"),
     Column("advice"),
     Column("policy"),
 )
@@ -81,8 +81,8 @@ def _section(source: str, result: dict[str, Any]) -> Section:
         [_front(result, name, limit)],
         [
             Grid(
-                f"On held-out passages; budget: {name} at most {limit:g}. The speed-up is that of "
-                f"{cost.of}, {cost.source}.",
+                f"On held-out passages; budget: {name} at most {limit:g}. The speed-up is "
+                f"predicted, that of {cost.of}, {cost.source}.{_only(cost)}",
                 _COLUMNS,
                 [_row(result["policy"], held) for _, held in pairs],
             ),
@@ -94,6 +94,10 @@ def _section(source: str, result: dict[str, Any]) -> Section:
             ),
         ],
     )
+
+
+def _only(cost: Cost) -> str:
+    return f" It and the advice hold on {cost.card} only, which was not there." if cost.card else ""
 
 
 def _pairs(result: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -25,7 +25,8 @@ from sere.models.moe import MoELayer
 class Cost:
     """b: seconds per active expert. a: seconds per row (token). route: seconds that re-routing adds
     to a layer. rest: seconds of everything else in a step. source: where they come from. again:
-    seconds per slot that reads an expert once more, in the small batches of E and K (0: never)."""
+    seconds per slot that reads an expert once more, in the small batches of E and K (0: never).
+    card: whose they are where nobody said or measured it; predictions hold for such a card only."""
 
     b: float
     a: float
@@ -35,6 +36,7 @@ class Cost:
     again: float = 0.0
     E: int = 0
     K: int = 0
+    card: str = ""
 
     def seconds(self, active: float, rows: float, layers: int, *, routed: bool = True) -> float:
         """Of one decode step; active: mean over its layers."""
@@ -48,6 +50,10 @@ class Cost:
         return "the whole step" if self.rest else "the experts"
 
 
+CARD = "an H100"
+CARDS_OWN = {"bandwidth": 3.35e12, "flops": 4e14, "route": 5e-6}
+
+
 def read_again(active: float, rows: float, E: int, K: int) -> float:
     """Slots of a layer that read an expert which another slot reads, too; active: distinct ones."""
     return max(rows * K - active, 0.0) if 4 * rows * K <= E else 0.0
@@ -57,26 +63,34 @@ def roofline(
     layer: MoELayer,
     K: int,
     *,
-    bandwidth: float = 3.35e12,
-    flops: float = 4e14,
+    bandwidth: float | None = None,
+    flops: float | None = None,
     expert_bytes: float | None = None,
-    route: float = 5e-6,
+    route: float | None = None,
     cache: float = 7.1e12,
 ) -> Cost:
     """From a data sheet.
 
-    bandwidth: bytes per second of memory. flops: what the expert kernels reach, per second; the
-    defaults are an H100's. expert_bytes: of one expert as it is served, by default in bf16. route:
-    seconds of the operator in a CUDA graph. cache: bytes per second at which an expert is read
-    again (an H100's, fitted to benchmarks/results/bench_h100_qwen3.json).
+    bandwidth: bytes per second of memory. flops: what the expert kernels reach, per second. route:
+    seconds of the operator in a CUDA graph. Each by default an H100's, and then the cost says so.
+    expert_bytes: of one expert as it is served, by default in bf16. cache: bytes per second at
+    which an expert is read again (fitted to benchmarks/results/bench_h100_qwen3.json).
     """
     parameters = sum(p.numel() for p in layer.experts.parameters()) / layer.E
     size = expert_bytes or 2 * parameters
+    given = {"bandwidth": bandwidth, "flops": flops, "route": route}
+    assumed = {name: CARDS_OWN[name] for name, value in given.items() if value is None}
+    of = {name: assumed.get(name, value) or 0.0 for name, value in given.items()}
+    whose = {name: f" ({CARD}'s)" if name in assumed else "" for name in of}
     source = (
-        f"from {size / 1e6:.3g} MB an expert, {bandwidth / 1e9:.4g} GB/s, {flops:.3g} flop/s, "
-        f"{route * 1e6:.3g} us to re-route"
+        f"from {size / 1e6:.3g} MB an expert{'' if expert_bytes else ' (this model in bf16)'}, "
+        f"{of['bandwidth'] / 1e9:.4g} GB/s{whose['bandwidth']}, "
+        f"{of['flops']:.3g} flop/s{whose['flops']}, "
+        f"{of['route'] * 1e6:.3g} us to re-route{whose['route']}"
     )
-    return Cost(size / bandwidth, size * K / flops, route, 0.0, source, size / cache, layer.E, K)
+    b, a = size / of["bandwidth"], size * K / of["flops"]
+    card = CARD if assumed else ""
+    return Cost(b, a, of["route"], 0.0, source, size / cache, layer.E, K, card)
 
 
 @dataclass(frozen=True)

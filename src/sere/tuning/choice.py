@@ -24,7 +24,28 @@ def as_text(result: dict[str, Any]) -> str:
     lines += ["", "fewer experts for more loss, on the passages of the search:", _fronts(result)]
     cost = Cost(**result["cost"])
     lines.append(f"predicted: decode speed of {cost.of}, {cost.source}")
+    if cost.card:
+        lines.append(
+            f"{cost.card} is not here, and what is predicted holds on one only: measure with `sere "
+            "bench` where you serve, and give its result as --bench"
+        )
     return "\n".join(lines)
+
+
+def _speed(stock: dict[str, Any], point: dict[str, Any], result: dict[str, Any]) -> str:
+    """A predicted speed-up, with the card that it is predicted for."""
+    card = Cost(**result["cost"]).card
+    return f"{stock['seconds'] / point['seconds']:.2f}x" + (f" on {card}" if card else "")
+
+
+def in_place(policy: Policy, batch: int) -> str:
+    """What a policy does at a batch size, and below it: a batch shrinks as its answers end."""
+    here, start = policy.at(batch), policy.bucket(batch)
+    words = here.brief() if here else "stock"
+    if start <= 1 or policy.at(start - 1) == here:
+        return words
+    below = policy.at(start - 1)
+    return f"{words}, below {start} {'as above' if below else 'stock'}"
 
 
 def _unmeasured(result: dict[str, Any]) -> list[str]:
@@ -50,7 +71,8 @@ def _why_not(result: dict[str, Any]) -> str:
     limit = result["settings"]["budget"]["limit"]
     points = [p for found in result["by_batch"] for p in found["points"]]
     if any(point["upper"] <= limit for point in points):
-        return "what keeps the budget saves no time"
+        card = Cost(**result["cost"]).card
+        return "what keeps the budget saves no time" + (f" on {card}" if card else "")
     least = min((point["upper"] for point in points), default=math.nan)
     return f"nothing that was tried keeps the budget (the least loss is below {least:.2g})"
 
@@ -66,10 +88,10 @@ def _choice(result: dict[str, Any], name: str) -> list[str]:
             )
         return lines
     chosen_policy = Policy.from_dict(result["policy"])
-    rows = []
+    rows, card = [], Cost(**result["cost"]).card
     for own, found in zip(result["by_batch"], result["held_out"], strict=True):
         stock, chosen = found["stock"], found["chosen"]
-        here = chosen_policy.at(found["batch"])
+        enable = "enable" if not card else f"enable on {card}"
         rows.append(
             [
                 str(found["batch"]),
@@ -77,9 +99,9 @@ def _choice(result: dict[str, Any], name: str) -> list[str]:
                 f"{stock['active']:.1f} -> {chosen['active']:.1f}",
                 _loss(chosen),
                 "yes" if found["kept"] else "NO",
-                f"{stock['seconds'] / chosen['seconds']:.2f}x",
-                "enable" if found["enable"] else "leave off",
-                here.brief() if here else "stock",
+                _speed(stock, chosen, result),
+                enable if found["enable"] else "leave off",
+                in_place(chosen_policy, found["batch"]),
                 *((own[r] and Policy.from_dict(own[r]["policy"]).brief()) or "-" for r in RULES),
             ]
         )
@@ -94,7 +116,8 @@ def _loss(point: dict[str, Any]) -> str:
 
 def front(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The points of a batch size, stock among them, that no other beats in both loss and active
-    experts; by active experts."""
+    experts; by active experts. Each holds for steps of any number of rows, the choice does not:
+    see `as_chosen`."""
     return provenance.front([found["stock"], *found["points"]], lambda p: (p["active"], p["loss"]))
 
 
@@ -103,19 +126,20 @@ def _fronts(result: dict[str, Any]) -> str:
     chosen = Policy.from_dict(result["policy"]) if result["policy"] else None
     rows: list[list[str]] = []
     for found in result["by_batch"]:
-        here = chosen and chosen.at(found["batch"])
         rows += [[]] if rows else []
-        for point in front(found):
-            policy = policy_of(point)
+        points = [(point, policy_of(point), "-") for point in front(found)]
+        if chosen and (own := found.get("as_chosen")):
+            points.append((own, chosen, "yes"))
+        for point, policy, mark in sorted(points, key=lambda each: float(each[0]["active"])):
             rows.append(
                 [
                     str(found["batch"]),
                     f"{point['active']:.1f}",
                     _loss(point),
                     "yes" if point["upper"] <= limit else "no",
-                    f"{found['stock']['seconds'] / point['seconds']:.2f}x",
-                    policy.brief() if policy else "stock",
-                    "yes" if policy == here else "-",
+                    _speed(found["stock"], point, result),
+                    in_place(policy, found["batch"]) if policy else "stock",
+                    mark,
                 ]
             )
     return provenance.text_table(

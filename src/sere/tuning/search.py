@@ -10,8 +10,9 @@ n), and likewise for changed tokens.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scipy import stats
@@ -22,10 +23,19 @@ from sere.policy import BATCH_KEYS, Policy
 from sere.step_cost.cost import Cost
 from sere.table import Table
 
+
+def in_words(seconds: float) -> str:
+    """12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.46
 QUANTILES = (0.75, 0.5, 0.25)  # of the paper's threshold
-_PER_LAYER = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the tau of all
-_GROUPS = 12  # of neighbouring layers, at most: each costs as many settings as there are above
+PER_LAYER = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the tau of all
+SHARES = (1.0, 0.7, 0.5, 0.35)  # of the budget, for layers to spend until the whole keeps it
+GROUPS = 12  # of neighbouring layers, at most: each costs as many settings as there are above
 CONFIDENCE = 0.95
 ENOUGH = 128  # batches: with fewer, rare bad ones may be unseen, and intervals too short
 BUDGETS = {
@@ -156,7 +166,9 @@ class Tuner:
     budget: Budget
     cost: Cost
     title: str = "search"
+    settings: int = 0  # about how many there will be, if it is known
     _tried: int = 0
+    _begun: float = field(default_factory=time.monotonic)
 
     def check_stock(self, batch: int) -> None:
         """Raise `BudgetError` where the passages are too few, or none to lose answers of."""
@@ -176,8 +188,15 @@ class Tuner:
     def _measured(self, arms: list[Arm], batch: int) -> dict[str, list[Sums]]:
         first, self._tried = self._tried + 1, self._tried + max(len(arms) - 1, 1)
         which = f"settings {first} to {self._tried}" if len(arms) > 2 else f"setting {first}"
-        self.judge.title = f"{self.title}, batch {batch}, {which}"
+        self.judge.title = f"{self.title}, batch {batch}, {which}{self._left(first - 1)}"
         return {name: found[batch] for name, found in self.judge.measure(arms, [batch]).items()}
+
+    def _left(self, tried: int) -> str:
+        """How many settings there are, and how long the rest will take if it goes on like this."""
+        if not tried or self.settings <= tried:
+            return ""
+        left = (time.monotonic() - self._begun) * (self.settings - tried) / tried
+        return f" of about {self.settings}, about {in_words(left)} left"
 
     def _point(
         self, policy: Policy | None, batch: int, sums: list[Sums], stock: list[Sums]
@@ -256,9 +275,9 @@ class Tuner:
         """
         assert found.policy is not None and found.policy.tau is not None
         K, base = self.table.fingerprint.K, found.policy
-        taus = [round(min(base.tau * factor, 1.9), 6) for factor in _PER_LAYER]  # type: ignore[operator]
+        taus = [round(min(base.tau * factor, 1.9), 6) for factor in PER_LAYER]  # type: ignore[operator]
         layers = list(self.table.layers)
-        groups = neighbours(layers, _GROUPS)
+        groups = neighbours(layers, GROUPS)
 
         def alone(group: list[int], tau: float) -> Policy:
             others = {i: {"S": K, "rho": 0.0} for i in layers if i not in group}
@@ -267,7 +286,7 @@ class Tuner:
         policies = [alone(group, tau) for group in groups for tau in taus]
         curves = self.points([None, *policies], found.batch)
         stock, best, seen = curves[0].active, None, []
-        for share in (1.0, 0.7, 0.5, 0.35):
+        for share in SHARES:
             rates = _exchange(taus, curves[1:], stock, share * self.budget.limit)
             chosen = {i: tau for group, tau in zip(groups, rates, strict=True) for i in group}
             policy = replace(base, tau=min(chosen.values()), layers=_differing(chosen))

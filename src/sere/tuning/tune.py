@@ -10,9 +10,13 @@ then it goes into the table for serving to find. What was found so far survives 
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from sere.evaluation.evaluate import load
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
@@ -23,9 +27,10 @@ from sere.models.moe import MoELayer
 from sere.policy import STOCK, Policy
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
-from sere.step_cost.cost import Cost, from_bench, roofline
+from sere.step_cost.cost import CARD, Cost, from_bench, roofline
 from sere.table import Table
 from sere.tuning.choice import as_text, plot, policy_of
+from sere.tuning.plan import Plan
 from sere.tuning.search import TAUS, Budget, BudgetError, Point, Tuner
 
 
@@ -45,11 +50,13 @@ def run(
     device: Mapping[str, float] | None = None,
     bench: str | None = None,
     cost: Cost | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Search, check, store: `output` (JSON), a plot beside it, and the policy in the table.
 
-    device: what `cost.roofline` is to know of the machine to serve on. bench: a result of `sere
-    bench` to take the cost from instead; cost: instead of both. Raises `BudgetError`.
+    device: what `cost.roofline` is to know of where it is served. bench: a result of `sere bench`
+    to take the cost from instead; cost: instead of both. dry_run: only say what it would take;
+    returns {}. Raises `BudgetError`.
     """
     _check_machine(bench, device)
     wanted = Budget.parse(budget)
@@ -76,15 +83,14 @@ def run(
         unseen = Judge(model, layers, passages[half:], journal, False, first=half)
         tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
         checker = replace(tuner, judge=unseen, title="check")
-        _check_stock(tuner, checker, max(batches), journal)
-        result = {
-            "provenance": provenance.provenance(),
-            "settings": settings,
-            "cost": asdict(cost),
-            "E": table.fingerprint.E,
-            "passages": {"search": half, "check": len(passages) - half},
-            **_tuned(tuner, checker, sorted(batches), per_layer),
-        }
+        _say_plan(tuner, checker, batches, per_layer)
+        if dry_run:
+            journal.forget()
+            return {}
+        sizes = {"search": half, "check": len(passages) - half}
+        about = {"E": table.fingerprint.E, "cost": asdict(cost), "passages": sizes}
+        found = _tuned(tuner, checker, sorted(batches), per_layer)
+        result = {"provenance": provenance.provenance(), "settings": settings, **about, **found}
         _keep(result, output, table, table_path)
     return result
 
@@ -101,8 +107,11 @@ def _check_machine(bench: str | None, device: Mapping[str, float] | None) -> Non
 def _cost(
     layers: Sequence[MoELayer], K: int, bench: str | None, device: Mapping[str, float]
 ) -> Cost:
-    measured = from_bench(bench, layers, K) if bench else None
-    return measured or roofline(layers[0], K, **device)
+    if bench:
+        return from_bench(bench, layers, K)
+    cost = roofline(layers[0], K, **device)
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return replace(cost, card="") if CARD.split()[-1] in here else cost
 
 
 def _half(passages: int, batch: int, budget: Budget) -> int:
@@ -118,11 +127,23 @@ def _half(passages: int, batch: int, budget: Budget) -> int:
     return half
 
 
-def _check_stock(tuner: Tuner, checker: Tuner, batch: int, journal: Journal) -> None:
-    """Raise `BudgetError` where stock answers too little for the budget to mean anything."""
+def _say_plan(tuner: Tuner, checker: Tuner, batches: Sequence[int], per_layer: bool) -> None:
+    """What it will take, on stderr. Raises `BudgetError`."""
+    plan = Plan.of(tuner.table, batches, per_layer, len(tuner.judge.passages))
+    plan.seconds = _check_stock(tuner, checker, max(batches), tuner.judge.journal)
+    print(plan.as_text(tuner.judge.model), file=sys.stderr)
+    tuner.settings = plan.settings
+
+
+def _check_stock(tuner: Tuner, checker: Tuner, batch: int, journal: Journal) -> float:
+    """Seconds of a pass over the passages to search on; about 0 where a run resumes. Raises
+    `BudgetError` where stock answers too little for the budget to mean anything."""
     try:
-        for one in (tuner, checker):
-            one.check_stock(batch)
+        start = time.perf_counter()
+        tuner.check_stock(batch)
+        taken = time.perf_counter() - start
+        checker.check_stock(batch)
+        return taken
     except BudgetError:
         journal.forget()
         raise
@@ -151,6 +172,9 @@ def _tuned(tuner: Tuner, checker: Tuner, batches: Sequence[int], per_layer: bool
     searched = _chosen(tuner, by_batch)
     chosen = _confirmed(checker, searched, batches)
     held_out = [checker.points([None, chosen], batch) for batch in batches]
+    if chosen:  # beside the front, on the same passages
+        for found in by_batch:
+            found["as_chosen"] = _as_dict(tuner.points([chosen], found["batch"])[0])
     return {
         "policy": chosen.to_dict() if chosen else None,
         "searched": searched.to_dict() if searched else None,
