@@ -85,7 +85,7 @@ def test_the_imports_were_read() -> None:
     assert OWN["sere.verbs"] >= {
         "sere.calibration.calibrate",
         "sere.calibration.inspect",
-        "sere.demo",
+        "sere.demo.run",
         "sere.doctor",
     }
     assert "sere.kernels.plan" in OWN["sere.kernels"]

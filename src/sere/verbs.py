@@ -12,12 +12,17 @@ from typing import Any
 def calibrate(output: str, **flags: Any) -> None:
     """`sere calibrate MODEL --data FILE -o TABLE`."""
     from sere.calibration.calibrate import calibrate as run
+    from sere.calibration.inspect import too_little_text
 
     table = run(output=output, model_name=flags.pop("model"), **flags)
     print(
         f"{output}: {len(table.layers)} layers, E={table.fingerprint.E}, "
         f"K={table.fingerprint.K}, {table.provenance['tokens']} tokens, {table.method}"
     )
+    for index, layer in table.layers.items():
+        if reason := too_little_text(layer):
+            print(f"layer {index} (`sere inspect` has all): {reason}", file=sys.stderr)
+            break
 
 
 def inspect(table: str, rho: float, plot: str | None, compare: str | None, json: bool) -> None:
@@ -28,9 +33,9 @@ def inspect(table: str, rho: float, plot: str | None, compare: str | None, json:
     from sere.table import Table
 
     rho = Policy(rho=rho).rho  # refuses one that cannot be meant
-    loaded = Table.load(table)
     if plot:
         check_writable(plot, table, compare, kind="picture")
+    loaded = Table.load(table)
     if compare:
         from sere.calibration import compare as comparison
 
@@ -42,6 +47,9 @@ def inspect(table: str, rho: float, plot: str | None, compare: str | None, json:
         print(_json(found) if json else comparison.as_text(found))
     else:
         print(_json(inspection.report(loaded, rho)) if json else inspection.as_text(loaded, rho))
+        if not json:
+            model = str(loaded.provenance.get("model", "MODEL"))
+            print(f"\n{inspection.serve_line(model, table)}")
     if plot:
         inspection.plot(loaded, plot)
 
@@ -50,11 +58,11 @@ def _json(layers: Sequence[Any]) -> str:
     return dumps([asdict(layer) for layer in layers])
 
 
-def demo(output: str, prompts: int, batch: int, method: str, seed: int) -> None:
+def demo(output: str, **flags: Any) -> None:
     """`sere demo`: the main job, end to end."""
-    from sere.demo import run
+    from sere.demo.run import run
 
-    run(output, prompts=prompts, batch=batch, method=method, seed=seed)
+    run(output, **flags)
 
 
 _POLICIES = ('{"S": 2}', '{"S": 1}', '{"S": 1, "tau": 0.02}', '{"S": 1, "tau": 0.1}')
