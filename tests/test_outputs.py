@@ -6,9 +6,13 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sere import files
 from sere.cli import main
@@ -50,12 +54,118 @@ def test_a_result_says_which_gpus_there_were(
 @pytest.fixture
 def run(table: Table, tmp_path: Path) -> object:
     table.save(tmp_path / "t.table")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/r.json").write_text("{}")
 
     def call(verb: str, output: Path, *more: str) -> int:
-        words = {"TABLE": str(tmp_path / "t.table"), "OUT": str(output), "FOLDER": str(tmp_path)}
+        words = {
+            "TABLE": str(tmp_path / "t.table"),
+            "OUT": str(output),
+            "FOLDER": str(tmp_path / "results"),
+        }
         return main([words.get(word, word) for word in VERBS[verb]] + list(more))
 
     return call
+
+
+KIND_OF = {"calibrate": "table", "inspect": "picture", "report": "page"}
+# Every kind of path, as docs/outputs.md has it: what is there, what becomes of it without --force
+# and with it.
+OUTCOMES = {
+    "nothing": ("written", "written"),
+    "a file of sere's of the same kind": ("replaced", "replaced"),
+    "a link to one": ("replaced, the link stays", "replaced, the link stays"),
+    "any other file": ("refused", "replaced"),
+    "a link to any other file": ("refused", "replaced, the link stays"),
+    "what the verb reads": ("refused", "refused"),
+    "a folder": ("refused", "refused"),
+    "a device or a pipe": ("written to, stays one", "written to, stays one"),
+}
+
+
+def prepared(what: str, verb: str, folder: Path) -> Path:
+    """A path of that kind to be an output of the verb."""
+    suffix = {"calibrate": ".table", "inspect": ".png", "report": ".html"}.get(verb, ".json")
+    path, beside = folder / f"out{suffix}", folder / f"elsewhere{suffix}"
+    target = beside if "link" in what else path
+    if "of sere's" in what or what == "a link to one":
+        write_ours(KIND_OF.get(verb, "result"), target)
+    elif "any other" in what:
+        target.write_bytes(NOTES)
+    if "link" in what:
+        path.symlink_to(beside)
+    if what == "a folder":
+        path.mkdir()
+    if what == "a device or a pipe":
+        return Path("/dev/null")
+    if what == "what the verb reads":
+        read = {"calibrate": "data.jsonl", "report": "results/r.json"}
+        return folder / read.get(verb, "t.table")
+    return path
+
+
+def write_ours(kind: str, path: Path) -> None:
+    """The least that is known for ours."""
+    from matplotlib.figure import Figure
+    from safetensors.torch import save_file
+
+    if kind == "table":
+        save_file({"x": torch.zeros(1)}, path, metadata={"sere": "{}"})
+    elif kind == "picture":
+        pictures.save(Figure(), path)
+    elif kind == "page":
+        path.write_text("<html><head><title>sere report: x</title>")
+    else:
+        provenance.save_json(path, {"provenance": provenance.provenance()})
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["", "--force"])
+@pytest.mark.parametrize("what", OUTCOMES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_kind_of_path_with_every_verb(
+    verb: str, what: str, forced: bool, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is refused, before the work begins; what then is written: the tests below."""
+    (tmp_path / "data.jsonl").write_text("{}")
+    path = prepared(what, verb, tmp_path)
+    before = path.read_bytes() if path.is_file() else b""
+    more = ["--data", str(tmp_path / "data.jsonl")] if verb == "calibrate" else []
+    with stopped_before_the_work():
+        status = run(verb, path, *more, *(["--force"] if forced else []))
+    said = capsys.readouterr().err
+    refused = any(
+        reason in said
+        for reason in ("is there, and no", "is what the result is made", "is a folder: name a file")
+    )
+    assert status == 1 and refused == (OUTCOMES[what][forced] == "refused"), said
+    if refused:
+        assert path.is_dir() or path.read_bytes() == before
+
+
+@contextmanager
+def stopped_before_the_work() -> Iterator[None]:
+    """A path that is accepted is as far as this goes."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise ValueError("accepted")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place in (
+            "sere.calibration.calibrate._texts",
+            "sere.table.Table.load",
+            "sere.page.render.read",
+            "sere.speed.bench.subject",
+        ):
+            patch.setattr(place, stop)
+        yield
+
+
+def test_the_docs_have_the_table_of_it() -> None:
+    page = (Path(__file__).parent.parent / "docs/outputs.md").read_text()
+    rows = [f"| {what} | {plain} | {forced} |" for what, (plain, forced) in OUTCOMES.items()]
+    assert "\n".join(rows) in page
+    for verb in VERBS:
+        assert f"`{verb}`" in page
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -42,9 +42,10 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     Raises `ValueError` if there is nothing to show.
     """
     folder = Path(folder)
-    check_writable(output, kind="page")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder: name the one that holds the results")
+    results = (path for path in folder.iterdir() if path.is_file() and not passed_over(path))
+    check_writable(output, *results, kind="page")
     sources: list[Source] = []
     shown: list[tuple[Source, list[Section]]] = []
     unknown: dict[str, str] = {}

@@ -51,7 +51,7 @@ def run(
     `sere.speed.against`); None: "off" unless stock vLLM would take another expert kernel.
     The rest: see `sere.speed.setup.subject`. Raises `BenchError` or `GateError` if the gate fails.
     """
-    pictures.check_result(output, table)
+    pictures.check_result(output, table, options.get("trace"))
     with subject(model, table, load, **options) as served:
         contenders = contenders_of(policies, served.table)
         if rates and against == OFF:
