@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from textwrap import dedent
+
+from sere.serving.server import free_port
+from tests.engines import environment
+
+PROGRAMS = Path(sys.executable).parent
 
 # Stated in a comment on the line before a block: <!-- needs: gpu, download -->. Another,
 # <!-- from: ... -->, says that tools/tables.py writes it.
@@ -69,3 +80,28 @@ def script(path: Path, folder: Path) -> str:
         else:
             parts.append(block.text)
     return "\n".join(parts)
+
+
+def execute(commands: str, folder: Path, programs: Path = PROGRAMS, **more: str) -> str:
+    """Output of a bash script that finds its programs in a folder; what it leaves running ends with
+    it."""
+    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", PORT=str(free_port()), **more)
+    env["PATH"] = f"{programs}:{env['PATH']}"
+    with TemporaryFile("w+") as output:
+        running = subprocess.Popen(
+            ["bash", "-c", commands],
+            cwd=folder,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = running.wait(timeout=600)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+        output.seek(0)
+        printed = output.read()
+    assert status == 0, printed[-4000:]
+    return printed

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryFile
-from textwrap import indent
 
 import pytest
 
 from sere.cli import parser
 from sere.policy import Policy
-from sere.serving.server import free_port
 from sere.serving.settings import Settings
 from sere.speed.setup import contender_of
 from sere.table import Table
-from tests.doc_blocks import blocks, complaints, script
-from tests.engines import environment
+from tests.doc_blocks import blocks, complaints, execute, script
 from tools import tables
 
 ROOT = Path(__file__).parent.parent
@@ -69,26 +60,6 @@ def test_blocks_that_are_neither_are_found(tmp_path: Path) -> None:
     assert "needs 'luck'" in luck and "name a language" in language and "fence it" in indent
 
 
-@pytest.mark.engine
-def test_readme_runs_as_written(tmp_path: Path) -> None:
-    """Its commands, then its script with what other pages add to it."""
-    (code,) = [block for block in blocks(README_PATH) if block.language == "python"]
-    more = [
-        block.text
-        for page in PAGES
-        for block in blocks(page)
-        if block.marker == "continues: README.md"
-    ]
-    assert len(more) == 1
-    (tmp_path / "serve.py").write_text(code.text + indent("\n".join(more), " " * 4))
-    own = [b.text for b in blocks(README_PATH) if b.language == "bash" and b.runs]
-    lines = [line for line in "".join(own).splitlines() if not line.startswith("make ")]
-    out = execute("\n".join(["set -e", *lines, "python serve.py"]), tmp_path)
-    assert (tmp_path / "heatmaps.png").read_bytes().startswith(b"\x89PNG")
-    assert "53390>09335" in out
-    assert "'slots_rerouted'" in out
-
-
 @pytest.mark.modes
 def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     page = ROOT / "docs/tutorial.md"
@@ -106,30 +77,6 @@ def test_the_benchmarks_page_runs_as_written() -> None:
     """From the root of the repository, as its commands name files of it."""
     out = execute("\n".join(b.text for b in blocks(ROOT / "docs/benchmarks.md") if b.runs), ROOT)
     assert "operator" in out
-
-
-def execute(commands: str, folder: Path) -> str:
-    """Output of a bash script; what it leaves running ends with it."""
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", PORT=str(free_port()))
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    with TemporaryFile("w+") as output:
-        running = subprocess.Popen(
-            ["bash", "-c", commands],
-            cwd=folder,
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status = running.wait(timeout=600)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
-        output.seek(0)
-        printed = output.read()
-    assert status == 0, printed[-4000:]
-    return printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -174,7 +121,7 @@ def test_benchmark_commands_are_valid() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.splitlines()) < 160
+    assert len(README.splitlines()) < 200  # a page of which is output
 
 
 def test_every_setting_is_documented() -> None:

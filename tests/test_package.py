@@ -11,6 +11,7 @@ import tarfile
 import venv
 from importlib.metadata import PathDistribution
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import tomllib
@@ -18,8 +19,10 @@ import tomllib
 import sere
 from sere.results.commit import of_checkout
 from sere.table import Table
+from tests.doc_blocks import blocks, execute
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 DATA = ("py.typed", "kernels/reroute.cu", "demo_model/model.safetensors", "demo_model/config.json")
 DATA += ("demo_model/tokenizer.json", "page/page.html", "page/page.css", "page/page.js")
 
@@ -105,14 +108,19 @@ def test_metadata_says_what_pyproject_says(installed: Path) -> None:
     assert f"## {distribution.version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_installed_package_works_beside_its_dependencies(
-    installed: Path, table: Table, tmp_path: Path
-) -> None:
-    """With this environment's other packages, and none of this checkout's files, on the path."""
+@pytest.fixture(scope="module")
+def beside_vllm(installed: Path) -> Path:
+    """With this environment's other packages, vLLM among them, and none of this checkout's files
+    on the path."""
     others = Path(sysconfig.get_path("purelib"))
     (site_packages(installed) / "others.pth").write_text(f"{others}\n")
-    where = "import sere.table; print(sere.table.__file__)"
-    assert str(installed.parent) in run(installed / "python", "-c", where, cwd=tmp_path)
+    return installed
+
+
+def test_the_installed_package_works_beside_its_dependencies(
+    beside_vllm: Path, table: Table, tmp_path: Path
+) -> None:
+    installed = beside_vllm
     table.save(tmp_path / "sere.table")
     found = json.loads(run(installed / "sere", "inspect", "sere.table", "--json", cwd=tmp_path))
     assert [layer["index"] for layer in found] == list(table.layers)
@@ -120,6 +128,27 @@ def test_the_installed_package_works_beside_its_dependencies(
     shutil.copy(ROOT / "benchmarks/results/demo.json", tmp_path / "results")
     run(installed / "sere", "report", "results", "-o", "page.html", cwd=tmp_path)
     assert "</html>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.engine
+def test_the_readmes_lines_run_where_the_wheel_is_installed(
+    beside_vllm: Path, tmp_path: Path
+) -> None:
+    """A stranger's first lines: README's commands, then its script with what other pages add."""
+    (code,) = [block for block in blocks(README) if block.language == "python"]
+    pages = [README, *sorted((ROOT / "docs").glob("*.md"))]
+    more = [b.text for page in pages for b in blocks(page) if b.marker == "continues: README.md"]
+    assert len(more) == 1
+    (tmp_path / "serve.py").write_text(code.text + indent("\n".join(more), " " * 4))
+    own = [b.text for b in blocks(README) if b.language == "bash" and b.runs]
+    lines = [line for line in "".join(own).splitlines() if not line.startswith("make ")]
+    where = "python -c 'import sere.table; print(sere.table.__file__)'"
+    commands = "\n".join(["set -e", where, *lines, "python serve.py"])
+    out = execute(commands, tmp_path, beside_vllm, PYTHONPATH="")
+    assert out.startswith(str(site_packages(beside_vllm) / "sere"))
+    assert (tmp_path / "heatmaps.png").read_bytes().startswith(b"\x89PNG")
+    assert "53390>09335" in out
+    assert "'slots_rerouted'" in out
 
 
 @pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "mypy"])

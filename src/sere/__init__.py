@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Plan", "Policy", "RowClass", "Table", "__version__", "reroute"]
 
 if TYPE_CHECKING:
