@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.calibration.inspect import as_text, plot, report, too_little_text
+from sere.calibration.inspect import as_text, plot, report, serve_line, too_little_text
 from sere.cli import main
 from sere.policy import Policy
 from sere.table import LayerStatistics, Table
@@ -130,7 +130,10 @@ def test_the_report_as_text_and_json(table: Table) -> None:
 
 
 def test_the_whole_stored_policy_is_told_and_how_to_serve_it(
-    table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     batches = {1: None, 2: {}, 3: {"tau": 0.02}, 32: {"tau": 0.4, "layers": {1: {"tau": 0.3}}}}
     path = tmp_path / "a table"
@@ -146,9 +149,10 @@ def test_the_whole_stored_policy_is_told_and_how_to_serve_it(
     ):
         assert line in told.splitlines()
     command = shlex.split(told.splitlines()[-1])
-    assert command[:2] == ["vllm", "serve"] and json.loads(command[-1])["sere"]["table"] == str(
-        path
-    )
+    assert command[-2] == "--additional-config" and "vllm" in " ".join(command[:3])
+    assert json.loads(command[-1])["sere"]["table"] == str(path)
+    monkeypatch.setattr("sere.calibration.inspect.distributions", list)  # no wheel for CPUs
+    assert serve_line("m", "t") == """vllm serve m --additional-config '{"sere": {"table": "t"}}'"""
     table.save(path)
     assert main(["inspect", str(path)]) == 0
     assert "policy: none stored" in capsys.readouterr().out

