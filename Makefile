@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes: a core each on the smallest machine, and engines fit into 16 GB.
 SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test fast matrix check setup lock clean
+.PHONY: demo test fast matrix cuda-import check setup lock clean
 
 demo: setup
 	$(BIN)/sere demo
@@ -25,6 +25,10 @@ fast: setup
 # Every architecture of transformers, not only one of each shape.
 matrix: setup
 	$(BIN)/pytest $(SIDE_BY_SIDE) tests/models/test_architectures.py tests/evaluation/test_decoding.py -m "matrix or not matrix"
+
+# vLLM's CUDA builds imported without a GPU: 10 GB a version, so no part of CI.
+cuda-import: setup
+	$(BIN)/python tools/cuda_import.py -o benchmarks/results/cuda_import.json
 
 check: setup
 	$(BIN)/ruff check

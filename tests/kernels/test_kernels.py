@@ -38,12 +38,16 @@ def arguments() -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(
     "files",
-    [("test_reroute.py", "triton_many_programs.py"), ("triton_fused_topk.py",)],
-    ids=["operator", "fused with top-k"],
+    [
+        ("test_reroute.py", "triton_many_programs.py"),
+        ("test_distinct.py",),
+        ("triton_fused_topk.py",),
+    ],
+    ids=["operator", "distinct experts", "fused with top-k"],
 )
 def test_triton_equals_the_specification_in_the_interpreter(files: tuple[str, ...]) -> None:
-    """The whole of test_reroute.py again, with Triton; once more in its many-programs form; and
-    behind the fused top-k."""
+    """The whole of test_reroute.py and test_distinct.py again, with Triton; once more in its
+    many-programs form; and behind the fused top-k."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -9,44 +9,16 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 import warnings
-from contextlib import suppress
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
+from tests.serving.cuda_platform import take_for_cuda
+
 RESULT = "INSTALLED "
 Snapshot = dict[str, Any]
-
-
-def take_for_cuda() -> str:
-    """vLLM's own platform with an H100 where its compiled parts are (NVML would say so, and never
-    wakes CUDA); else one that says so and can nothing."""
-    import vllm.platforms
-    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
-
-    class StandIn(Platform):  # type: ignore[misc]
-        _enum, device_name, device_type = PlatformEnum.CUDA, "cuda", "cuda"
-
-    base = StandIn
-    with suppress(ImportError):
-        base = importlib.import_module("vllm.platforms.cuda").NonNvmlCudaPlatform
-
-    class Hopper(base):  # type: ignore[misc, valid-type]
-        @classmethod
-        def get_device_capability(cls, device_id: int = 0) -> Any:
-            return DeviceCapability(9, 0)
-
-        @classmethod
-        def get_device_name(cls, device_id: int = 0) -> str:
-            return "NVIDIA H100 80GB HBM3"
-
-        @classmethod
-        def get_device_total_memory(cls, device_id: int = 0) -> int:
-            return 80 * 2**30
-
-    vllm.platforms._current_platform = Hopper()
-    return str(base.__name__)
 
 
 def contents(package: str) -> Snapshot:
@@ -72,13 +44,20 @@ def changed(before: Snapshot) -> list[str]:
 
 def main(platform: str) -> None:
     warnings.simplefilter("ignore")
+    began = time.perf_counter()
     import torch
     import vllm.config
     import vllm.plugins  # both are there wherever vLLM loads plug-ins
 
+    imported = time.perf_counter() - began
     found: dict[str, Any] = {"platform": take_for_cuda() if platform == "cuda" else "own"}
     torch_before, vllm_before, modules = contents("torch"), contents("vllm"), set(sys.modules)
+    began = time.perf_counter()
     vllm.plugins.load_general_plugins()
+    found["milliseconds"] = {
+        "vllm.config, before": round(1e3 * imported),
+        "load_general_plugins": round(1e3 * (time.perf_counter() - began)),
+    }
     found["modules"] = sorted(set(sys.modules) - modules)
     found["torch"] = changed(torch_before)
     found["vllm"] = changed(vllm_before)

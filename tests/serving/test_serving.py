@@ -170,6 +170,21 @@ def test_ids_inside_vllm_are_the_specifications(
     assert moved > 100 and scaled > 10
 
 
+def test_experts_are_given_distinct_ids(with_plugin: dict[str, Any]) -> None:
+    """What vLLM itself captures behind its routers: every row that re-routing changed names K
+    experts, and freed slots are among them."""
+    changed = freed = 0
+    for index, batches in with_plugin["recording"][0].items():
+        seen = with_plugin["captured"][f"model.layers.{index}.mlp.experts"]
+        for (ids, _, _, _, new_weights), inside in zip(batches, seen, strict=True):
+            for before, after, weights in zip(ids, inside, new_weights, strict=True):
+                if before != after:
+                    assert len(set(after)) == len(before)
+                    changed += 1
+                    freed += weights.count(0)
+    assert changed > 100 and freed > 10
+
+
 def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> None:
     assert with_plugin["addresses"] == with_plugin["addresses after"]
 
