@@ -23,7 +23,7 @@ _MERGES_NO_MORE = (
 _OWN_KEYS = (
     "table",
     "fingerprint",
-    "merge",  # until 0.2, see `merge_is_asked`
+    "merge",  # until 0.3, see `merge_is_asked`
     "default",
     "cap",
     "any_version",
