@@ -121,7 +121,7 @@ def test_benchmark_commands_are_valid() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.splitlines()) < 200  # a page of which is output
+    assert len(README.splitlines()) < 220  # a page of which is output
 
 
 def test_every_setting_is_documented() -> None:
