@@ -46,11 +46,7 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="stop early once every layer would choose this share of its replacements again",
     )
-    parser.add_argument(
-        "--stream",
-        action=argparse.BooleanOptionalAction,
-        help="hold one decoder layer in memory at a time; resumable (default: if it has to be)",
-    )
+    _stream(parser, "; resumable")
     parser.add_argument(
         "--maps",
         type=_positive,
@@ -61,6 +57,14 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="also replace a table in which `sere tune` left a policy",
+    )
+
+
+def _stream(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help=f"hold one decoder layer in memory at a time{more} (default: if it has to be)",
     )
 
 
@@ -99,6 +103,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="hand over to lm-evaluation-harness: names of its tasks, or of --task-folder's",
     )
+    _stream(parser)
     parser.add_argument("--task-folder", metavar="FOLDER", help="tasks of your own (YAML files)")
     parser.add_argument(
         "--backend", choices=("vllm", "hf"), help="what --tasks runs on (default: vllm)"
@@ -130,6 +135,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 def tune(parser: argparse.ArgumentParser) -> None:
     _passage_flags(parser, "tuning.json")
+    _stream(parser)
     parser.add_argument(
         "--budget",
         default="kl=0.01",

@@ -28,7 +28,8 @@ from sere.statistics import TENSORS, check_layer, is_identity
 from sere.statistics import LayerStatistics as LayerStatistics
 from sere.statistics import TableError as TableError
 
-FORMAT = 2
+FORMAT = 3
+_FIRST = 2  # its fingerprints have hashes of names and bytes; such a table stays one
 # Beside a model. Not *.safetensors: vLLM would take it for a shard of the model's weights.
 FILE_NAME = "sere.table"
 TUNED = "tuned"  # the word, where a policy is asked for, for that which the table carries
@@ -66,7 +67,7 @@ class Table:
         if all(is_identity(layer.similarity) for layer in self.layers.values()):
             raise TableError(
                 "every similarity matrix is the identity: no expert would ever be replaced by a "
-                "similar one; calibrate again"
+                "similar one; calibrate again with another --method (cosine)"
             )
 
     def plan(self, index: int, policy: Policy, placement: Placement | None = None) -> Plan:
@@ -191,7 +192,7 @@ class Table:
         False if there are none to compare with: no folder, or no safetensors in it.
         """
         known = self.fingerprint
-        router, experts = weight_hashes(folder, known.layers, known.E)
+        router, experts = weight_hashes(folder, known.layers, known.E, known.hashing)
         model = replace(known, router_hash=router, experts_hash=experts)
         if known.differences(model):  # which may be of more than weights: that is said then
             E, K = configured(folder)
@@ -205,9 +206,11 @@ class Table:
             for index, layer in self.layers.items()
             for name in TENSORS
         }
+        fields = asdict(self.fingerprint)
+        hashing = fields.pop("hashing")
         document = {
-            "format": FORMAT,
-            "fingerprint": asdict(self.fingerprint),
+            "format": _FIRST if hashing == 1 else FORMAT,
+            "fingerprint": fields if hashing == 1 else {**fields, "hashing": hashing},
             "method": self.method,
             "tokens": {str(index): layer.tokens for index, layer in self.layers.items()},
             "stability": {str(index): layer.stability for index, layer in self.layers.items()},
@@ -231,7 +234,7 @@ class Table:
         try:
             with safe_open(path, framework="pt") as file:
                 document = _document(file.metadata() or {})
-                fingerprint = _fingerprint(document["fingerprint"])
+                fingerprint = _fingerprint(document)
                 provenance = _typed(document, "provenance", dict)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(
@@ -262,9 +265,9 @@ def _document(metadata: dict[str, str]) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(metadata["sere"])
     if not isinstance(document, dict):
         raise TableError("its metadata is not a JSON object; run `sere calibrate` again")
-    if document["format"] != FORMAT:
+    if document["format"] not in (_FIRST, FORMAT):
         raise TableError(
-            f"table format {document['format']}, this version reads {FORMAT}: "
+            f"table format {document['format']}, this version reads {_FIRST} and {FORMAT}: "
             "install the matching sere or calibrate again"
         )
     return document
@@ -286,9 +289,12 @@ def stored_policy(path: str | Path) -> Policy | None:
         return None
 
 
-def _fingerprint(fields: dict[str, Any]) -> Fingerprint:
+def _fingerprint(document: dict[str, Any]) -> Fingerprint:
+    fields = document["fingerprint"]
+    if document["format"] == _FIRST:
+        fields = {**fields, "hashing": 1}
     found = Fingerprint(**{**fields, "layers": tuple(fields["layers"])})
-    E, K = (_whole(name, getattr(found, name), 1) for name in ("E", "K"))
+    E, K, _ = (_whole(name, getattr(found, name), 1) for name in ("E", "K", "hashing"))
     if K > E:
         raise TableError(f"K={K} exceeds E={E}")
     for index in found.layers:

@@ -78,7 +78,7 @@ def _policies_for(table: str) -> list[str]:
 
 # Which flags each way of evaluating reads, of those that not all of them read.
 _READ = {
-    "sere evaluate": ("data", "samples", "prompt", "length"),
+    "sere evaluate": ("data", "samples", "prompt", "length", "stream"),
     "--engine": ("data", "samples", "length", "dtype"),
     "--tasks": (
         "task_folder",

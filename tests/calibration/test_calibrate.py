@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import sere.calibration.calibrate
+import sere.calibration.reading
 from sere.calibration.calibrate import CalibrationError, calibrate
 from sere.calibration.corpus import CorpusError
 from sere.calibration.observation import FOLDS, Observer, UnfitError
@@ -23,7 +23,7 @@ from sere.models.loading import LoadError, load_model, load_tokenizer
 from sere.models.moe import MoELayer, NoExpertsError, moe_layers, observed
 from sere.policy import Policy
 from sere.table import Table
-from tests.conftest import LAYERS, E, K, save_tokenizer
+from tests.conftest import LAYERS, E, K, enlarge_experts, save_tokenizer
 
 STATISTICS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
 
@@ -219,7 +219,9 @@ def test_a_checkpoint_without_one_expert_is_refused(
     weights = folder / "model.safetensors"
     kept = {n: t for n, t in load_file(weights).items() if f"layers.1.mlp.{part}" not in n}
     save_file(kept, weights, metadata={"format": "pt"})
-    with pytest.raises(LoadError, match=r"hole: .*(of another shape|cannot be loaded)"):
+    with pytest.raises(
+        LoadError, match=r"hole: .*(of another shape|cannot be loaded|numbers of experts)"
+    ):
         run(folder, corpus_file, output)
     assert not output.exists()
 
@@ -259,7 +261,7 @@ def test_ctrl_c_in_the_middle_writes_nothing(
         return type(model).forward(model, *args, **kwargs)
 
     model.forward = forward
-    monkeypatch.setattr(sere.calibration.calibrate, "load_model", lambda _: model)
+    monkeypatch.setattr(sere.calibration.reading, "load_model", lambda _: model)
     with pytest.raises(KeyboardInterrupt):
         run(model_dir, corpus_file, output)
     assert len(passes) == 2
@@ -272,7 +274,7 @@ def test_what_cannot_end_well_is_refused_before_the_model_is_loaded(
     def load(_: str) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(sere.calibration.calibrate, "load_model", load)
+    monkeypatch.setattr(sere.calibration.reading, "load_model", load)
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         run(model_dir, corpus_file, output.parent / "absent" / "t.safetensors")
     beside = model_dir / "table.safetensors"
@@ -311,3 +313,68 @@ def test_a_policy_of_another_version_is_kept_too(
     save_file(load_file(output), output, metadata={"sere": json.dumps(document)})
     with pytest.raises(CalibrationError, match=r"of another version of sere.*--overwrite"):
         run(model_dir, corpus_file, output)
+
+
+def small(folder: Path, **settings: Any) -> Path:
+    """A random Qwen3-MoE checkpoint like the session's, but for these settings."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 98, "hidden_size": 32, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3MoeConfig(**sizes, **heads, num_hidden_layers=2, **settings)
+    model = Qwen3MoeForCausalLM(config).float()
+    enlarge_experts(model)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_two_experts_need_another_measure_and_are_told_so_before_text_is_read(
+    tmp_path: Path, corpus_file: Path, output: Path
+) -> None:
+    folder = small(tmp_path / "two", num_experts=2, num_experts_per_tok=1)
+    with pytest.raises(CalibrationError, match=r"two experts per layer.*Choose --method cosine"):
+        run(folder, tmp_path / "not-there.jsonl", output)
+    for remedy in ("cosine", "directed"):
+        table = run(folder, corpus_file, output, method=remedy)
+        plan = table.plan(0, Policy(S=1, min_active=1))
+        assert plan.neighbours.tolist() == [[1], [0]]
+
+
+def test_one_expert_is_nothing_to_reroute(tmp_path: Path, output: Path) -> None:
+    folder = small(tmp_path / "one", num_experts=1, num_experts_per_tok=1)
+    with pytest.raises(CalibrationError, match="one expert per layer: there is nothing to"):
+        run(folder, tmp_path / "not-there.jsonl", output, method="cosine")
+
+
+def test_one_expert_per_token_is_calibrated_and_the_table_says_that_nothing_can_move(
+    tmp_path: Path, corpus_file: Path, output: Path
+) -> None:
+    table = run(small(tmp_path / "k1", num_experts=4, num_experts_per_tok=1), corpus_file, output)
+    assert table.fingerprint.K == 1
+    assert not table.can_move(Policy(S=1, min_active=1))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_layers_with_different_k_are_no_table(
+    tmp_path: Path,
+    corpus_file: Path,
+    output: Path,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where neither files nor config tell: the routers themselves do."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter as Router
+
+    made, build = [], Router.__init__
+
+    def uneven(router: Any, config: Any) -> None:
+        build(router, config)
+        made.append(router)
+        router.top_k = 1 + len(made) % 2
+
+    monkeypatch.setattr(Router, "__init__", uneven)
+    folder = small(tmp_path / "uneven", num_experts=4, num_experts_per_tok=2)
+    with pytest.raises(UnfitError, match=r"layers\.1.* routes a token to . experts, layers before"):
+        run(folder, corpus_file, output, stream=stream)

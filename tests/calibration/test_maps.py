@@ -164,7 +164,7 @@ def test_maps_of_another_calibration_and_broken_ones_are_refused(
     [
         ({"method": "random"}, "--maps needs text"),
         ({"stream": False}, "one layer at a time: leave out --no-stream"),
-        ({"until_stable": 0.9}, "as --maps has all layers"),
+        ({"until_stable": 0.9}, "--until-stable and --maps exclude each other"),
         ({"maps": 0}, "--maps 0: expected the largest rank"),
     ],
 )

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sere.calibration.calibrate
-from sere.calibration.calibrate import CalibrationError, calibrate
-from sere.calibration.unfinished import UnfinishedError
+import sere.models.loading
+from sere.calibration.calibrate import calibrate
+from sere.calibration.unfinished import Unfinished, UnfinishedError
 from sere.models.loading import LoadError
 from sere.models.skeleton import Skeleton, load_skeleton
 from sere.table import Table
@@ -165,11 +165,20 @@ def test_only_one_decoder_layer_has_weights_at_a_time(model_dir: Path) -> None:
         assert held() == set()
 
 
-def test_streaming_and_stopping_early_exclude_each_other(
-    model_dir: Path, corpus_file: Path, output: Path
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_stopping_early_gives_the_same_bytes_streamed_and_in_memory(
+    model_dir: Path, corpus_file: Path, output: Path, layers_read: list[str], share: float
 ) -> None:
-    with pytest.raises(CalibrationError, match="--until-stable needs the whole model in memory"):
-        run(model_dir, corpus_file, output, until_stable=0.9)
+    """Twenty sequences by one: after eight and sixteen it may stop; each group reads once."""
+    settings: dict[str, Any] = {"until_stable": share, "batch": 1, "method": "cosine"}
+    streamed = run(model_dir, corpus_file, output, **settings)
+    bytes_ = output.read_bytes()
+    read = streamed.provenance["sequences"]
+    assert read == 8 if share == 0.5 else read > 8
+    assert len(layers_read) == -(-read // 8) * LAYERS
+    run(model_dir, corpus_file, output, stream=False, **settings)
+    assert output.read_bytes() == bytes_
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
 def test_a_model_that_exceeds_free_memory_is_streamed(
@@ -191,7 +200,7 @@ def test_hidden_states_lie_on_disk(
 ) -> None:
     """What a layer gives out is mapped from a file, so that the system may drop it from memory."""
     maps: list[str] = []
-    keep = sere.calibration.calibrate.Unfinished.keep
+    keep = Unfinished.keep
 
     def kept(self: Any, batch: int, given: Any) -> Any:
         mapped = keep(self, batch, given)
@@ -199,7 +208,7 @@ def test_hidden_states_lie_on_disk(
         maps.append(Path("/proc/self/maps").read_text())
         return mapped
 
-    monkeypatch.setattr(sere.calibration.calibrate.Unfinished, "keep", kept)
+    monkeypatch.setattr(Unfinished, "keep", kept)
     run(model_dir, corpus_file, output)
     assert len(maps) == LAYERS * BATCHES
     assert all("table.safetensors.unfinished/outputs-" in each for each in maps)

@@ -21,7 +21,8 @@ from sere.evaluation.arms import parse_arm, served_policies, spelt_out
 from sere.evaluation.decoding import Passage
 from sere.evaluation.evaluate import as_text, run
 from sere.evaluation.passages import load_passages
-from sere.evaluation.quality import EvaluationError, Sums, _add_passage, figures, mean
+from sere.evaluation.passes import _add_passage
+from sere.evaluation.quality import EvaluationError, Judge, Sums, figures, mean
 from sere.models.adapters import Mixture
 from sere.models.loading import load_model, load_tokenizer
 from sere.policy import Policy, PolicyError
@@ -93,8 +94,8 @@ def test_a_masked_vocabulary_loses_nothing(
 
     plain = evaluate.load
 
-    def masked(folder: str) -> Any:
-        model, layers = plain(folder)
+    def masked(folder: str, stream: bool | None) -> Any:
+        model, layers = plain(folder, stream)
         mask = torch.zeros(model.config.vocab_size)
         mask[-3:] = -math.inf
         model.lm_head.register_forward_hook(lambda _module, _given, logits: logits + mask)
@@ -204,9 +205,7 @@ def test_a_token_alone_keeps_its_experts_by_default(result: dict[str, Any]) -> N
 def test_interrupted_work_resumes_and_ends_with_the_same_figures(
     tiny: Any, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sere.evaluation import quality
-
-    calls, measured = [0], quality._measured
+    calls, measured = [0], Judge._pass
 
     def stopping(*arguments: Any) -> Any:
         calls[0] += 1
@@ -214,7 +213,7 @@ def test_interrupted_work_resumes_and_ends_with_the_same_figures(
             raise KeyboardInterrupt
         return measured(*arguments)
 
-    monkeypatch.setattr(quality, "_measured", stopping)
+    monkeypatch.setattr(Judge, "_pass", stopping)
     with pytest.raises(KeyboardInterrupt):
         tiny("again.json")
     with pytest.raises(ValueError, match="other settings"):
@@ -228,16 +227,16 @@ def test_interrupted_work_resumes_and_ends_with_the_same_figures(
 def test_passes_hold_whole_batches_within_a_bound_of_logits(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sere.evaluation import quality
+    from sere.evaluation import passes as arms, quality
 
     passes: list[int] = []
-    reading = quality.Reading
+    reading = arms.Reading
 
     def counted(passages: Any, batch: int) -> Any:
         passes.append(len(passages))
         return reading(passages, batch)
 
-    monkeypatch.setattr(quality, "Reading", counted)
+    monkeypatch.setattr(arms, "Reading", counted)
     large = tiny("large.json", batches=[3, 5])
     assert set(passes) == {8}
     passes.clear()

@@ -270,6 +270,9 @@ def sharp(architecture: str, **other: Any) -> nn.Module:
     return model
 
 
+GROUPED = {"num_group": 3, "topk_group": 2, "topk_method": "group_limited_greedy"}
+
+
 def routers(model: nn.Module) -> list[Any]:
     return [m for n, m in model.named_modules() if n.endswith((".gate", ".router"))]
 
@@ -328,15 +331,19 @@ def own(model: nn.Module, architecture: str) -> Tensor:
         ("ernie4_5_moe", "renormalise"),  # softmax and bias, in a module of its own
         ("minimax_m2", "renormalise"),  # the block around the router has the bias
         ("qwen3_moe", "keep"),  # a configuration that does not normalise
+        ("deepseek_v3 grouped", "renormalise"),  # by the two best of a group
+        ("deepseek_v2 grouped", "keep"),  # by the best of a group
     ],
 )
 def test_fewer_experts_a_token_are_those_the_router_itself_would_choose(
     architecture: str, weights: str
 ) -> None:
     rule = json.dumps({"rival": "top_k", "k": 1, "weights": weights})
-    stock = sharp(architecture)
+    architecture, *limits = architecture.split()
+    more: dict[str, Any] = GROUPED if limits else {}
+    stock = sharp(architecture, **more)
     found = under(stock, rule, architecture)
-    assert torch.allclose(found, own(sharp(architecture, top_k=1), architecture), atol=1e-4)
+    assert torch.allclose(found, own(sharp(architecture, top_k=1, **more), architecture), atol=1e-4)
     assert not torch.allclose(found, own(stock, architecture), atol=1e-2)
 
 
@@ -385,6 +392,53 @@ def test_all_rivals_are_judged(architecture: str, tmp_path: Path) -> None:
             assert figures(sums[str(rival)][b]) == figures(sums["stock"][b]), rival
 
 
+def full_size(version: int, T: int) -> tuple[RouterOutput, Tensor, Tensor, list[set[int]]]:
+    """DeepSeek-V2's or V3's router at its real size, and each token's experts within its groups, by
+    the papers' own text."""
+    E, K, groups, allowed = (160, 6, 8, 3) if version == 2 else (256, 8, 8, 4)
+    random = torch.Generator().manual_seed(version)
+    logits = 2 * torch.randn(T, E, generator=random)
+    bias = 0.3 * torch.randn(E, generator=random) * (version == 3)
+    scores = logits.softmax(-1) if version == 2 else logits.sigmoid()
+    size, ids, inside = E // groups, [], []
+    for row in (scores + bias).tolist():
+        parts = [row[g * size : (g + 1) * size] for g in range(groups)]
+        worth = [sum(sorted(part)[-(1 if version == 2 else 2) :]) for part in parts]
+        best = sorted(range(groups), key=lambda g: -worth[g])[:allowed]
+        inside.append({e for g in best for e in range(g * size, (g + 1) * size)})
+        ids.append(ranked(row, inside[-1])[:K])
+    chosen = torch.tensor(ids)
+    weights = 16 * scores.gather(1, chosen)
+    if version == 3:
+        weights = weights / weights.sum(1, keepdim=True)
+    return RouterOutput("layer 3", logits, bias, groups, allowed), chosen, weights, inside
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("T", [1, 32])
+def test_group_limited_routers_at_their_real_size(version: int, T: int) -> None:
+    """Within its groups every rival does to a token what its paper says, and gives it no other."""
+    router, ids, weights, inside = full_size(version, T)
+    within, scores = router.limited(router.scores(ids, weights), ids, weights)
+    ranks = within.ranks(scores, ids, weights)
+    b = Routed(ids, weights, within.logits, scores, ranks, torch.ones(scores.shape[1]))
+    K, wish = ids.shape[1], (scores + router.bias).tolist()
+    first = [ranked(row, own)[:2] for row, own in zip(wish, inside, strict=True)]
+    loaded = {e for row in first for e in row}
+    expected = [
+        {*row, *ranked(w, (loaded & own) - {*row})[: K - 2]}
+        for row, w, own in zip(first, wish, inside, strict=True)
+    ]
+    assert [{*row} for row in shares(*Rival("oea", {"k0": 2}).route(b))] == expected
+    full = Rival("xshare", {"budget": scores.shape[1]}).route(b)
+    assert torch.equal(full[0], ids) and torch.equal(full[1], weights)
+    for rival in (Rival("xshare", {"budget": 20}), Rival("lynx", {"alpha": 0.5, "beta": 1})):
+        for row, own in zip(shares(*rival.route(b)), inside, strict=True):
+            assert {*row} <= own
+    with pytest.raises(ValueError, match=r"chooses among . groups of 8, and not those"):
+        router.limited(scores, ids.roll(77) * 0 + torch.arange(K) * (len(wish[0]) // K), weights)
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -416,7 +470,6 @@ def test_weights_that_the_scores_do_not_explain_are_refused() -> None:
 @pytest.mark.parametrize(
     ("architecture", "other", "complaint"),
     [
-        ("deepseek_v3", {"num_group": 2, "topk_group": 1}, "1 groups of 2"),
         ("phimoe", {}, "in proportion to"),
         ("zaya", {}, "has not said anything"),
         ("llama4", {}, "no router beside it"),

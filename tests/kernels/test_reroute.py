@@ -22,7 +22,7 @@ from torch import Tensor
 from sere import kernels
 from sere.kernels import COUNTERS, Batch, Plan, RowClass, keeping, new_counters, reroute
 from sere.kernels.implementations import load, load_vote
-from sere.kernels.plan import ERROR_FRACTION, FRACTION, LOSS_FRACTION, Substitution
+from sere.kernels.plan import ERROR_FRACTION, FRACTION, LOSS_FRACTION, Substitution, can_move
 from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, route
 from sere.kernels.reference import vote as specified_vote
 from sere.policy import Policy, PolicyError
@@ -551,6 +551,12 @@ def test_a_secondary_below_rho_is_critical_and_stays() -> None:
 def test_similarity_equal_to_rho_moves() -> None:
     exactly = SIMILARITY[2, 1].item()
     assert run(IDS, WEIGHTS, SIMILARITY, Policy(S=1, rho=exactly)).tolist()[1] == [1, 0]
+
+
+def test_with_rho_0_nothing_is_critical_even_where_all_similarities_are_negative() -> None:
+    assert run(IDS, WEIGHTS, SIMILARITY - 2, Policy(S=1)).tolist() == [[0, 1], [1, 0]]
+    assert run(IDS, WEIGHTS, SIMILARITY - 2, Policy(S=1, rho=1e-9)).tolist() == IDS.tolist()
+    assert can_move(SIMILARITY - 2, Policy(S=1), K=2)
 
 
 def test_a_quantile_spares_the_same_share_of_experts_whatever_the_scale() -> None:

@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from sere.calibration.calibrate import _in_memory, _streamed
 from sere.calibration.corpus import Corpus
+from sere.calibration.reading import in_memory, streamed
 from sere.calibration.unfinished import Unfinished
 from sere.kernels import Plan, reroute
 from sere.models.moe import UNSUPPORTED, MoELayer, NoExpertsError, moe_layers, observed, rerouted
@@ -221,9 +221,9 @@ def test_streamed_in_memory_and_resumed_are_equal_to_the_bit(
     texts = [torch.randint(3, VOCABULARY, (n,), generator=random).tolist() for n in (9, 4, 7, 6, 3)]
     corpus = Corpus(texts, "random tokens", 9, 0)
     work = tmp_path / "work"
-    memory = _in_memory(str(folder), corpus, "frobenius", 2, None, False)
-    streamed = _streamed(str(folder), corpus, "frobenius", 2, None, work / "whole", False)
-    same(memory.statistics, streamed.statistics)
+    memory = in_memory(str(folder), corpus, "frobenius", 2, None, False)
+    by_layer = streamed(str(folder), corpus, "frobenius", 2, None, work / "whole", False)
+    same(memory.statistics, by_layer.statistics)
     keep, kept = Unfinished.keep, []
 
     def stops(self: Unfinished, batch: int, output: Any) -> Any:
@@ -234,9 +234,9 @@ def test_streamed_in_memory_and_resumed_are_equal_to_the_bit(
 
     monkeypatch.setattr(Unfinished, "keep", stops)
     with pytest.raises(KeyboardInterrupt):
-        _streamed(str(folder), corpus, "frobenius", 2, None, work / "stopped", False)
+        streamed(str(folder), corpus, "frobenius", 2, None, work / "stopped", False)
     monkeypatch.setattr(Unfinished, "keep", keep)
-    resumed = _streamed(str(folder), corpus, "frobenius", 2, None, work / "stopped", False)
+    resumed = streamed(str(folder), corpus, "frobenius", 2, None, work / "stopped", False)
     same(memory.statistics, resumed.statistics)
 
 

@@ -352,16 +352,18 @@ def test_the_front_is_what_nothing_beats(tune: Any, capsys: pytest.CaptureFixtur
 
 def stopping_at(monkeypatch: pytest.MonkeyPatch, number: int | None) -> list[str]:
     """Lets no measurement begin after so many; the list grows by what is measured."""
-    done, measured = [], quality._measured
+    done: list[str] = []
+    measured = Judge._pass
 
-    def stopping(*arguments: Any) -> Any:
+    def stopping(judge: Judge, model: Any, piece: Any) -> Any:
         if len(done) == number:
             raise KeyboardInterrupt
-        arm, batch = arguments[3], arguments[4]
-        done.append(f"{len(arguments[2])} {arguments[2][0].tokens} {batch} {arm.name}")
-        return measured(*arguments)
+        start, size, batch, arm = piece
+        chunk = judge.passages[start : start + size]
+        done.append(f"{len(chunk)} {chunk[0].tokens} {batch} {arm.name}")
+        return measured(judge, model, piece)
 
-    monkeypatch.setattr(quality, "_measured", stopping)
+    monkeypatch.setattr(Judge, "_pass", stopping)
     return done
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sere.models.fit import PER_TOKEN
 from sere.models.moe import MoELayer
 from sere.models.skeleton import Skeleton
 
 METHODS = ("weights", "random")
-# How configurations call the number of experts per token.
-_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
 
 
 class NullModelError(ValueError):
@@ -42,12 +41,15 @@ def experts_per_token(model: torch.nn.Module) -> int:
     """K as the model's configuration states it."""
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for config in (text, getattr(text, "ffn_config", None)):
-        for name in _K:
-            if isinstance(K := getattr(config, name, None), int):
+        for name in PER_TOKEN:
+            K = getattr(config, name, None)
+            if isinstance(K, list) and K:  # hunyuan_v1_moe: of every layer, and refused if uneven
+                K = max(K)
+            if isinstance(K, int):
                 return K
     raise NullModelError(
         f"{type(model).__name__}: its configuration does not say how many experts a token has "
-        f"({', '.join(_K)}); calibrate on text"
+        f"({', '.join(PER_TOKEN)}); calibrate on text"
     )
 
 

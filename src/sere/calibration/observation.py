@@ -98,7 +98,12 @@ class Observer:
             return
         assert self._real is not None and self._held is not None, "call `begin` before the pass"
         hidden, ids = hidden[self._real], ids[self._real].long()
-        self.K = max(self.K, ids.shape[1])
+        self.K = self.K or ids.shape[1]
+        if ids.shape[1] != self.K:
+            raise UnfitError(
+                f"{layer.name} routes a token to {ids.shape[1]} experts, layers before it to "
+                f"{self.K}: layers that differ in this are not supported"
+            )
         if layer.index not in self._layers:
             rows = None if self.maps is None else Rows(layer.E, hidden.shape[1])
             self._layers[layer.index] = _Layer(layer.E, self.method, rows)

@@ -1,9 +1,4 @@
-"""Calibrate a model that is larger than memory: every batch waits before each decoder layer.
-
-The model's own forward runs once per batch of text, all batches side by side as coroutines
-(greenlets). Before a decoder layer each of them pauses; when all have, the layer's weights are
-read, every batch takes its step in turn, and the weights are forgotten. So each weight is read
-once, the batches are the very ones of a run in memory, and results are equal to the bit.
+"""Calibrate a model that is larger than memory, one decoder layer at a time.
 
 What a layer gives out goes through a file, mapped into memory: a machine that runs short of memory
 has it on disk already, and a run that was killed goes on from there
@@ -12,23 +7,22 @@ has it on disk already, and a run that was killed goes on from there
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from greenlet import getcurrent, greenlet
-from tqdm import tqdm
-
-from sere.calibration.observation import Observer
+from sere.calibration.observation import FOLDS, Observer
 from sere.calibration.unfinished import Unfinished
 from sere.models.moe import MoELayer
+from sere.models.side_by_side import Shelf, side_by_side
 from sere.models.skeleton import Skeleton
+
+Forwards = list[Callable[[], Any]]
 
 
 def read_by_layer(
     skeleton: Skeleton,
-    forwards: list[Callable[[], Any]],
+    forwards: Forwards,
     begin: Callable[[int], None],
     observer: Observer,
     work: Unfinished,
@@ -39,59 +33,67 @@ def read_by_layer(
     forwards: one per batch, each calling the skeleton's model.
     begin: announces that batch i takes its step (see `Observer.begin`).
     """
-    passes = [_paused_pass(forward) for forward in forwards]
     moe = {unit: _within(unit, skeleton.layers) for unit in skeleton.units}
-    last = [unit for unit, layers in moe.items() if layers][-1]
-    with _pauses(skeleton, work, last):
-        arrived = [each.switch() for each in passes]
-        bar = tqdm(total=len(skeleton.units), desc="calibrate", unit="layer", disable=not progress)
-        while (unit := arrived[0]) is not None:
-            if set(arrived) != {unit}:
-                raise RuntimeError(f"batches take different layers: {sorted(set(arrived))}")
-            with nullcontext() if unit in work.finished else skeleton.filled(unit):
-                for i, each in enumerate(passes):
-                    begin(i)
-                    arrived[i] = each.switch(i)
-                if unit not in work.finished:  # while its weights are there, which maps ask again
-                    found = {layer.index: observer.finish(layer) for layer in moe[unit]}
-                    work.finish(unit, found, observer.K)
-            bar.update()
-        bar.close()
-        for each in passes:
-            each.throw()  # what follows the last MoE layer is of no interest
+    done = list(work.finished)
+
+    def step(batch: int, unit: str, go: Callable[[], Any]) -> Any:
+        begin(batch)
+        return work.output(batch) if unit in done else work.keep(batch, go())
+
+    def after(unit: str) -> None:
+        if unit not in done:  # while its weights are there, which maps ask again
+            found = {layer.index: observer.finish(layer) for layer in moe[unit]}
+            work.finish(unit, found, observer.K)
+
+    side_by_side(
+        skeleton,
+        forwards,
+        step,
+        after=after,
+        unread=done,
+        until=_last(skeleton),
+        title="calibrate",
+        progress=progress,
+    )
 
 
-def _paused_pass(forward: Callable[[], Any]) -> greenlet:
-    made = greenlet(forward)
-    made.gr_context = contextvars.copy_context()
-    return made
-
-
-@contextmanager
-def _pauses(skeleton: Skeleton, work: Unfinished, last: str) -> Iterator[None]:
-    """Make every decoder layer hand over to the scheduler before it runs, the last also after."""
-    scheduler = getcurrent()
-
-    def pausing(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*arguments: Any, **named: Any) -> Any:
-            batch = scheduler.switch(name)
-            if name in work.finished:
-                output = work.output(batch)
-            else:
-                output = work.keep(batch, inner(*arguments, **named))
-            if name == last:
-                scheduler.switch(None)
-            return output
-
-        return forward
-
-    for name, unit in skeleton.units.items():
-        unit.forward = pausing(name, unit.forward)
+def read_until_stable(
+    skeleton: Skeleton,
+    forwards: Forwards,
+    begin: Callable[[int], None],
+    observer: Observer,
+    share: float,
+    output: str | Path,
+    progress: bool,
+) -> int:
+    """The same with `FOLDS` batches at a time, until every layer would choose this share of its
+    replacements again; how many batches that took. Weights are read once for each such group."""
+    shelf = Shelf(output, skeleton.model.device)
     try:
-        yield
+        for start in range(0, len(forwards), FOLDS):
+            group = forwards[start : start + FOLDS]
+
+            def step(batch: int, _unit: str, go: Callable[[], Any], start: int = start) -> Any:
+                begin(start + batch)
+                return shelf.keep(batch, go())
+
+            side_by_side(
+                skeleton,
+                group,
+                step,
+                until=_last(skeleton),
+                title=f"calibrate, batches {start + 1} to {start + len(group)}",
+                progress=progress,
+            )
+            if len(group) == FOLDS and observer.stability() >= share:
+                return start + FOLDS
     finally:
-        for unit in skeleton.units.values():
-            del unit.forward
+        shelf.clear()
+    return len(forwards)
+
+
+def _last(skeleton: Skeleton) -> str:
+    return [unit for unit in skeleton.units if _within(unit, skeleton.layers)][-1]
 
 
 def _within(unit: str, layers: list[MoELayer]) -> list[MoELayer]:

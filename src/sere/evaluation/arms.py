@@ -79,7 +79,7 @@ class Arm:
             return self._answered(layer, hidden, ids, freed, new)
         assert said is not None
         load = self.table.layers[layer.index].load.to(ids.device)
-        scores = said.scores(ids, weights)
+        said, scores = said.limited(said.scores(ids, weights), ids, weights)
         ranks = said.ranks(scores, ids, weights)
         return Changed(*self.rule.route(Routed(ids, weights, said.logits, scores, ranks, load)))
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sere.evaluation.routers import RouterOutput as RouterOutput
+from sere.evaluation.routers import router_logits as router_logits
 from sere.models.adapters import Changed
 from sere.models.moe import MoELayer, routed
 
@@ -71,12 +74,15 @@ class Reading:
         device = next(model.parameters()).device
         given: list[Tensor] = []
 
-        def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            if _RUNNING.get() is not self:  # other passes may be under way, side by side
+                return None
             hidden = arguments[0].flatten(0, -2)
             given.append(hidden[self.prompts.to(hidden.device)])
             return (hidden[self.made.to(hidden.device)][None],)
 
         handle = output_matrix(model).register_forward_pre_hook(narrow)
+        token = _RUNNING.set(self)
         try:
             with torch.no_grad():
                 output = model(
@@ -85,8 +91,17 @@ class Reading:
                     use_cache=False,
                 )
         finally:
+            _RUNNING.reset(token)
             handle.remove()
         return output.logits[0].float(), given[0]
+
+
+_RUNNING: ContextVar[Reading | None] = ContextVar("running", default=None)
+
+
+def running() -> Reading | None:
+    """Whose forward pass this is."""
+    return _RUNNING.get()
 
 
 def output_matrix(model: Any) -> nn.Module:
@@ -147,156 +162,3 @@ def decoded(layers: list[MoELayer], reading: Reading, route: Route) -> Iterator[
 
     with routed(layers, change, apart=reading.prompts):
         yield
-
-
-# Names of what is added to the scores before the top K are chosen, and not to their weights.
-_BIASES = ("e_score_correction_bias", "expert_bias")
-
-
-@dataclass(frozen=True)
-class RouterOutput:
-    """What a layer's router says of all experts.
-
-    layer: its name. logits: [T, E]. bias: [E], by which the router's choice is biased and its
-    weights are not; 0 in most models.
-    """
-
-    layer: str
-    logits: Tensor
-    bias: Tensor
-
-    def __getitem__(self, rows: Tensor) -> RouterOutput:
-        return replace(self, logits=self.logits[rows])
-
-    def scores(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """[T, E] float32: softmax or sigmoid of the logits, whichever the weights [T, K] are
-        proportional to; equal to, where every token has but one. Raises `ValueError` if they are
-        to neither."""
-        own, used = weights.float(), weights != 0
-        alone = bool((used.sum(1) <= 1).all())  # all of its token's sum, whatever the scores
-        places = ids.long().clamp(0, self.logits.shape[1] - 1)
-
-        def misfit(scores: Tensor) -> Tensor:
-            picked = scores.gather(1, places) * used
-            if alone:
-                return (own - picked).abs() / own.abs().clamp(min=1e-30)
-            return (_shares(own) - _shares(picked)).abs()
-
-        logits = self.logits.float()
-        # so small a score weighs nothing, but a row that has no other still has a sum to divide by
-        candidates = [s.clamp(min=1e-30) for s in (logits.softmax(-1), logits.sigmoid())]
-        best = min(candidates, key=lambda scores: misfit(scores).mean().item())
-        if (worst := misfit(best).max().item()) > self._rounding(weights):
-            how = "that are, with one expert per token," if alone else "in proportion to"
-            raise ValueError(
-                f"{self.layer}: rivals expect weights {how} the softmax or the sigmoid of the "
-                f"router's output; these are off by {worst:.2g} of a token's sum. They cannot be "
-                "evaluated on this model"
-            )
-        return best
-
-    def ranks(self, scores: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """[T, E]: the place of every expert in its token's order, 0 for the best.
-
-        The order is that of score + bias; ties: what the router chose, then the lowest expert.
-        Raises `ValueError` if the router's own choice is not the top of this order.
-        """
-        places = ids.long().clamp(0, scores.shape[1] - 1)
-        own = torch.zeros_like(scores).scatter_add_(1, places, (weights != 0).float()) > 0
-        wish = scores + self.bias
-        others = wish.masked_fill(own, -torch.inf)
-        excess = (others.amax(1) - wish.masked_fill(~own, torch.inf).amin(1)) / scores.amax(1)
-        row = int(excess.argmax())
-        if excess[row] > self._rounding(weights):
-            raise ValueError(
-                f"{self.layer}: rivals expect a router to choose the largest scores"
-                f"{' + bias' if self.bias.any() else ''}; this one chose experts "
-                f"{ids[row].tolist()} and passed over {int(others[row].argmax())}. They cannot be "
-                "evaluated on this model"
-            )
-        order = wish.argsort(dim=1, descending=True, stable=True)
-        own_first = own.gather(1, order).int().argsort(dim=1, descending=True, stable=True)
-        return order.gather(1, own_first).argsort(dim=1)
-
-    def _rounding(self, weights: Tensor) -> float:
-        """What lies between a router that computes in its own precision and this, as a share."""
-        return max(1e-5, *(torch.finfo(part.dtype).eps for part in (self.logits, weights)))
-
-
-def _shares(weights: Tensor) -> Tensor:
-    return weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
-
-
-class _Seen(dict[int, RouterOutput]):
-    def __missing__(self, index: int) -> RouterOutput:
-        raise ValueError(
-            f"layer {index}: its router has not said anything of all experts before they are "
-            "called; rivals need that and cannot be evaluated on this model"
-        )
-
-
-@contextmanager
-def router_logits(model: nn.Module, layers: list[MoELayer]) -> Iterator[dict[int, RouterOutput]]:
-    """By layer index, what the router said of all tokens [T, E] of the latest forward pass.
-
-    Raises `ValueError` for a model whose routers are not modules beside their experts, or limit a
-    token to some groups of experts.
-    """
-    seen = _Seen()
-    handles = [
-        router.register_forward_hook(_keeping(seen, layer, _bias(model, layer)))
-        for layer in layers
-        for router in _routers(model, layer)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _block(model: nn.Module, layer: MoELayer) -> nn.Module:
-    return model.get_submodule(layer.name.rpartition(".")[0])
-
-
-def _routers(model: nn.Module, layer: MoELayer) -> list[nn.Module]:
-    block = _block(model, layer)
-    found = [
-        module
-        for name, module in block.named_children()
-        if name in ("gate", "router") or type(module).__name__.endswith(("Router", "Gate"))
-    ]
-    if not found:
-        raise ValueError(
-            f"{layer.name}: no router beside it (has {[n for n, _ in block.named_children()]}); "
-            "rivals need all experts' scores and cannot be evaluated on this model"
-        )
-    for router in found:
-        groups, allowed = (getattr(router, name, None) for name in ("num_group", "topk_group"))
-        if groups and allowed and allowed < groups:
-            raise ValueError(
-                f"{layer.name}: its router chooses among the experts of {allowed} groups of "
-                f"{groups}; no rival says what its rule is then, and none can be evaluated on "
-                "this model"
-            )
-    return found
-
-
-def _bias(model: nn.Module, layer: MoELayer) -> Tensor:
-    """[E]: of the router or of the block around it."""
-    block = _block(model, layer)
-    for name, value in (*block.named_parameters(), *block.named_buffers()):
-        if name.rpartition(".")[2] in _BIASES and value.numel() == layer.E:
-            return value.detach().flatten().float()
-    return torch.zeros(layer.E)
-
-
-def _keeping(seen: _Seen, layer: MoELayer, bias: Tensor) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        for part in output if isinstance(output, tuple) else (output,):
-            if part.is_floating_point() and part.shape[-1] == layer.E:
-                logits = part.detach().flatten(0, -2)
-                seen[layer.index] = RouterOutput(layer.name, logits, bias.to(logits.device))
-                return
-
-    return keep

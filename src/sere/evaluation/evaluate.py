@@ -18,8 +18,9 @@ from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge, Sums, figures
 from sere.files import unfinished
 from sere.models.hub import located
-from sere.models.loading import load_model
+from sere.models.loading import exceeds_memory, load_model
 from sere.models.moe import MoELayer, moe_layers
+from sere.models.skeleton import load_skeleton
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.results.names import check_names
@@ -41,16 +42,21 @@ def run(
     length: int = 64,
     seed: int = 0,
     layer_error: bool = True,
+    stream: bool | None = None,
 ) -> dict[str, Any]:
-    """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot."""
+    """`sere evaluate`: prints a table; writes `output` (JSON) and, beside it, a plot.
+
+    stream: hold one decoder layer in memory at a time; None: if it has to be. Figures are the same.
+    """
     pictures.check_result(output, table_path, data)
     table = Table.load(table_path)
     policies = spelt_out(policies, table)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
     folder = located(model_name)
-    table.check_made_for(folder)
-    model, layers = load(folder)
+    for arm in arms:
+        arm.table.check_made_for(folder)
+    model, layers = load(folder, stream)
     say_if_seen(table, data)
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
     passages = load_passages(model_name, folder, data, **drawn)
@@ -87,11 +93,20 @@ def _of_arm(arm: Arm, sums: BySize, stock: BySize) -> dict[str, Any]:
     return {"name": arm.name, "rule": rule, "batches": found}
 
 
-def load(folder: str) -> tuple[Any, list[MoELayer]]:
-    """A model to evaluate, and its MoE layers."""
+def load(folder: str, stream: bool | None = False) -> tuple[Any, list[MoELayer]]:
+    """A model to evaluate, and its MoE layers.
+
+    stream: a `Skeleton` instead, whose layers are read one at a time; None: if memory is short.
+    """
+    wide = not torch.cuda.is_available()  # CPUs emulate bf16, slowly and with its rounding
+    if stream or (stream is None and exceeds_memory(folder, widened=wide)):
+        skeleton = load_skeleton(folder)
+        if wide:
+            skeleton.float()
+        return skeleton, skeleton.layers
     model: Any = load_model(folder)
-    if not torch.cuda.is_available():
-        model = model.float()  # CPUs emulate bf16, slowly and with its rounding
+    if wide:
+        model = model.float()
     return model, moe_layers(model)
 
 

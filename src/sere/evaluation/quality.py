@@ -8,83 +8,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sere.evaluation.arms import Arm
-from sere.evaluation.decoding import Passage, Reading, Step, decoded, output_matrix, router_logits
-from sere.models.adapters import Changed
+from sere.evaluation.decoding import Passage
+from sere.evaluation.layerwise import Waiting, run_by_layer
+from sere.evaluation.passes import EvaluationError as EvaluationError
+from sere.evaluation.passes import Pass, Stock
+from sere.evaluation.passes import Sums as Sums
 from sere.models.moe import MoELayer
+from sere.models.skeleton import Skeleton
 from sere.results.journal import Journal
 
 # Passages per forward pass, and bytes of their logits; or one batch where that is more.
 _TOGETHER = 128
 LOGITS = 2**30
-# How far prefill may be off where an architecture cannot run its prompts' rows apart.
-_ROUNDING = 1e-3
 
 
-class EvaluationError(ValueError):
-    """An evaluation that would not mean anything, and why."""
-
-
-@dataclass
-class Sums:
-    """What one batch under one arm adds up to.
-
-    tokens: those whose logits a decode step made; nll, kl, top1 are sums over them, kl in nats from
-    stock to the arm. exact: continuations whose every token was the most likely one. lost_answers:
-    continuations that were so under stock and are not under the arm. steps: decode steps; rows:
-    their rows. prompt_difference: largest difference of a prompt's logits from stock.
-    read: what all layers' steps read, in units of one expert's weights: active experts, and maps.
-    By layer index: active experts summed over steps, before and after; energy of the difference
-    that the arm makes to the layer's output, and of the output itself.
-    """
-
-    tokens: int = 0
-    nll: float = 0.0
-    kl: float = 0.0
-    top1: float = 0.0
-    passages: int = 0
-    exact: int = 0
-    lost_answers: int = 0
-    steps: int = 0
-    rows: int = 0
-    prompt_difference: float = 0.0
-    read: float = 0.0
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
-    energy: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """What `Reading.run` gives under stock routing."""
-
-    logits: Tensor
-    prompts: Tensor
+Piece = tuple[int, int, int, Arm]  # first passage, how many, batch size, arm
 
 
 @dataclass
 class Judge:
     """Measures arms on passages; what is finished is in the journal and not measured again.
 
+    model: whole, or a skeleton whose layers are read one at a time, for all arms of a `measure`.
     first: the place of the first passage among all that share the journal.
     """
 
-    model: nn.Module
+    model: nn.Module | Skeleton
     layers: list[MoELayer]
     passages: Sequence[Passage]
     journal: Journal
     layer_error: bool = True
     title: str = "evaluate"
     first: int = 0
-    _stock: tuple[int, int, _Stock] | None = None
+    _stock: tuple[int, int, Stock] | None = None
 
     def measure(
         self, arms: Sequence[Arm], batches: Sequence[int]
@@ -99,161 +64,69 @@ class Judge:
             for batch, size in sizes.items()
             for start in range(0, len(self.passages), size)
         )
-        work = [(*chunk, arm) for chunk in chunks for arm in arms]
+        pieces: list[Piece] = [(*chunk, arm) for chunk in chunks for arm in arms]
+        missing = [piece for piece in pieces if self.journal.get(self._key(piece)) is None]
+        if isinstance(self.model, Skeleton):
+            self._side_by_side(self.model, missing)
+        else:
+            for piece in tqdm(missing, self.title, leave=self.title == "evaluate"):
+                own = self._pass(self.model, piece)
+                self._add(piece, own, *own.run(), self._stock_of(self.model, piece))
         sums: dict[str, dict[int, list[Sums]]] = {a.name: {b: [] for b in batches} for a in arms}
-        for start, size, batch, arm in tqdm(work, self.title, leave=self.title == "evaluate"):
-            piece = f"{self.first + start}+{size}/{batch}/{arm.name}"
-            if (known := self.journal.get(piece)) is None:
-                chunk = list(self.passages[start : start + size])
-                known = [asdict(part) for part in self._measured(chunk, start, arm, batch)]
-                self.journal.add(piece, known)
-            sums[arm.name][batch] += [Sums(**part) for part in known]
+        for piece in pieces:
+            known = self.journal.get(self._key(piece))
+            sums[piece[3].name][piece[2]] += [Sums(**part) for part in known]
         return sums
 
     def _together(self, batch: int) -> int:
         """Passages per forward pass: whole batches."""
         longest = max(len(passage.continuation) for passage in self.passages)
-        config: Any = self.model.config
-        vocabulary: int = config.get_text_config().vocab_size
+        model: Any = self.model.model if isinstance(self.model, Skeleton) else self.model
+        vocabulary: int = model.config.get_text_config().vocab_size
         fit: int = min(_TOGETHER, LOGITS // (4 * vocabulary * longest))
         return batch * max(1, fit // batch)
 
-    def _measured(self, chunk: list[Passage], start: int, arm: Arm, batch: int) -> list[Sums]:
-        if self._stock is None or self._stock[:2] != (start, len(chunk)):
+    def _key(self, piece: Piece) -> str:
+        start, size, batch, arm = piece
+        return f"{self.first + start}+{size}/{batch}/{arm.name}"
+
+    def _pass(self, model: nn.Module, piece: Piece) -> Pass:
+        start, size, batch, arm = piece
+        chunk = list(self.passages[start : start + size])
+        return Pass(model, self.layers, chunk, arm, batch, self.layer_error)
+
+    def _add(self, piece: Piece, own: Pass, logits: Tensor, prompts: Tensor, stock: Stock) -> None:
+        found = own.finished(logits, prompts, stock)
+        self.journal.add(self._key(piece), [asdict(part) for part in found])
+
+    def _stock_of(self, model: nn.Module, piece: Piece) -> Stock:
+        start, size = piece[:2]
+        if self._stock is None or self._stock[:2] != (start, size):
             self._stock = None  # two would not fit
-            self._stock = start, len(chunk), _stock(self.model, self.layers, chunk)
-        stock = self._stock[2]
-        return _measured(self.model, self.layers, chunk, arm, batch, stock, self.layer_error)
+            chunk = list(self.passages[start : start + size])
+            self._stock = start, size, Stock(*Pass(model, self.layers, chunk).run())
+        return self._stock[2]
 
+    def _side_by_side(self, skeleton: Skeleton, missing: list[Piece]) -> None:
+        """Stock's pass over every chunk, and behind it those of the arms that need it."""
+        work: list[list[Waiting]] = []
+        stock: list[Stock] = []  # of one chunk at a time
 
-def _stock(model: nn.Module, layers: list[MoELayer], passages: list[Passage]) -> _Stock:
-    reading = Reading(passages, len(passages))
-    with decoded(layers, reading, lambda _, step: (step.ids, step.weights)):
-        return _Stock(*reading.run(model))
+        def keep(logits: Tensor, prompts: Tensor) -> None:
+            stock[:] = [Stock(logits, prompts)]
 
+        def add(piece: Piece, own: Pass, logits: Tensor, prompts: Tensor) -> None:
+            self._add(piece, own, logits, prompts, stock[0])
 
-def _measured(
-    model: nn.Module,
-    layers: list[MoELayer],
-    passages: list[Passage],
-    arm: Arm,
-    batch: int,
-    stock: _Stock,
-    layer_error: bool,
-) -> list[Sums]:
-    reading = Reading(passages, batch)
-    sums = [Sums() for _ in range(-(-len(passages) // batch))]
-    steps: list[tuple[Step, Changed]] = []
-
-    def route(layer: MoELayer, step: Step) -> Changed:
-        logits = seen[layer.index][step.rows] if arm.needs_logits else None
-        new = arm.route(layer, step.ids, step.weights, logits, hidden=step.hidden)
-        own, key = sums[reading.batch_of[step.number]], str(layer.index)
-        if layer is layers[0]:
-            own.steps += 1
-            own.rows += len(step.rows)
-        own.before[key] = own.before.get(key, 0) + _distinct(step.ids, step.weights)
-        own.after[key] = own.after.get(key, 0) + (active := _distinct(new.ids, new.weights))
-        own.read += active + new.beside
-        if layer_error:
-            steps.append((step, new))
-            if len(steps) == len(reading.sizes):
-                _add_errors(sums, reading, layer, steps)
-                steps.clear()
-        return new
-
-    with _seen_logits(model, layers, arm) as seen, decoded(layers, reading, route):
-        logits, prompts = reading.run(model)
-    differences = _differences(model, passages, prompts, stock.prompts)
-    _check_prompts(arm, layers, torch.tensor(differences).max().item())
-    lengths = [len(passage.continuation) for passage in passages]
-    pairs = zip(torch.split(logits, lengths), torch.split(stock.logits, lengths), strict=True)
-    for i, (passage, pair) in enumerate(zip(passages, pairs, strict=True)):
-        own = sums[i // batch]
-        own.prompt_difference = max(own.prompt_difference, differences[i])
-        _add_passage(own, passage, *pair)
-    return sums
-
-
-def _differences(
-    model: nn.Module, passages: list[Passage], mine: Tensor, stock: Tensor
-) -> list[float]:
-    """By passage, the largest difference of its prompt's logits; of what the output matrix is given
-    [prompts, H], as equal inputs have equal logits."""
-    if torch.equal(mine, stock):
-        return [0.0] * len(passages)
-    head, lengths = output_matrix(model), [passage.start for passage in passages]
-    with torch.no_grad():
-        return [
-            (head(a).float() - head(b).float()).abs().max().item()
-            for a, b in zip(torch.split(mine, lengths), torch.split(stock, lengths), strict=True)
-        ]
-
-
-def _check_prompts(arm: Arm, layers: list[MoELayer], difference: float) -> None:
-    """Prompts' rows run apart in every layer whose experts allow it: not a bit may differ then."""
-    exact = all(layer.adapter.runs_apart for layer in layers)
-    if not difference <= (0 if exact else _ROUNDING):
-        raise EvaluationError(
-            f"{arm.name}: the prompt's logits differ from stock by up to {difference:.2g} "
-            f"({'nothing' if exact else f'{_ROUNDING:g}'} is allowed here); decode rows must not "
-            "touch them: please report which model this is"
-        )
-
-
-def _seen_logits(model: nn.Module, layers: list[MoELayer], arm: Arm) -> Any:
-    return router_logits(model, layers if arm.needs_logits else [])
-
-
-def _distinct(ids: Tensor, weights: Tensor) -> int:
-    return len(torch.unique(ids[weights != 0]))
-
-
-def _add_errors(
-    sums: list[Sums],
-    reading: Reading,
-    layer: MoELayer,
-    steps: list[tuple[Step, Changed]],
-) -> None:
-    """What all decode steps' changes do to one layer's output."""
-    hidden, ids, weights, new_ids, new_weights = (
-        torch.cat(parts)
-        for parts in zip(
-            *((s.hidden, s.ids, s.weights, new.ids, new.weights) for s, new in steps), strict=True
-        )
-    )
-    stock = layer.mixture(hidden, ids, weights)
-    mixture = layer.mixture(hidden, new_ids, new_weights)
-    start = 0
-    for step, new in steps:
-        if new.added is not None:
-            mixture[start : start + len(step.rows)] += new.added
-        start += len(step.rows)
-    lost = (mixture - stock).square().sum(1)
-    energy = stock.square().sum(1)
-    key, start = str(layer.index), 0
-    for number, size in enumerate(reading.sizes):
-        own, rows = sums[reading.batch_of[number]], slice(start, start + size)
-        own.lost[key] = own.lost.get(key, 0.0) + lost[rows].sum().item()
-        own.energy[key] = own.energy.get(key, 0.0) + energy[rows].sum().item()
-        start += size
-
-
-def _add_passage(own: Sums, passage: Passage, logits: Tensor, stock: Tensor) -> None:
-    """logits, stock: [continuation, vocabulary], the first row by prefill."""
-    wanted = torch.tensor(passage.continuation, device=logits.device)
-    mine, theirs = logits.log_softmax(-1), stock.log_softmax(-1)
-    likeliest, stocks = mine.argmax(-1), theirs.argmax(-1)
-    right = torch.equal(likeliest, wanted)
-    own.passages += 1
-    own.exact += int(right)
-    own.lost_answers += int(torch.equal(stocks, wanted) and not right)
-    own.tokens += len(wanted) - 1
-    own.nll -= mine[1:].gather(1, wanted[1:, None]).sum().item()
-    p = theirs[1:].exp()
-    # what stock never says adds nothing, also where both logits are -inf and differ by nan
-    own.kl += (p * (theirs[1:] - mine[1:])).masked_fill(p == 0, 0).sum().item()
-    own.top1 += (likeliest == stocks)[1:].sum().item()
+        for chunk, pieces in groupby(missing, key=lambda piece: piece[:2]):
+            start, size = chunk
+            passages = list(self.passages[start : start + size])
+            group = [Waiting(Pass(skeleton.model, self.layers, passages), keep)]
+            for piece in pieces:
+                own = self._pass(skeleton.model, piece)
+                group.append(Waiting(own, partial(add, piece, own)))
+            work.append(group)
+        run_by_layer(skeleton, work, self.journal.path, self.title)
 
 
 # --- figures ------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Each rule gets one decode batch and says which experts every token uses ([T, E] bool). They are
 written to be compared with, not to be fast, and are never served. A token's order of experts is its
-router's own (score + bias, where it has one), and it never uses more than it was routed to.
+router's own (score + bias, where it has one), and it never uses more than it was routed to, nor
+any outside the groups that its router lets it choose from.
 
 * top_k: every token keeps the first k.
 * skip: an expert goes if its weight is below beta times its token's largest. A simplification of
@@ -193,7 +194,8 @@ class Rival:
         used = RULES[self.name](batch, **self.numbers)
         values, ids = (batch.scores * used).topk(K, dim=1)
         of = used if self.weights == "renormalise" else batch.chosen
-        scale = batch.weights.sum(1, keepdim=True) / (batch.scores * of).sum(1, keepdim=True)
+        left = (batch.scores * of).sum(1, keepdim=True)  # 0: all of a token's groups are masked
+        scale = batch.weights.sum(1, keepdim=True) / left.clamp(min=1e-37)
         spare = fillers(ids, values > 0, values <= 0, used.any(0))
         ids = torch.where(values > 0, ids, spare).to(batch.ids.dtype)
         weights = (values * scale).to(batch.weights.dtype)

@@ -6,6 +6,7 @@ new policy is written into the same buffers and captured CUDA graphs stay valid.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -209,7 +210,8 @@ def _sorted(order: Tensor, by: Tensor) -> Tensor:
 
 
 def _threshold(merit: Tensor, policy: Policy) -> float:
-    """rho, or the quantile that stands for it; merit: [E, E] similarities, diagonal -inf."""
+    """rho, or the quantile that stands for it; merit: [E, E] similarities, diagonal -inf. With
+    rho = 0 nothing is critical, also where similarities are negative."""
     if policy.rho_quantile is None or len(merit) < 2:
-        return policy.rho
+        return policy.rho or -math.inf
     return torch.quantile(merit.amax(1), policy.rho_quantile).item()

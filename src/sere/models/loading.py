@@ -6,26 +6,24 @@ rounding of activations.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sere.checkpoint import quantised
+from sere.checkpoint.stored import INDEX, stored_tensors
+from sere.models.fit import DEQUANTISED, check_stored, refuse_unapplied, refuse_unset
+from sere.models.fit import LoadError as LoadError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# How much larger a checkpoint is once its weights are bf16. Others are refused.
-_DEQUANTISED = {"fp8": 2, "mxfp4": 4, "compressed-tensors": 4}
 # Models whose parts are models of their own, and the one that decodes text.
 _TEXT_PART = {"Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration"}
 # Of the free memory that a model may fill, for its activations need some as well.
 _SHARE = 0.8
-
-
-class LoadError(ValueError):
-    """A checkpoint that cannot be calibrated, and why."""
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -34,7 +32,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # `tokenizers` raises nothing more precise
         raise LoadError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
 
 
@@ -45,11 +43,14 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
     Raises `LoadError` for a checkpoint that leaves weights unset (random experts would be
     calibrated) or is quantised in a way that transformers cannot turn back into experts.
     """
+    check_stored(folder)
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
     try:
-        model, info = _model_class(folder).from_pretrained(
+        model_class = _model_class(folder)
+        model, info = model_class.from_pretrained(
             folder,
+            config=_config(model_class, folder),
             dtype="auto",
             device_map=device_map,
             output_loading_info=True,
@@ -61,7 +62,20 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as error:
         raise LoadError(f"{folder}: cannot be loaded as a transformers model: {error}") from error
     refuse_unset(folder, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    refuse_unapplied(folder, set(info["unexpected_keys"]))
     return model.eval()
+
+
+def _config(model_class: Any, folder: str) -> Any:
+    """The model's, which says of quantisation and files what engines take for granted."""
+    from transformers import AutoConfig
+
+    config = (getattr(model_class, "config_class", None) or AutoConfig).from_pretrained(folder)
+    if not hasattr(config, "quantization_config") and (how := quantised.settings(folder)):
+        config.quantization_config = how
+    if (Path(folder) / INDEX).is_file():  # transformers prefers a model.safetensors beside it
+        config.transformers_weights = INDEX
+    return config
 
 
 def _model_class(folder: str) -> Any:
@@ -78,37 +92,27 @@ def _model_class(folder: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def refuse_unset(folder: str, unset: set[str]) -> None:
-    """Raise `LoadError` if the checkpoint left these weights unset."""
-    if unset:
-        raise LoadError(
-            f"{folder}: {len(unset)} weights are missing from the checkpoint or of another shape "
-            f"({', '.join(sorted(unset)[:3])} ...) and would be random; calibrate the original, "
-            "unquantised checkpoint"
-        )
+def exceeds_memory(folder: str | Path, *, widened: bool = False) -> bool:
+    """Whether the model's weights, dequantised, are too large for this machine's free memory.
 
-
-def exceeds_memory(folder: str | Path) -> bool:
-    """Whether the model's weights, dequantised, are too large for this machine's free memory."""
+    widened: in float32.
+    """
     import psutil
 
-    stored = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    tensors = stored_tensors(folder).values()
+    stored = sum(
+        tensor.size * (2 if widened and tensor.dtype != "F32" else 1) for tensor in tensors
+    )
     free = psutil.virtual_memory().available
     for gpu in range(torch.cuda.device_count()):
         free += torch.cuda.mem_get_info(gpu)[0]
-    needed: float = stored * _DEQUANTISED.get(_quantisation(folder), 1)
+    needed: float = stored * DEQUANTISED.get(quantised.method(folder), 1)
     return bool(needed > _SHARE * free)
 
 
 def _dequantised(folder: str) -> dict[str, Any]:
     """Arguments of `from_pretrained` that give plain experts."""
-    method = _quantisation(folder)
-    if method and method not in _DEQUANTISED:
-        raise LoadError(
-            f"{folder}: {method} experts cannot be turned back into weights by transformers "
-            f"(supported: {', '.join(_DEQUANTISED)}). Calibrate the original, unquantised "
-            "checkpoint: its table serves the quantised one as well"
-        )
+    method = quantised.method(folder)
     if method == "fp8":
         from transformers import FineGrainedFP8Config
 
@@ -118,16 +122,3 @@ def _dequantised(folder: str) -> dict[str, Any]:
 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     return {}  # transformers always unpacks experts of compressed-tensors
-
-
-def _quantisation(folder: str | Path) -> str:
-    """The checkpoint's quantisation method, "" if it has none (or is not here to be asked)."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return ""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{path}: not JSON ({error})") from error
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
-    return str(settings.get("quant_method", ""))

@@ -93,7 +93,13 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         )
     indices = _indices(list(found))
     layers = [MoELayer(name, indices[name], *found[name]) for name in found]
-    return sorted(layers, key=lambda layer: layer.index)
+    layers.sort(key=lambda layer: layer.index)
+    if odd := [layer for layer in layers if layer.E != layers[0].E]:
+        raise NoExpertsError(
+            f"{type(model).__name__}: layers with different numbers of experts (layer "
+            f"{layers[0].index}: {layers[0].E}, layer {odd[0].index}: {odd[0].E}) are not supported"
+        )
+    return layers
 
 
 def _indices(names: list[str]) -> dict[str, int]:

@@ -17,16 +17,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sere.models.loading import LoadError, load_model, refuse_unset
+from sere.checkpoint.stored import tensors_in
+from sere.models.fit import LoadError, refuse_unapplied, refuse_unset
+from sere.models.loading import load_model
 from sere.models.moe import UNIT, MoELayer, moe_layers
 
 
-@dataclass
+@dataclass(eq=False)
 class Skeleton:
     """A model whose decoder layers are empty.
 
     units: the decoder layers by module name, in order.
     layers: the MoE layers in them.
+    widened: whether it computes in float32 (see `float`).
     """
 
     model: Any
@@ -34,6 +37,25 @@ class Skeleton:
     units: dict[str, nn.Module]
     _config: Any
     _sources: dict[str, dict[str, Path]] = field(default_factory=dict)  # unit -> weight -> file
+    widened: bool = False
+
+    @property
+    def stored_bytes(self) -> int:
+        """What all decoder layers take on disk."""
+        paths = {path for sources in self._sources.values() for path in sources.values()}
+        sizes = {name: held.size for path in paths for name, held in tensors_in(path).items()}
+        return sum(sizes[name] for sources in self._sources.values() for name in sources)
+
+    def float(self) -> None:
+        """Compute in float32 from now on, with each layer's weights as they are read, widened."""
+        self.widened = True
+        inside = {id(part) for unit in self.units.values() for part in unit.modules()}
+        for part in self.model.modules():
+            if id(part) not in inside:
+                for values in (part._parameters, part._buffers):
+                    for name, value in values.items():
+                        if value is not None and value.is_floating_point():
+                            values[name] = _like(value, value.float())
 
     @contextmanager
     def filled(self, unit: str) -> Iterator[None]:
@@ -43,19 +65,28 @@ class Skeleton:
         with _slices(self._sources[unit]) as weights, _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, weights, self._config)
         module = self.units[unit]
+        kinds = {name: weight.dtype for name, weight in module.named_parameters()}
         unset = {f"{unit}.{n}" for n, p in module.named_parameters() if p.device.type == "meta"}
         refuse_unset(
             str(self._config.pretrained_model_name_or_path),
             unset | {key for key, *_ in info.mismatched_keys} | set(info.conversion_errors),
         )
+        if self.widened:
+            module.float()
         try:
             yield
         finally:
-            for part in module.modules():
+            for prefix, part in module.named_modules():
                 for name, weight in part._parameters.items():
                     if weight is not None:
-                        empty = torch.empty_like(weight, device="meta")
+                        kind = kinds[f"{prefix}.{name}" if prefix else name]
+                        empty = torch.empty_like(weight, dtype=kind, device="meta")
                         part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def _like(value: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    is_weight = isinstance(value, nn.Parameter)
+    return nn.Parameter(wide, requires_grad=False) if is_weight else wide
 
 
 @contextmanager
@@ -129,11 +160,15 @@ def _split(model: Any, files: list[str], config: Any) -> tuple[Skeleton, dict[st
     state = model.state_dict()
     expected = set(state)
     rest: dict[str, Path] = {}
+    unexpected: set[str] = set()
     for key, path in _keys(files):
         targets = _targets(key, model.base_model_prefix, config.weight_mapping or [], state)
         expected -= targets
+        if not targets & state.keys():
+            unexpected.add(key)
         unit = next((u.group() for t in targets if (u := UNIT.match(t))), None)
         skeleton._sources.get(unit or "", rest)[key] = path
+    refuse_unapplied(str(config.pretrained_model_name_or_path), unexpected)
     return skeleton, rest, expected
 
 

@@ -70,7 +70,7 @@ def served(config: Any, level: str, known: Fingerprint) -> Fingerprint:
     built = model.get_total_num_hidden_layers()
     hashes: tuple[str | None, str | None] = (None, None)
     if level != "shape" and folder is not None:
-        router, experts = weight_hashes(folder, known.layers, known.E)
+        router, experts = weight_hashes(folder, known.layers, known.E, known.hashing)
         hashes = (router, experts if level == "weights" else None)
     return Fingerprint(
         model.hf_config.architectures[0],
@@ -78,6 +78,7 @@ def served(config: Any, level: str, known: Fingerprint) -> Fingerprint:
         model.get_num_experts_per_tok() or known.K,
         tuple(index for index in stored or known.layers if index < built),
         *hashes,
+        known.hashing,
     )
 
 

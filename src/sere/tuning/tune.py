@@ -51,12 +51,14 @@ def run(
     bench: str | None = None,
     cost: Cost | None = None,
     dry_run: bool = False,
+    stream: bool | None = None,
 ) -> dict[str, Any]:
     """Search, check, store: `output` (JSON), a plot beside it, and the policy in the table.
 
     device: what `cost.roofline` is to know of where it is served. bench: a result of `sere bench`
     to take the cost from instead; cost: instead of both. dry_run: only say what it would take;
-    returns {}. Raises `BudgetError`.
+    returns {}. stream: hold one decoder layer in memory at a time; None: if it has to be. Raises
+    `BudgetError`.
     """
     _check_machine(bench, device)
     wanted = Budget.parse(budget)
@@ -65,7 +67,7 @@ def run(
     table = Table.load(table_path)
     folder = located(model_name)
     table.check_made_for(folder)
-    model, layers = load(folder)
+    model, layers = load(folder, stream)
     cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})
     say_if_seen(table, data)
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}

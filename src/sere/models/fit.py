@@ -1,0 +1,102 @@
+"""May this checkpoint be calibrated? What its files tell before it is loaded, and loading itself.
+
+Nothing may be calibrated that is not what the model computes with: weights that are missing, packed
+experts without their scales, scales that nobody applies.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sere.checkpoint import quantised
+from sere.checkpoint.names import experts_by_layer
+from sere.checkpoint.stored import document, stored_tensors
+
+# How much larger a checkpoint is once its weights are bf16. Others are refused.
+DEQUANTISED = {"fp8": 2, "mxfp4": 4, "compressed-tensors": 4}
+# Scales of activations and of the KV cache, which no weight is multiplied with.
+_NO_WEIGHTS = re.compile(r"(?:input|output|activation|[kqv]|kv|prob)_scale(?:_inv)?$")
+# How configurations call the number of experts, and of those that a token has.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+_ORIGINAL = "Calibrate the original, unquantised checkpoint: its table serves the quantised one too"
+
+
+class LoadError(ValueError):
+    """A checkpoint that cannot be calibrated, and why."""
+
+
+def check_stored(folder: str | Path) -> None:
+    """Refuse what the checkpoint's files already tell, before anything is read or loaded.
+
+    Raises `CheckpointError` for files that are not whole, `LoadError` for experts that would not
+    be what the model computes with, or that differ in number between layers.
+    """
+    tensors, how = stored_tensors(folder), quantised.method(folder)
+    _check_method(folder, how)
+    if packed := quantised.packed_experts(tensors):
+        bare = packed if not how else quantised.without_scale(tensors)
+        if bare:
+            why = "no scale is beside them" if how else "nothing in config.json says how to unpack"
+            raise LoadError(
+                f"{folder}: {len(bare)} experts' weights are stored as {tensors[bare[0]].dtype} "
+                f"({bare[0]} ...) and {why}, so that they would be taken for plain numbers. "
+                f"{_ORIGINAL}"
+            )
+    path = Path(folder) / "config.json"
+    config = document(path) if path.is_file() else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    by_kind = any(isinstance(part.get(name), list) for part in parts for name in _COUNTS)
+    if not by_kind:  # ernie4_5_vl_moe: experts for text and for images, not in the same layers
+        depth = max((part.get("num_hidden_layers") or 0 for part in parts), default=0)
+        counts = experts_by_layer(tensors)  # drafters are numbered as layers behind the last
+        _check_even(folder, "experts", {i: n for i, n in counts.items() if i < depth or not depth})
+    for name in PER_TOKEN:
+        for part in parts:
+            if isinstance(own := part.get(name), list):
+                _check_even(folder, "experts per token", dict(enumerate(own)))
+
+
+def _check_even(folder: str | Path, what: str, counts: dict[int, int]) -> None:
+    """Raise `LoadError` unless all layers have as many."""
+    first = {count: layer for layer, count in reversed(counts.items()) if count}
+    if len(first) > 1:
+        seen = ", ".join(f"layer {i}: {n}" for n, i in sorted(first.items(), key=lambda x: x[1]))
+        raise LoadError(
+            f"{folder}: layers with different numbers of {what} ({seen}) are not supported: a "
+            "table has one number for all of them. Calibrate and serve the model that this one "
+            "was pruned from"
+        )
+
+
+def _check_method(folder: str | Path, method: str) -> None:
+    if method and method not in DEQUANTISED:
+        raise LoadError(
+            f"{folder}: {method} experts cannot be turned back into weights by transformers "
+            f"(supported: {', '.join(DEQUANTISED)}). {_ORIGINAL}"
+        )
+
+
+def refuse_unset(folder: str, unset: set[str]) -> None:
+    """Raise `LoadError` if the checkpoint left these weights unset."""
+    if unset:
+        raise LoadError(
+            f"{folder}: {len(unset)} weights are missing from the checkpoint or of another shape "
+            f"({', '.join(sorted(unset)[:3])} ...) and would be random; calibrate the original, "
+            "unquantised checkpoint"
+        )
+
+
+def refuse_unapplied(folder: str, unexpected: set[str]) -> None:
+    """Raise `LoadError` if the model was given weights without the scales beside them."""
+    idle = {key.rpartition(".")[0] for key in unexpected if "scale" not in key}
+    scales = [key for key in sorted(unexpected) if "scale" in key.rpartition(".")[2]]
+    lost = [
+        key for key in scales if not (_NO_WEIGHTS.search(key) or key.rpartition(".")[0] in idle)
+    ]
+    if lost:
+        raise LoadError(
+            f"{folder}: {len(lost)} scales would not be applied to their weights ({lost[0]} ...): "
+            f"transformers does not know them. {_ORIGINAL}"
+        )

@@ -1,0 +1,156 @@
+"""Evaluated and tuned one decoder layer at a time: the figures of a model in memory, to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sere.calibration.calibrate import calibrate
+from sere.evaluation import layerwise
+from sere.evaluation.evaluate import run
+from sere.models.skeleton import Skeleton
+from sere.step_cost.cost import Cost
+from sere.tuning import tune
+from tests.conftest import LAYERS
+
+POLICIES = ['{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05}', '{"rival": "oea", "k0": 1}']
+
+
+@pytest.fixture(scope="module")
+def bf16(
+    model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A checkpoint in bf16, which CPUs evaluate in float32, and its table."""
+    import shutil
+
+    folder = Path(shutil.copytree(model_dir, tmp_path_factory.mktemp("bf16") / "model"))
+    weights = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    table = folder.parent / "t"
+    calibrate(str(folder), table, data=corpus_file, samples=20, length=64, progress=False)
+    return folder, table
+
+
+@pytest.fixture
+def layers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Decoder layers that were read, in turn; no other has weights meanwhile."""
+    read: list[str] = []
+    filled = Skeleton.filled
+
+    @contextmanager
+    def noted(self: Skeleton, unit: str) -> Iterator[None]:
+        read.append(unit)
+        with filled(self, unit):
+            held = [
+                name
+                for name, module in self.units.items()
+                if any(weight.device.type != "meta" for weight in module.parameters())
+            ]
+            assert held == [unit]
+            yield
+
+    monkeypatch.setattr(Skeleton, "filled", noted)
+    return read
+
+
+def evaluated(bf16: tuple[Path, Path], data: Path, output: Path, **more: Any) -> dict[str, Any]:
+    model, table = bf16
+    settings: dict[str, Any] = {"policies": POLICIES, "batches": [1, 4], "data": str(data)}
+    settings |= {"samples": 12, "prompt": 4, "length": 12, **more}
+    return run(str(model), str(table), str(output), **settings)
+
+
+def test_every_figure_is_that_of_a_model_in_memory_and_all_policies_share_a_reading(
+    bf16: tuple[Path, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    layers_read: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = evaluated(bf16, corpus_file, tmp_path / "m.json", stream=False)
+    assert layers_read == []
+    capsys.readouterr()
+    streamed = evaluated(bf16, corpus_file, tmp_path / "s.json", stream=True)
+    assert streamed["arms"] == memory["arms"]
+    assert streamed["arms"][1]["batches"]["4"]["kl"][0] > 0
+    assert len(layers_read) == LAYERS
+    said = capsys.readouterr().err
+    assert "one layer at a time" in said and "of computing" in said  # before it starts
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+
+
+def test_on_a_small_disk_passes_take_turns(
+    bf16: tuple[Path, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    layers_read: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = evaluated(bf16, corpus_file, tmp_path / "m.json", stream=False)
+    monkeypatch.setattr("sere.evaluation.quality._TOGETHER", 4)
+    monkeypatch.setattr(layerwise, "room", lambda *_: 1)
+    streamed = evaluated(bf16, corpus_file, tmp_path / "s.json", stream=True)
+    assert len(layers_read) == 3 * LAYERS  # three groups of four passages
+    for mine, theirs in zip(streamed["arms"], memory["arms"], strict=True):
+        for batch, figures in mine["batches"].items():
+            for name in ("kl", "active", "top1", "perplexity"):
+                assert figures[name] == pytest.approx(
+                    theirs["batches"][batch][name], rel=1e-4, abs=1e-7, nan_ok=True
+                )
+
+
+def test_what_fits_is_kept_together() -> None:
+    assert list(layerwise.parted([3, 3, 3, 9, 1], 6)) == [[0, 1], [2], [3], [4]]
+    assert list(layerwise.parted([], 6)) == []
+
+
+def test_tuned_by_layer_is_tuned_as_in_memory(
+    bf16: tuple[Path, Path], corpus_file: Path, tmp_path: Path, layers_read: list[str]
+) -> None:
+    model, table = bf16
+    found = []
+    for stream in (False, True):
+        result = tune.run(
+            str(model),
+            str(table),
+            budget="kl=0.05",
+            batches=[2],
+            output=str(tmp_path / f"{stream}.json"),
+            data=str(corpus_file),
+            samples=20,
+            prompt=2,
+            length=8,
+            cost=Cost(b=1.0, a=0.0),
+            stream=stream,
+            per_layer=False,
+        )
+        found.append({name: result[name] for name in ("policy", "by_batch", "held_out")})
+    assert found[0] == found[1]
+    assert found[0]["policy"] is not None
+    assert layers_read
+
+
+def test_a_streamed_evaluation_that_fails_leaves_no_hidden_states_behind(
+    bf16: tuple[Path, Path], corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled = Skeleton.filled
+
+    def torn(self: Skeleton, unit: str) -> Any:
+        if unit.endswith("1"):
+            raise OSError("the disk is gone")
+        return filled(self, unit)
+
+    monkeypatch.setattr(Skeleton, "filled", torn)
+    with pytest.raises(OSError, match="the disk is gone"):
+        evaluated(bf16, corpus_file, tmp_path / "e.json", stream=True)
+    assert not list(tmp_path.glob(".*"))
+    assert torch.is_grad_enabled()
