@@ -81,6 +81,7 @@ STEPS = (
     Step("server", 9, "bench", [*QWEN[:3], "--layers", "16", "--rate", "16", *_batches(64)],
          speed=True),
     Step("shapes", 90, "bench_decode.py", speed=True, folder=True),  # other models; resumable
+    Step("calibrate", 5, "gpu_calibrate.py"),
 )  # fmt: skip
 
 

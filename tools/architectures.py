@@ -30,6 +30,8 @@ COLUMNS = {
     "test_streamed_in_memory_and_resumed_are_equal_to_the_bit": "streamed, resumed",
 }
 
+BY_HAND = "\n## What vLLM serves beyond these\n"  # and what follows it in the page
+
 HEAD = """\
 # Architectures
 
@@ -79,7 +81,12 @@ def main() -> int:
         rules="---|" * (len(COLUMNS) - 1) + "---",
     )
     refused = "\n".join(f"* `{name}`: {reason}." for name, reason in UNSUPPORTED.items())
-    text = head + "\n".join(rows) + "\n" + TAIL.format(refused=refused)
+    text = (
+        head
+        + "\n".join(rows)
+        + "\n"
+        + TAIL.format(refused=refused, version=transformers.__version__)
+    )
     (ROOT / "docs" / "architectures.md").write_text(text)
     return status
 

@@ -227,7 +227,8 @@ def test_interrupted_work_resumes_and_ends_with_the_same_figures(
 def test_passes_hold_whole_batches_within_a_bound_of_logits(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sere.evaluation import passes as arms, quality
+    from sere.evaluation import passes as arms
+    from sere.evaluation import quality
 
     passes: list[int] = []
     reading = arms.Reading

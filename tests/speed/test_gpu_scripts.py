@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
+import gpu_calibrate
 import gpu_configs
 import gpu_mxfp4
 import gpu_tokens
@@ -87,3 +88,17 @@ def test_tokens_are_judged_by_what_a_process_repeats() -> None:
     judged = gpu_tokens.judged(found)
     assert judged["repeats"] == {"stock: 8 stock": True, "cuda: 8 off": True, "cuda: 8 S=K": False}
     assert judged["equals_stock"] == {"cuda: 8 off": True, "cuda: 8 S=K": False}
+
+
+def test_what_a_calibration_must_compute_is_counted_by_hand() -> None:
+    model = gpu_calibrate.built(2, "cpu", tiny=True)
+    found = gpu_calibrate.measured(model, samples=8, batch=4)
+    E, K, H, intermediate, vocabulary = 8, 2, 64, 32, 512
+    attention = H * (4 + 2 + 2) * 16 + 4 * 16 * H + 2 * 16  # and norms of queries and keys
+    expert = 3 * H * intermediate
+    layer = attention + 2 * H + E * H + (E + K) * expert + 3 * E * E * H
+    per_token = 2 * (2 * layer + H + 2 * vocabulary * H)
+    assert found["tokens"] == 8 * 128
+    assert found["flops"] == pytest.approx(per_token * 8 * 128)
+    assert found["seconds"] > 0
+    assert gpu_calibrate.fitting(80 * 10**9) == 48 > gpu_calibrate.fitting(40 * 10**9) > 10

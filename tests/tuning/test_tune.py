@@ -14,7 +14,7 @@ import pytest
 from benchmarks import tuned
 from sere.calibration.calibrate import calibrate
 from sere.cli import main
-from sere.evaluation import evaluate, quality
+from sere.evaluation import evaluate
 from sere.evaluation.arms import Arm
 from sere.evaluation.decoding import Passage, Reading, decoded
 from sere.evaluation.quality import Judge, Sums
