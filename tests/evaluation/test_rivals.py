@@ -278,10 +278,11 @@ def routers(model: nn.Module) -> list[Any]:
 
 
 def table_for(model: nn.Module) -> Table:
-    """Experts 5, 4, ... were the most popular in its calibration."""
+    """The last experts were the most popular in its calibration."""
     random = torch.Generator().manual_seed(0)
-    load = torch.arange(6.0) / 15
-    similarity = torch.rand(6, 6, generator=random)
+    E = moe_layers(model)[0].E
+    load = torch.arange(float(E)) / sum(range(E))
+    similarity = torch.rand(E, E, generator=random)
     similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
     known = LayerStatistics.without_text(similarity)
     layers = {
@@ -290,7 +291,7 @@ def table_for(model: nn.Module) -> Table:
     }
     print_ = Fingerprint(
         type(model).__name__,
-        E=6,
+        E=E,
         K=2,
         layers=tuple(layers),
         router_hash="a" * 64,
@@ -373,8 +374,8 @@ def test_all_rivals_are_judged(architecture: str, tmp_path: Path) -> None:
         Rival("top_k", {"k": 2}),
         Rival("skip", {"beta": 0}),
         Rival("oea", {"k0": 2}),
-        Rival("xshare", {"budget": 6}),
-        Rival("frequency", {"budget": 6}),
+        Rival("xshare", {"budget": table.fingerprint.E}),
+        Rival("frequency", {"budget": table.fingerprint.E}),
     ]
     arms = [Arm("stock", None, table), *(Arm(str(r), r, table) for r in (*some, *full))]
     random = torch.Generator().manual_seed(2)

@@ -46,20 +46,21 @@ def side_by_side(
     until: the layer after which passes end; None lets them come to theirs.
     """
     passes = [_paused(forward) for forward in forwards]
-    with _pauses(skeleton, step, until):
-        arrived = [each.switch() for each in passes]
-        bar = tqdm(total=len(skeleton.units), desc=title, unit="layer", disable=not progress)
-        while not passes[0].dead and (unit := arrived[0]) is not None:
-            if set(arrived) != {unit}:
-                raise RuntimeError(f"passes take different layers: {sorted(set(arrived))}")
-            with nullcontext() if unit in unread else skeleton.filled(unit):
-                for i, each in enumerate(passes):
-                    arrived[i] = each.switch(i)
-                after(unit)
-            bar.update()
-        bar.close()
-        for each in passes:
-            each.throw()  # what follows is of no interest
+    bar = tqdm(total=len(skeleton.units), desc=title, unit="layer", disable=not progress)
+    with _pauses(skeleton, step, until), bar:
+        try:
+            arrived = [each.switch() for each in passes]
+            while not passes[0].dead and (unit := arrived[0]) is not None:
+                if set(arrived) != {unit}:
+                    raise RuntimeError(f"passes take different layers: {sorted(set(arrived))}")
+                with nullcontext() if unit in unread else skeleton.filled(unit):
+                    for i, each in enumerate(passes):
+                        arrived[i] = each.switch(i)
+                    after(unit)
+                bar.update()
+        finally:  # what follows is of no interest, but the contexts that they are in
+            for each in passes:
+                each.throw()
 
 
 def _paused(forward: Callable[[], Any]) -> greenlet:
