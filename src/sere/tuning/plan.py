@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere.evaluation.quality import LOGITS
+from sere.models.skeleton import Skeleton
 from sere.table import Table
 from sere.tuning.search import GROUPS, PER_LAYER, QUANTILES, SHARES, TAUS, in_words
 
@@ -32,10 +33,13 @@ class Plan:
         return cls(sum(each + (paper if batch > 1 else 0) for batch in batches), passages)
 
     def as_text(self, model: Any) -> str:
-        """For people; the model is in memory."""
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        """For people. model: in memory, or a `Skeleton`."""
         logits = f"at most {2 * LOGITS / 1e9:.1f} GB of logits"
-        memory = f"{weights / 1e9:.1f} GB of weights and {logits}"
+        if isinstance(model, Skeleton):
+            memory = f"one layer's weights at a time and {logits}"
+        else:
+            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            memory = f"{weights / 1e9:.1f} GB of weights and {logits}"
         text = f"about {self.settings} settings on {self.passages} passages each, {memory}"
         if self.seconds < 0.01:
             return f"{text}; a part is done already"
