@@ -57,7 +57,7 @@ def run(
 
     device: what `cost.roofline` is to know of where it is served. bench: a result of `sere bench`
     to take the cost from instead; cost: instead of both. dry_run: only say what it would take;
-    returns {}. stream: one decoder layer in memory at a time; None: if need be. `BudgetError`.
+    returns {}. stream: one decoder layer at a time; None: if need be. Raises `BudgetError`.
     """
     _check_machine(bench, device)
     wanted = Budget.parse(budget)
