@@ -17,6 +17,7 @@ from sere.policy import Policy
 from tests.kernels.test_reroute import (
     EXACT,
     FAST,
+    INTERPRETED,
     SHARE,
     VOID,
     batch,
@@ -29,6 +30,8 @@ from tests.kernels.test_reroute import (
 )
 
 Case = tuple[Tensor, Tensor, Tensor, Policy, list[int]]
+# Triton's interpreter rounds sums to bfloat16 towards zero, where GPUs round to the nearest.
+BFLOAT16 = () if INTERPRETED else (torch.bfloat16,)
 
 
 def twice(row: list[int], E: int) -> bool:
@@ -217,7 +220,7 @@ def test_no_expert_gets_a_filler_from_every_row() -> None:
 @pytest.mark.parametrize(
     ("dtype", "wanted"),
     [
-        (torch.bfloat16, 1.0078125),  # 1 + 3 / 512; one by one they would all be lost
+        *((half, 1.0078125) for half in BFLOAT16),  # 1 + 3 / 512; one by one they would all be lost
         (torch.float16, 1.005859375),
         (torch.float32, 1 + 3 / 512),
         (torch.float64, 1 + 3 / 512),
@@ -242,7 +245,7 @@ def test_scaled_weights_are_rounded_before_they_are_added() -> None:
 
 
 @settings(max_examples=60 // SHARE, deadline=None)
-@given(cases(), st.sampled_from([torch.bfloat16, torch.float16, torch.float64]))
+@given(cases(), st.sampled_from([*BFLOAT16, torch.float16, torch.float64]))
 def test_other_precisions_follow_the_definition(case: Case, dtype: torch.dtype) -> None:
     ids, weights, similarity, policy, rows = case
     weights = weights.to(dtype)
