@@ -221,6 +221,7 @@ def test_streamed_in_memory_and_resumed_are_equal_to_the_bit(
     texts = [torch.randint(3, VOCABULARY, (n,), generator=random).tolist() for n in (9, 4, 7, 6, 3)]
     corpus = Corpus(texts, "random tokens", 9, 0)
     work = tmp_path / "work"
+    work.mkdir()
     memory = in_memory(str(folder), corpus, "frobenius", 2, None, False)
     by_layer = streamed(str(folder), corpus, "frobenius", 2, None, work / "whole", False)
     same(memory.statistics, by_layer.statistics)
