@@ -122,13 +122,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         except BaseException as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):
-                print(_INTERRUPTED, file=sys.stderr)
+                print(_interrupted(arguments.get("output")), file=sys.stderr)
                 return 130
             if debug or not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
                 raise
-            print(f"sere: error: {error}", file=sys.stderr)
+            print(f"sere: error: {_with_remedy(error)}", file=sys.stderr)
             return 1
     return int(status or 0)
+
+
+# What brings a package that is not there, of those that an extra names in pyproject.toml.
+_EXTRAS = {
+    "hf": "transformers tokenizers pyarrow tqdm matplotlib psutil scipy greenlet accelerate numpy",
+    "report": "plotly jinja2",
+    "eval": "lm_eval",
+    "top": "rich prometheus_client",
+    "vllm": "vllm",
+}
+
+
+def _with_remedy(error: BaseException) -> str:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    for extra, packages in _EXTRAS.items():
+        if missing and missing.split(".")[0] in packages.split():
+            return f"{error}: pip install '.[{extra}]' in a clone of sere brings it"
+    return str(error)
 
 
 def _say_what_dies() -> None:
@@ -139,10 +157,11 @@ def _say_what_dies() -> None:
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
 
 
-_INTERRUPTED = (
-    "sere: interrupted; no output was written. Where an .unfinished file stands beside it, the "
-    "same command goes on from there"
-)
+def _interrupted(output: str | None) -> str:
+    kept = output and files.unfinished(output)
+    if kept and kept.exists():
+        return f"sere: interrupted; the same command goes on from what {kept} keeps"
+    return "sere: interrupted; no output was written, and the same command begins anew"
 
 
 @contextmanager

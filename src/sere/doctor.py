@@ -87,8 +87,13 @@ def examine(
     if folder is not None and table is not None:
         checks.append(("start-up", lambda: _start(rehearsal.found())))
         checks.append(("serve", lambda: serve_line(folder, table)))
+    hindered = False
     for name, check in checks:
-        yield _answered(name, check)
+        if name == "serve" and hindered:  # it would not start
+            return
+        answer = _answered(name, check)
+        hindered |= not answer.passed
+        yield answer
 
 
 def _served(url: str) -> Iterator[Check]:
@@ -98,7 +103,7 @@ def _served(url: str) -> Iterator[Check]:
 
         seen = view(read(url))
     except ImportError as error:
-        yield Check("server", False, f"{error}: pip install 'sere[top]'")
+        yield Check("server", False, f"{error}: pip install '.[top]' in a clone of sere")
         return
     except ScrapeError as error:
         yield Check("server", False, str(error))

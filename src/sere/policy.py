@@ -336,7 +336,7 @@ def settings_from_json(text: str) -> Mapping[str, Any]:
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PolicyError(f"policy {text[:200]!r}: not JSON ({error})") from None
+        raise PolicyError(f'policy {text[:200]!r}: not JSON such as {{"S": 2}} ({error})') from None
     if not isinstance(settings, Mapping):
         raise PolicyError(f'policy {text[:200]!r}: expected settings such as {{"S": 2}}')
     return settings

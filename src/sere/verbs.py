@@ -50,6 +50,8 @@ def inspect(table: str, rho: float, plot: str | None, compare: str | None, json:
         if not json:
             model = str(loaded.provenance.get("model", "MODEL"))
             print(f"\n{inspection.serve_line(model, table)}")
+            if loaded.policy is None:
+                print("(as it is, that serves S=2; `sere tune` stores a policy within a budget)")
     if plot:
         inspection.plot(loaded, plot)
 
@@ -197,12 +199,8 @@ def tune(
 
 def report(folder: str, output: str) -> None:
     """`sere report DIR -o PAGE`."""
-    try:
-        from sere.page import render
-    except ImportError as error:
-        raise ImportError(
-            f"sere report needs plotly ({error}): pip install 'sere[report]'"
-        ) from error
+    from sere.page import render
+
     shown, unknown = render.write(folder, output)
     for name, reason in unknown.items():
         print(f"not shown: {name}: {reason}", file=sys.stderr)
@@ -230,17 +228,14 @@ def bench(
 
 def top(url: str, interval: float, once: bool, json: bool) -> None:
     """`sere top URL [--once] [--json]`."""
-    try:
-        if json:
-            from sere.monitoring.scrape import read, view
+    if json:
+        from sere.monitoring.scrape import read, view
 
-            print(dumps(asdict(view(read(url)))))
-        else:
-            from sere.monitoring import top as screen
+        print(dumps(asdict(view(read(url)))))
+    else:
+        from sere.monitoring import top as screen
 
-            screen.show(url) if once else screen.follow(url, interval)
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{error}: pip install 'sere[top]'") from error
+        screen.show(url) if once else screen.follow(url, interval)
 
 
 def switch(url: str, to: str | None, key_file: str | None, json: bool) -> None:

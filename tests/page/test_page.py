@@ -352,7 +352,7 @@ def test_without_plotly_it_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "plotly", None)
     assert main(["report", str(results)]) == 1
-    assert "pip install 'sere[report]'" in capsys.readouterr().err
+    assert "pip install '.[report]' in a clone of sere" in capsys.readouterr().err
 
 
 # --- what a browser makes of it ---------------------------------------------------------------

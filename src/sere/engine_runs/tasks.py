@@ -63,7 +63,8 @@ def select(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
-            f"--tasks needs lm-evaluation-harness ({error}): pip install 'sere[eval]'"
+            f"--tasks needs lm-evaluation-harness ({error}): "
+            "pip install '.[eval]' in a clone of sere"
         ) from error
     if folder is not None and not Path(folder).is_dir():
         raise EvaluationError(f"{folder}: no such folder of tasks")

@@ -120,8 +120,8 @@ def _half(passages: int, batch: int, budget: Budget) -> int:
     if passages < 4 * batch:
         raise BudgetError(
             f"{passages} passages for batches of {batch}: at least {4 * batch} are needed, two "
-            "batches to search on and two to check, as one has no error to tell; raise --samples, "
-            "bring more text or lower --batch"
+            "batches to search on and two to check, as one has no error to tell; raise --samples "
+            f"({5 * batch} will do where few texts are alike), bring more text or lower --batch"
         )
     half = passages // (2 * batch) * batch
     budget.check_passages(half)
