@@ -348,6 +348,19 @@ def test_one_expert_is_nothing_to_reroute(tmp_path: Path, output: Path) -> None:
         run(folder, tmp_path / "not-there.jsonl", output, method="cosine")
 
 
+def test_a_drafter_of_one_expert_behind_the_last_layer_counts_for_nothing(
+    model_dir: Path, corpus_file: Path, output: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "drafted"
+    shutil.copytree(model_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.{LAYERS}.mlp.experts.0.up_proj.weight"
+    save_file(tensors | {name: torch.ones(4, 4)}, folder / "model.safetensors", {"format": "pt"})
+    found, plain = run(folder, corpus_file, output), run(model_dir, corpus_file, tmp_path / "p")
+    assert found.fingerprint == plain.fingerprint
+    assert torch.equal(found.layers[0].similarity, plain.layers[0].similarity)
+
+
 def test_one_expert_per_token_is_calibrated_and_the_table_says_that_nothing_can_move(
     tmp_path: Path, corpus_file: Path, output: Path
 ) -> None:
