@@ -643,7 +643,7 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
         _init_executor = check_health = None
 
     described = {"table": "t", "policy": "S=1", "inert": None, "rows": "decode", "layers": [0]}
-    described |= {"kernels": ["K"], "operator": "numba"}
+    described |= {"kernels": ["K"], "stock_kernels": [], "operator": "numba"}
     install()
     with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_description"):
         Executor({}, broken=True).compile_or_warm_up_model()
