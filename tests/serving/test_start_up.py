@@ -42,6 +42,22 @@ def test_why_a_policy_re_routes_nothing(
     assert (said is None) if reason is None else (reason in str(said))
 
 
+@pytest.mark.engine
+def test_requests_that_are_served_one_by_one_are_said_to_be_left_alone(table_path: Path) -> None:
+    """Legal, and nothing can move: said, and true."""
+    asked = [["said"], ["generate", ["add 1+1:", "rev ab:"], 4], ["rpc", "sere_stats"]]
+    bold = {"table": str(table_path), "S": 1, "min_active": 1}
+    said, _, (stats,) = run_engine(asked, sere=bold, options={"max_num_seqs": 1})
+    level, _, last = said[-1]
+    assert level == "WARNING" and "NOTHING IS RE-ROUTED: max_num_seqs=1" in last
+    assert all(layer["rows_fast"] > 0 == layer["slots_rerouted"] for layer in stats.values())
+
+
+def test_rows_that_are_alone_by_configuration_move_in_prompts_only(table: Table) -> None:
+    assert "max_num_seqs=1" in str(inert(Policy(S=1), table, alone=True))
+    assert inert(Policy(S=1, rows="all"), table, alone=True) is None
+
+
 @pytest.fixture(scope="module")
 def started(table_path: Path) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
     """What an engine logs and tells with rho above every similarity, and where stock vLLM would

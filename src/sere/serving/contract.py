@@ -127,6 +127,7 @@ _REROUTING = Needs(
             "model_config",
             "parallel_config",
             "scheduler_config",
+            "speculative_config",
         ),
         ("vllm.config", "CompilationConfig"): ("static_forward_context", "cudagraph_capture_sizes"),
         SYMBOLS["ModelConfig"]: (
@@ -155,7 +156,11 @@ _REROUTING = Needs(
             "distributed_executor_backend",
             "world_size",
         ),
-        ("vllm.config", "SchedulerConfig"): ("max_num_batched_tokens", "async_scheduling"),
+        ("vllm.config", "SchedulerConfig"): (
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "async_scheduling",
+        ),
     },
     parameters={
         ("vllm.v1.executor.abstract", "Executor.__init__"): ("self", "vllm_config"),

@@ -7,9 +7,17 @@ from torch import Tensor
 from sere.policy import Policy
 from sere.table import Table
 
+_ALONE = (
+    "max_num_seqs=1 leaves every decoded row alone in its step, and such a row keeps its own "
+    "experts; serve more requests together"
+)
 
-def inert(policy: Policy | None, table: Table) -> str | None:
-    """The reason, or None if slots can move; policy: None is stock routing."""
+
+def inert(policy: Policy | None, table: Table, *, alone: bool = False) -> str | None:
+    """The reason, or None if slots can move.
+
+    policy: None is stock routing. alone: no step has two decoded rows.
+    """
     if policy is None:
         return "routing is stock"
     if policy.is_stock:
@@ -18,7 +26,7 @@ def inert(policy: Policy | None, table: Table) -> str | None:
             "of `sere tune` in the table, and settings of yours replace it)"
         )
     if table.can_move(policy):
-        return None
+        return _ALONE if alone and policy.rows == "decode" else None
     K, own = table.fingerprint.K, [policy.for_layer(index) for index in table.layers]
     if all(settings.S >= K for settings in own):
         return f"S={K} keeps all of a token's {K} experts; choose 1 <= S < {K}"

@@ -63,11 +63,12 @@ class Session:
     asleep: bool = False  # vLLM's sleep mode: the layers' buffers are unmapped
     last_told: dict[str, Any] | None = None  # see `telemetry.snapshot`
     overlapping: bool = False  # vLLM's asynchronous scheduling
+    alone: bool = False  # no step has two decoded rows, here or on a rank that has a say
     latest: LatestPass = field(default_factory=LatestPass)
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
-        self.inert = inert(self.policy, self.table)
+        self.inert = inert(self.policy, self.table, alone=self.alone)
         asked = self.settings.shadow
         self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
 
@@ -155,7 +156,7 @@ class Session:
         if policy is not None:
             self.rows.gate = policy.rows
         self.policy, self.fallback = policy, None
-        self.inert = inert(policy, self.table)
+        self.inert = inert(policy, self.table, alone=self.alone)
         self.switches += 1
         for index, layer in self.layers.items():
             layer.follow(plans[index])
@@ -224,7 +225,8 @@ def open_session(config: Any) -> Session:
         live = Live(table, rows.buffer.device, together=together, lone=lone)
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
-        session = Session(settings, table, rows, live, tiers)
+        alone = not together and _decodes_one_row(config)
+        session = Session(settings, table, rows, live, tiers, alone=alone)
         session.overlapping = bool(config.scheduler_config.async_scheduling)
         object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
     return session
@@ -237,6 +239,11 @@ def sees_lone_rows(config: Any) -> bool:
         return False
     sizes = config.compilation_config.cudagraph_capture_sizes
     return bool(config.model_config.enforce_eager or 1 in (sizes or ()))
+
+
+def _decodes_one_row(config: Any) -> bool:
+    """Whether a step has one decoded row at most: one request, and nobody who drafts for it."""
+    return config.scheduler_config.max_num_seqs == 1 and config.speculative_config is None
 
 
 def check_request(config: Any, asked: Any) -> None:
