@@ -54,8 +54,8 @@ def run(
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
     folder = located(model_name)
-    for arm in arms:
-        arm.table.check_made_for(folder)
+    for own in {arm.table.fingerprint: arm.table for arm in arms}.values():
+        own.check_made_for(folder)
     model, layers = load(folder, stream)
     say_if_seen(table, data)
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
