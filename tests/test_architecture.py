@@ -33,7 +33,7 @@ HOUSE = """
     statistics
     kernels
     policy  checkpoint  maps
-    files  checks
+    files  checks  extras
 """
 FLOORS = [set(line.split()) for line in HOUSE.splitlines() if line.strip()]
 CORE = {"table", "statistics", "kernels", "policy", "checkpoint", "maps", "files", "checks"}

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from sere import __version__, files, flags
+from sere.extras import with_remedy
 
 # argparse keeps what the verb's function does not take under these names.
 _VERB = "verb"
@@ -126,27 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 130
             if debug or not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
                 raise
-            print(f"sere: error: {_with_remedy(error)}", file=sys.stderr)
+            said = with_remedy(error) if isinstance(error, ImportError) else error
+            print(f"sere: error: {said}", file=sys.stderr)
             return 1
     return int(status or 0)
-
-
-# What brings a package that is not there, of those that an extra names in pyproject.toml.
-_EXTRAS = {
-    "hf": "transformers tokenizers pyarrow tqdm matplotlib psutil scipy greenlet accelerate numpy",
-    "report": "plotly jinja2",
-    "eval": "lm_eval",
-    "top": "rich prometheus_client",
-    "vllm": "vllm",
-}
-
-
-def _with_remedy(error: BaseException) -> str:
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    for extra, packages in _EXTRAS.items():
-        if missing and missing.split(".")[0] in packages.split():
-            return f"{error}: pip install '.[{extra}]' in a clone of sere brings it"
-    return str(error)
 
 
 def _say_what_dies() -> None:

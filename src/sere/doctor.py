@@ -17,6 +17,7 @@ from typing import Any
 from sere import demo_model
 from sere.calibration.inspect import serve_line
 from sere.calibration.stand_ins import in_a_line
+from sere.extras import with_remedy
 from sere.models.hub import check_name
 from sere.models.loading import LoadError
 from sere.policy import in_full
@@ -103,7 +104,7 @@ def _served(url: str) -> Iterator[Check]:
 
         seen = view(read(url))
     except ImportError as error:
-        yield Check("server", False, f"{error}: pip install '.[top]' in a clone of sere")
+        yield Check("server", False, with_remedy(error))
         return
     except ScrapeError as error:
         yield Check("server", False, str(error))

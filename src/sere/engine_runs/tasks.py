@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sere.evaluation.quality import EvaluationError
+from sere.extras import with_remedy
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def select(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
-            f"--tasks needs lm-evaluation-harness ({error}): "
-            "pip install '.[eval]' in a clone of sere"
+            f"--tasks needs lm-evaluation-harness: {with_remedy(error)}"
         ) from error
     if folder is not None and not Path(folder).is_dir():
         raise EvaluationError(f"{folder}: no such folder of tasks")
