@@ -6,7 +6,6 @@ they hand on lies in files that are mapped into memory.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from sere.evaluation.decoding import running
 from sere.evaluation.passes import Pass
-from sere.models.outlay import outlay
+from sere.models.outlay import outlay, room_beside
 from sere.models.side_by_side import Shelf, side_by_side
 from sere.models.skeleton import Skeleton
 
@@ -123,7 +122,7 @@ def state_bytes(skeleton: Skeleton, group: Sequence[Waiting]) -> int:
 def room(skeleton: Skeleton, beside: str | Path) -> int:
     """Bytes of hidden states that may lie around."""
     if skeleton.model.device.type == "cpu":
-        return int(_SHARE * shutil.disk_usage(Path(beside).resolve().parent).free)
+        return int(_SHARE * room_beside(beside)[1])
     return int(_SHARE * torch.cuda.mem_get_info(skeleton.model.device)[0])
 
 

@@ -31,13 +31,13 @@ class Outlay:
 
     def say(self, beside: str | Path, readings: str = "once") -> None:
         """On stderr. readings: how often that is."""
-        folder = Path(beside).resolve().parent
+        folder, free = room_beside(beside)
         seconds = self.flops / _rate()
-        free = shutil.disk_usage(folder).free
         print(
-            f"one layer at a time: {_size(self.read)} of weights are read {readings}; each time "
-            f"about {_time(seconds)} of computing on this machine, {_size(self.states)} of hidden "
-            f"states in {folder} ({_size(free)} free), and {_size(self.memory)} of memory",
+            f"one layer at a time: {_size(self.read)} of weights are read {readings}; each "
+            f"time about {time_in_words(seconds)} of computing on this machine, "
+            f"{_size(self.states)} of hidden states in {folder} ({_size(free)} "
+            f"free), and {_size(self.memory)} of memory",
             file=sys.stderr,
             flush=True,
         )
@@ -79,12 +79,19 @@ def _rate() -> float:
     return 2 * 512 * 1024 * 1024 / min(times)
 
 
+def room_beside(path: str | Path) -> tuple[Path, int]:
+    """The folder of a path, and the bytes that are free there."""
+    folder = Path(path).resolve().parent
+    return folder, shutil.disk_usage(folder).free
+
+
 def _size(bytes_: float) -> str:
+    """7 MB, 3.2 GB."""
     return f"{bytes_ / 1e9:.1f} GB" if bytes_ >= 1e9 else f"{bytes_ / 1e6:.0f} MB"
 
 
-def _time(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
+def time_in_words(seconds: float) -> str:
+    """12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

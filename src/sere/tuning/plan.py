@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere.evaluation.quality import LOGITS
+from sere.models.outlay import time_in_words
 from sere.models.skeleton import Skeleton
 from sere.table import Table
-from sere.tuning.search import GROUPS, PER_LAYER, QUANTILES, SHARES, TAUS, in_words
+from sere.tuning.search import GROUPS, PER_LAYER, QUANTILES, SHARES, TAUS
 
 _TOGETHER = 8  # settings a batch size, about, until one policy does for all sizes
 
@@ -43,7 +44,7 @@ class Plan:
         text = f"about {self.settings} settings on {self.passages} passages each, {memory}"
         if self.seconds < 0.01:
             return f"{text}; a part is done already"
-        about = in_words(self.settings * self.seconds)
+        about = time_in_words(self.settings * self.seconds)
         return f"{text}; stock routing took {self.seconds:.1f} s, so about {about} in all"
 
 

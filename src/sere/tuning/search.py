@@ -19,17 +19,10 @@ from scipy import stats
 
 from sere.evaluation.arms import Arm
 from sere.evaluation.quality import Judge, Sums, figures, mean
+from sere.models.outlay import time_in_words
 from sere.policy import BATCH_KEYS, Policy
 from sere.step_cost.cost import Cost
 from sere.table import Table
-
-
-def in_words(seconds: float) -> str:
-    """12 s, 3 min, 2.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
 
 TAUS = tuple(round(10 ** (-3.5 + i / 6), 6) for i in range(20))  # 0.0003 to 0.46
 QUANTILES = (0.75, 0.5, 0.25)  # of the paper's threshold
@@ -196,7 +189,7 @@ class Tuner:
         if not tried or self.settings <= tried:
             return ""
         left = (time.monotonic() - self._begun) * (self.settings - tried) / tried
-        return f" of about {self.settings}, about {in_words(left)} left"
+        return f" of about {self.settings}, about {time_in_words(left)} left"
 
     def _point(
         self, policy: Policy | None, batch: int, sums: list[Sums], stock: list[Sums]
