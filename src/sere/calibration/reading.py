@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -109,15 +110,14 @@ def streamed(
         "maps": maps,
         "versions": versions(),
     }
-    inputs = _batches(corpus.sequences, batch, skeleton.model)
     observer = Observer(method, maps=maps)
+    inputs = _batches(corpus.sequences, batch, skeleton.model)
     _say(skeleton, inputs, output)
     work = Unfinished(unfinished(output), settings, skeleton.model.device)
     with observed(skeleton.layers, observer):
         read_by_layer(
             skeleton,
-            [partial(skeleton.model, **each, use_cache=False) for each in inputs],
-            lambda i: observer.begin(i, inputs[i]["attention_mask"].bool()),
+            *_passes(skeleton.model, inputs, observer),
             observer,
             work,
             progress,
@@ -146,8 +146,7 @@ def streamed_until(
     with observed(skeleton.layers, observer):
         batches = read_until_stable(
             skeleton,
-            [partial(skeleton.model, **each, use_cache=False) for each in inputs],
-            lambda i: observer.begin(i, inputs[i]["attention_mask"].bool()),
+            *_passes(skeleton.model, inputs, observer),
             observer,
             share,
             output,
@@ -156,6 +155,14 @@ def streamed_until(
     statistics = {layer.index: observer.finish(layer)[0] for layer in skeleton.layers}
     read = corpus.sequences[: batches * batch]
     return Found(skeleton.model, skeleton.layers, statistics, observer.K, read)
+
+
+def _passes(
+    model: Any, inputs: list[dict[str, Tensor]], observer: Observer
+) -> tuple[list[Callable[[], Any]], Callable[[int], None]]:
+    """The forward passes over these batches, and what is called with a pass's number before it."""
+    forwards: list[Callable[[], Any]] = [partial(model, **each, use_cache=False) for each in inputs]
+    return forwards, lambda i: observer.begin(i, inputs[i]["attention_mask"].bool())
 
 
 def _say(
