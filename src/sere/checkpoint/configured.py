@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-_NUMBERS_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+NUMBERS_OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
 def configured(folder: str | Path) -> tuple[int | None, int | None]:
@@ -22,4 +22,4 @@ def configured(folder: str | Path) -> tuple[int | None, int | None]:
         values = [part[name] for part in parts for name in names if name in part]
         return next((value for value in values if isinstance(value, int)), None)
 
-    return found(_NUMBERS_OF_EXPERTS), found(_EXPERTS_PER_TOKEN)
+    return found(NUMBERS_OF_EXPERTS), found(EXPERTS_PER_TOKEN)

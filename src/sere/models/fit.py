@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from sere.checkpoint import quantised
+from sere.checkpoint.configured import EXPERTS_PER_TOKEN, NUMBERS_OF_EXPERTS
 from sere.checkpoint.names import experts_by_layer
 from sere.checkpoint.stored import document, stored_tensors
 
@@ -17,9 +18,8 @@ from sere.checkpoint.stored import document, stored_tensors
 DEQUANTISED = {"fp8": 2, "mxfp4": 4, "compressed-tensors": 4}
 # Scales of activations and of the KV cache, which no weight is multiplied with.
 _NO_WEIGHTS = re.compile(r"(?:input|output|activation|[kqv]|kv|prob)_scale(?:_inv)?$")
-# How configurations call the number of experts, and of those that a token has.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
+# Names that only some architectures have; elsewhere a config.json's top_k may be of sampling.
+PER_TOKEN = (*EXPERTS_PER_TOKEN, "top_k_experts", "moe_top_k", "top_k")
 _ORIGINAL = "Calibrate the original, unquantised checkpoint: its table serves the quantised one too"
 
 
@@ -47,7 +47,7 @@ def check_stored(folder: str | Path) -> None:
     path = Path(folder) / "config.json"
     config = document(path) if path.is_file() else {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    by_kind = any(isinstance(part.get(name), list) for part in parts for name in _COUNTS)
+    by_kind = any(isinstance(part.get(name), list) for part in parts for name in NUMBERS_OF_EXPERTS)
     if not by_kind:  # ernie4_5_vl_moe: experts for text and for images, not in the same layers
         depth = max((part.get("num_hidden_layers") or 0 for part in parts), default=0)
         counts = experts_by_layer(tensors)  # drafters are numbered as layers behind the last
