@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,27 @@ def server(table_path: Path) -> Iterator[Server]:
     sere = {"table": str(table_path), "S": 3, "min_active": 1, "shadow": shadow}
     with openai_server(sere, SERE_ADMIN_KEY=ADMIN_KEY) as running:
         yield running
+
+
+@pytest.fixture
+def layers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Decoder layers that were read, in turn; no other has weights meanwhile."""
+    read: list[str] = []
+    from sere.models.skeleton import Skeleton
+
+    filled = Skeleton.filled
+
+    @contextmanager
+    def noted(self: Skeleton, unit: str) -> Iterator[None]:
+        read.append(unit)
+        with filled(self, unit):
+            held = [
+                name
+                for name, module in self.units.items()
+                if any(weight.device.type != "meta" for weight in module.parameters())
+            ]
+            assert held == [unit]
+            yield
+
+    monkeypatch.setattr(Skeleton, "filled", noted)
+    return read

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import sere.models.loading
 from sere.calibration.calibrate import calibrate
 from sere.calibration.unfinished import Unfinished, UnfinishedError
 from sere.models.loading import LoadError
-from sere.models.skeleton import Skeleton, load_skeleton
+from sere.models.skeleton import load_skeleton
 from sere.table import Table
 from tests.conftest import LAYERS
 
@@ -35,22 +33,6 @@ def run(model: Path, data: Path, output: Path, **settings: Any) -> Table:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "table.safetensors"
-
-
-@pytest.fixture
-def layers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the decoder layers that were read from the checkpoint, as they are."""
-    read: list[str] = []
-    filled = Skeleton.filled
-
-    @contextmanager
-    def noted(self: Skeleton, unit: str) -> Iterator[None]:
-        read.append(unit)
-        with filled(self, unit):
-            yield
-
-    monkeypatch.setattr(Skeleton, "filled", noted)
-    return read
 
 
 def killed(model: Path, data: Path, output: Path, keeps: int) -> None:

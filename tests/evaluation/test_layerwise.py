@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +36,6 @@ def bf16(
     table = folder.parent / "t"
     calibrate(str(folder), table, data=corpus_file, samples=20, length=64, progress=False)
     return folder, table
-
-
-@pytest.fixture
-def layers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Decoder layers that were read, in turn; no other has weights meanwhile."""
-    read: list[str] = []
-    filled = Skeleton.filled
-
-    @contextmanager
-    def noted(self: Skeleton, unit: str) -> Iterator[None]:
-        read.append(unit)
-        with filled(self, unit):
-            held = [
-                name
-                for name, module in self.units.items()
-                if any(weight.device.type != "meta" for weight in module.parameters())
-            ]
-            assert held == [unit]
-            yield
-
-    monkeypatch.setattr(Skeleton, "filled", noted)
-    return read
 
 
 def evaluated(bf16: tuple[Path, Path], data: Path, output: Path, **more: Any) -> dict[str, Any]:

@@ -25,12 +25,7 @@ static std::barrier<>* block_barrier;
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static unsigned __ballot_sync(unsigned, bool value) { return value; }
 static int __shfl_sync(unsigned, int value, int) { return value; }
-static int __ffs(unsigned bits) { return __builtin_ffs(bits); }
-static int __popc(unsigned bits) { return __builtin_popcount(bits); }
-static float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
-static double __dmul_rn(double a, double b) { return a * b; }
-static float __fadd_rn(float a, float b) { return a + b; }
-static double __dadd_rn(double a, double b) { return a + b; }
+#include "cuda_arithmetic_on_host.h"
 
 template <class T>
 static void atomicMin(T* where, T value) {
