@@ -87,14 +87,13 @@ def examine(
         checks.append(("model", lambda: _model(folder, rehearsal.found())))
     if folder is not None and table is not None:
         checks.append(("start-up", lambda: _start(rehearsal.found())))
-        checks.append(("serve", lambda: serve_line(folder, table)))
-    hindered = False
+    ready = True
     for name, check in checks:
-        if name == "serve" and hindered:  # it would not start
-            return
         answer = _answered(name, check)
-        hindered |= not answer.passed
+        ready &= answer.passed
         yield answer
+    if ready and folder is not None and table is not None:
+        yield Check("serve", True, serve_line(folder, table))
 
 
 def _served(url: str) -> Iterator[Check]:
