@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sere.calibration.calibrate import calibrate
-from sere.checkpoint import weight_hashes
+from sere.checkpoint import quantised, weight_hashes
 from sere.checkpoint.quantised import method
 from sere.models.loading import LoadError, load_model
 from sere.models.skeleton import load_skeleton
@@ -202,8 +202,10 @@ def test_a_quantised_copy_is_known_as_one_wherever_it_says_so(
         str(model_dir), tmp_path / "table", data=corpus_file, samples=20, progress=False
     )
     assert table.check_made_for(copy)  # the original's table serves it
+    assert quantised.method(copy) == ("" if place is nowhere else "modelopt")
+    reason = r"stored as (I8|F8_E4M3)" if place is nowhere else "modelopt experts cannot"
     unread = tmp_path / "none.jsonl"
-    with pytest.raises(LoadError, match=r"modelopt experts cannot|stored as (I8|F8_E4M3)"):
+    with pytest.raises(LoadError, match=reason):
         calibrate(str(copy), tmp_path / "wrong", data=unread, progress=False)
 
 
