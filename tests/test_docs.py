@@ -121,7 +121,9 @@ def test_benchmark_commands_are_valid() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.splitlines()) < 220  # a page of which is output
+    """What people wrote: measured tables have the length that they have."""
+    prose = re.sub(r"^<!-- from: .*?^<!-- end -->$", "", README, flags=re.M | re.S)
+    assert len(prose.splitlines()) < 180
 
 
 def test_every_setting_is_documented() -> None:
