@@ -17,6 +17,7 @@ from sere.calibration.calibrate import calibrate
 from sere.checkpoint import quantised, weight_hashes
 from sere.checkpoint.quantised import method
 from sere.models.loading import LoadError, load_model
+from sere.models.moe import NoExpertsError
 from sere.models.skeleton import load_skeleton
 from sere.table import Table, TableError
 from tests.conftest import LAYERS, E
@@ -303,11 +304,34 @@ def test_layers_with_different_numbers_of_experts_are_refused_before_text_is_rea
         calibrate(str(copy), tmp_path / "table", data=tmp_path / "none.jsonl", progress=False)
 
 
-def test_layers_with_different_k_are_refused_before_text_is_read(
-    model_dir: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ({"num_experts_per_tok": [2, 3]}, "experts per token .layer 0: 2, layer 1: 3"),
+        (
+            {"per_layer_config": {"1": {"num_experts_per_tok": 3}}},
+            "experts per token .layer 0: 2, layer 1: 3",
+        ),
+        ({"per_layer_config": {"1": {"num_experts": 6}}}, "experts .layer 0: 8, layer 1: 6"),
+        (
+            {"block_configs": [{"num_experts_per_tok": 2}, {"num_experts_per_tok": 1}]},
+            "experts per token .layer 0: 2, layer 1: 1",
+        ),
+    ],
+)
+def test_layers_that_differ_by_the_config_are_refused_before_text_is_read(
+    model_dir: Path, tmp_path: Path, said: dict[str, object], what: str
 ) -> None:
     copy = copied(model_dir, tmp_path / "copy", dict)
     path = copy / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts_per_tok": [2, 3]}))
-    with pytest.raises(LoadError, match=r"experts per token .layer 0: 2, layer 1: 3. are not"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    with pytest.raises(LoadError, match=f"different numbers of {what}. are not"):
+        calibrate(str(copy), tmp_path / "table", data=tmp_path / "none.jsonl", progress=False)
+
+
+def test_a_dense_model_is_refused_before_text_is_read(model_dir: Path, tmp_path: Path) -> None:
+    copy = copied(model_dir, tmp_path / "copy", dict)
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_only_layers": [0, 1]}))
+    with pytest.raises(NoExpertsError, match="has no routed experts"):
         calibrate(str(copy), tmp_path / "table", data=tmp_path / "none.jsonl", progress=False)

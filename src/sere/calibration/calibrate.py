@@ -35,6 +35,7 @@ from sere.maps import beside, identity_of
 from sere.models.fit import check_stored
 from sere.models.hub import located
 from sere.models.loading import exceeds_memory, load_tokenizer
+from sere.models.outline import check_outline
 from sere.models.skeleton import load_skeleton
 from sere.policy import PolicyError
 from sere.table import FILE_NAME, LayerStatistics, Table, stored_policy
@@ -77,8 +78,8 @@ def calibrate(
         table = _without_text(model_name, located(model_name), method, seed, progress)
         save(table, None, Path(output))
         return table
-    texts = _texts(_whole(demo_model.resolve(model_name), method), data, samples, seed)
-    folder = located(model_name)
+    texts = _texts(named := _whole(demo_model.resolve(model_name), method), data, samples, seed)
+    folder = named if Path(named).is_dir() else _whole(located(named), method)
     corpus = Corpus.from_texts(
         texts,
         encoder(load_tokenizer(folder), length),
@@ -132,6 +133,7 @@ def _whole(folder: str, method: str) -> str:
     """The model's folder, looked through before any text is read; a download waits until it was."""
     if Path(folder).is_dir():
         check_stored(folder)
+        check_outline(folder)
         if counts := experts_by_layer(stored_tensors(folder)).values():
             check_experts(max(counts), method)  # a drafter behind the last layer may have fewer
     return folder

@@ -7,7 +7,9 @@ experts without their scales, scales that nobody applies.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sere.checkpoint import quantised
 from sere.checkpoint.configured import EXPERTS_PER_TOKEN, NUMBERS_OF_EXPERTS
@@ -51,14 +53,34 @@ def check_stored(folder: str | Path) -> None:
     if not by_kind:  # ernie4_5_vl_moe: experts for text and for images, not in the same layers
         depth = max((part.get("num_hidden_layers") or 0 for part in parts), default=0)
         counts = experts_by_layer(tensors)  # drafters are numbered as layers behind the last
-        _check_even(folder, "experts", {i: n for i, n in counts.items() if i < depth or not depth})
-    for name in PER_TOKEN:
+        check_even(folder, "experts", {i: n for i, n in counts.items() if i < depth or not depth})
+    for names, what in ((NUMBERS_OF_EXPERTS, "experts"), (PER_TOKEN, "experts per token")):
         for part in parts:
-            if isinstance(own := part.get(name), list):
-                _check_even(folder, "experts per token", dict(enumerate(own)))
+            if not (by_kind and what == "experts"):
+                check_even(folder, what, _by_layer(part, names))
 
 
-def _check_even(folder: str | Path, what: str, counts: dict[int, int]) -> None:
+def _by_layer(config: dict[str, Any], names: Sequence[str]) -> dict[int, int]:
+    """What a config says of single layers, in a list, as transformers' `per_layer_config`, or as
+    the `block_configs` of models that NVIDIA's Puzzle pruned; {} if it says nothing of the kind."""
+    common = _first(config, names)
+    if isinstance(common, list):
+        return dict(enumerate(common))
+    blocks = config.get("block_configs")
+    said = {
+        i: _first(each, names) for i, each in enumerate(blocks if isinstance(blocks, list) else [])
+    }
+    if isinstance(by_layer := config.get("per_layer_config"), dict):
+        said = dict.fromkeys(range(config.get("num_hidden_layers") or 0), common)
+        said |= {int(i): own for i, each in by_layer.items() if (own := _first(each, names))}
+    return {i: number for i, number in said.items() if isinstance(number, int)}
+
+
+def _first(config: Any, names: Sequence[str]) -> Any:
+    return next((config[name] for name in names if name in config), None)
+
+
+def check_even(folder: str | Path, what: str, counts: dict[int, int]) -> None:
     """Raise `LoadError` unless all layers have as many."""
     first = {count: layer for layer, count in reversed(counts.items()) if count}
     if len(first) > 1:

@@ -47,10 +47,10 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
     if device_map is None and torch.cuda.is_available():
         device_map = "auto"
     try:
-        model_class = _model_class(folder)
+        model_class = model_class_of(folder)
         model, info = model_class.from_pretrained(
             folder,
-            config=_config(model_class, folder),
+            config=config_of(model_class, folder),
             dtype="auto",
             device_map=device_map,
             output_loading_info=True,
@@ -66,7 +66,7 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
     return model.eval()
 
 
-def _config(model_class: Any, folder: str) -> Any:
+def config_of(model_class: Any, folder: str) -> Any:
     """The model's, which says of quantisation and files what engines take for granted."""
     from transformers import AutoConfig
 
@@ -78,7 +78,7 @@ def _config(model_class: Any, folder: str) -> Any:
     return config
 
 
-def _model_class(folder: str) -> Any:
+def model_class_of(folder: str) -> Any:
     """The class that the checkpoint was saved from, be it of text alone or of images as well."""
     import transformers
 
