@@ -175,7 +175,7 @@ def in_its_text_part(folder: Path, settings: object) -> None:
 
 
 def beside(folder: Path, _settings: object) -> None:
-    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(said))
 
 

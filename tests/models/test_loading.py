@@ -20,6 +20,8 @@ from sere.table import Table
 from tests.conftest import enlarge_experts, save_tokenizer
 
 Tensors = dict[str, Tensor]
+Quantise = Callable[[Path, Path], Path]
+MODELOPT = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
 BLOCK = 16
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -51,28 +53,84 @@ def fp8(model: Path, folder: Path) -> Path:
     return rewritten(model, folder, settings, quantise)
 
 
-def packed_int4(model: Path, folder: Path) -> Path:
-    from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
-    def quantise(name: str, weight: Tensor) -> Tensors:
-        scale = weight.abs().amax(1, keepdim=True) / 7
-        codes = (weight / scale).round().clamp(-8, 7).to(torch.int8)
-        stem = name.removesuffix("weight")
-        return {
-            f"{stem}weight_packed": pack_to_int32(codes, 4),
-            f"{stem}weight_scale": scale.bfloat16(),
-            f"{stem}weight_shape": torch.tensor(weight.shape),
-        }
-
-    weights = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
-    settings = {
+def compressed(
+    form: str, bits: int, kind: str, strategy: str, *, symmetric: bool = True
+) -> dict[str, Any]:
+    """compressed-tensors' settings of the weights of all experts."""
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": symmetric}
+    return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "ignore": ["re:.*self_attn.*", "re:.*gate$", "lm_head"],
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
     }
-    return rewritten(model, folder, settings, quantise)
+
+
+def packed(bits: int) -> Quantise:
+    """Of int4 or int8, several in an int32."""
+
+    def made(model: Path, folder: Path) -> Path:
+        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+        most = 2 ** (bits - 1)
+
+        def quantise(name: str, weight: Tensor) -> Tensors:
+            scale = weight.abs().amax(1, keepdim=True) / (most - 1)
+            codes = (weight / scale).round().clamp(-most, most - 1).to(torch.int8)
+            stem = name.removesuffix("weight")
+            return {
+                f"{stem}weight_packed": pack_to_int32(codes, bits),
+                f"{stem}weight_scale": scale.bfloat16(),
+                f"{stem}weight_shape": torch.tensor(weight.shape),
+            }
+
+        settings = compressed("pack-quantized", bits, "int", "channel")
+        return rewritten(model, folder, settings, quantise)
+
+    return made
+
+
+def int8(parts: int, *, zero_points: bool = False) -> Quantise:
+    """As llm-compressor saves W8A8 and W8A16: a number a byte, a scale for each part of a row."""
+
+    def quantise(name: str, weight: Tensor) -> Tensors:
+        rows = weight.unflatten(1, (parts, -1))
+        low, high = rows.amin(2), rows.amax(2)
+        zero = -128 - (low / (high - low) * 255).round() if zero_points else torch.zeros_like(low)
+        scale = (high - low) / 255 if zero_points else rows.abs().amax(2) / 127
+        codes = (rows / scale[..., None] + zero[..., None]).round().clamp(-128, 127)
+        found = {name: codes.flatten(1).to(torch.int8), f"{name}_scale": scale.bfloat16()}
+        return found | ({f"{name}_zero_point": zero.to(torch.int8)} if zero_points else {})
+
+    strategy = "channel" if parts == 1 else "group"
+    settings = compressed("int-quantized", 8, "int", strategy, symmetric=not zero_points)
+    return lambda model, folder: rewritten(model, folder, settings, quantise)
+
+
+def float8(settings: dict[str, Any], *, by_row: bool = False, beside: bool = False) -> Quantise:
+    """As ModelOpt saves FP8, one scale a matrix, and as llm-compressor does, one a row.
+
+    beside: said in ModelOpt's own file and not in config.json.
+    """
+
+    def quantise(name: str, weight: Tensor) -> Tensors:
+        scale = (weight.abs().amax(1, keepdim=True) if by_row else weight.abs().max()) / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        more = {} if by_row else {f"{name.removesuffix('weight')}input_scale": torch.tensor(0.5)}
+        return {name: codes, f"{name}_scale": scale, **more}
+
+    def made(model: Path, folder: Path) -> Path:
+        rewritten(model, folder, settings, quantise)
+        if beside:
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            own = config.pop("quantization_config")
+            path.write_text(json.dumps(config))
+            (folder / "hf_quant_config.json").write_text(json.dumps(own))
+        return folder
+
+    return made
 
 
 def mxfp4(model: Path, folder: Path) -> Path:
@@ -118,7 +176,24 @@ def gpt_oss_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FORMATS = {"fp8": (fp8, 0.05), "compressed-tensors": (packed_int4, 0.25), "mxfp4": (mxfp4, 0.3)}
+FORMATS: dict[str, tuple[Quantise, float]] = {
+    "fp8": (fp8, 0.05),
+    "mxfp4": (mxfp4, 0.3),
+    "int4": (packed(4), 0.25),
+    "int8 packed": (packed(8), 0.02),
+    "int8 a row": (int8(1), 0.02),
+    "int8 a group": (int8(2), 0.02),
+    "int8 with zero points": (int8(1, zero_points=True), 0.02),
+    "float8 a row": (
+        float8(compressed("float-quantized", 8, "float", "channel"), by_row=True),
+        0.05,
+    ),
+    "modelopt": (float8({"quant_method": "modelopt", **MODELOPT}), 0.05),
+    "modelopt beside": (
+        float8({"producer": {"name": "modelopt"}, "quantization": MODELOPT}, beside=True),
+        0.05,
+    ),
+}
 
 
 @pytest.fixture(params=FORMATS)

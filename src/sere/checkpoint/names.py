@@ -15,7 +15,9 @@ _ROUTED = re.compile(r"^(?!.*(?:shared|vision|visual|mtp)).*expert")
 _OTHER_PART = re.compile(r"(?:^|\.)(?:vision\w*|visual|audio\w*|mtp\w*|talker|code2wav)\.")
 _ATTENTION = re.compile(r"attn|attention")
 _ONE_EXPERT = re.compile(r"experts?\.(\d+)\.")
-_ABOUT_A_WEIGHT = re.compile(r"bias|scale|zeros?\b|absmax|g_idx|quant_map|quant_state|_shape")
+_ABOUT_A_WEIGHT = re.compile(
+    r"bias|scale|zeros?\b|zero_point|absmax|g_idx|quant_map|quant_state|_shape"
+)
 # Other matrices of a layer, which may happen to have E rows.
 _NOT_A_ROUTER = re.compile(r"_proj\b|shared|conv")
 _ROUTER = re.compile(r"\.(?:gate|router)\.")

@@ -18,6 +18,8 @@ _BESIDE = {
     "quant_config.json": "awq",
 }
 _PACKED = ("_packed", "_blocks")
+_MODELOPT_PAIRS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+_UNPACKED = ("int-quantized", "naive-quantized")
 
 
 def settings(folder: str | Path) -> dict[str, Any]:
@@ -37,6 +39,28 @@ def method(folder: str | Path) -> str:
     """The quantisation method, "" if there is none (or nothing to be asked)."""
     found = settings(folder)
     return str(found.get("quant_method") or "of an unnamed method") if found else ""
+
+
+def in_pairs(folder: str | Path) -> bool:
+    """Whether weights lie there as int8 or float8 numbers, each beside its `weight_scale`, in a way
+    that transformers does not read: ModelOpt's FP8, and int8 of compressed-tensors."""
+    found = settings(folder)
+    if found.get("quant_method") == "modelopt":
+        inner = found.get("quantization")
+        algorithm = {**(inner if isinstance(inner, Mapping) else {}), **found}.get("quant_algo")
+        return str(algorithm).upper() in _MODELOPT_PAIRS
+    groups = found.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        return False
+    return all(_int8(group, found.get("format")) for group in groups.values())
+
+
+def _int8(group: Any, form: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or weights.get("actorder") == "group":
+        return False
+    unpacked = (group.get("format") or form) in _UNPACKED
+    return unpacked and weights.get("num_bits") == 8 and weights.get("type") == "int"
 
 
 def is_quantised(folder: str | Path, tensors: Mapping[str, Stored]) -> bool:

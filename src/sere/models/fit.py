@@ -93,10 +93,10 @@ def check_even(folder: str | Path, what: str, counts: dict[int, int]) -> None:
 
 
 def _check_method(folder: str | Path, method: str) -> None:
-    if method and method not in DEQUANTISED:
+    if method and method not in DEQUANTISED and not quantised.in_pairs(folder):
         raise LoadError(
-            f"{folder}: {method} experts cannot be turned back into weights by transformers "
-            f"(supported: {', '.join(DEQUANTISED)}). {_ORIGINAL}"
+            f"{folder}: {method} experts cannot be turned back into weights here "
+            f"(supported: {', '.join(DEQUANTISED)}, FP8 of modelopt). {_ORIGINAL}"
         )
 
 

@@ -7,6 +7,7 @@ rounding of activations.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sere.checkpoint import quantised
 from sere.checkpoint.stored import INDEX, stored_tensors
 from sere.models.fit import DEQUANTISED, check_stored, refuse_unapplied, refuse_unset
 from sere.models.fit import LoadError as LoadError
+from sere.models.scales import scales_applied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,15 +50,16 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
         device_map = "auto"
     try:
         model_class = model_class_of(folder)
-        model, info = model_class.from_pretrained(
-            folder,
-            config=config_of(model_class, folder),
-            dtype="auto",
-            device_map=device_map,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the reason
-            **_dequantised(folder),
-        )
+        with scales_applied() if quantised.in_pairs(folder) else nullcontext():
+            model, info = model_class.from_pretrained(
+                folder,
+                config=config_of(model_class, folder),
+                dtype="auto",
+                device_map=device_map,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with the reason
+                **_dequantised(folder),
+            )
     except LoadError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -71,7 +74,11 @@ def config_of(model_class: Any, folder: str) -> Any:
     from transformers import AutoConfig
 
     config = (getattr(model_class, "config_class", None) or AutoConfig).from_pretrained(folder)
-    if not hasattr(config, "quantization_config") and (how := quantised.settings(folder)):
+    if quantised.in_pairs(folder):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype = config.dtype or torch.bfloat16
+    elif not hasattr(config, "quantization_config") and (how := quantised.settings(folder)):
         config.quantization_config = how
     if (Path(folder) / INDEX).is_file():  # transformers prefers a model.safetensors beside it
         config.transformers_weights = INDEX
@@ -106,7 +113,8 @@ def exceeds_memory(folder: str | Path, *, widened: bool = False) -> bool:
     free = psutil.virtual_memory().available
     for gpu in range(torch.cuda.device_count()):
         free += torch.cuda.mem_get_info(gpu)[0]
-    needed: float = stored * DEQUANTISED.get(quantised.method(folder), 1)
+    pairs = quantised.in_pairs(folder)  # of 8 bits, and 16 in memory
+    needed: float = stored * (2 if pairs else DEQUANTISED.get(quantised.method(folder), 1))
     return bool(needed > _SHARE * free)
 
 

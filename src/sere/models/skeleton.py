@@ -17,10 +17,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from sere.checkpoint.quantised import in_pairs
 from sere.checkpoint.stored import tensors_in
 from sere.models.fit import LoadError, refuse_unapplied, refuse_unset
 from sere.models.loading import load_model
 from sere.models.moe import UNIT, MoELayer, moe_layers
+from sere.models.scales import applied, weight_of
 
 
 @dataclass(eq=False)
@@ -38,6 +40,11 @@ class Skeleton:
     _config: Any
     _sources: dict[str, dict[str, Path]] = field(default_factory=dict)  # unit -> weight -> file
     widened: bool = False
+    _pairs: bool = False  # of codes and scales, that transformers does not read
+
+    @property
+    def _folder(self) -> str:
+        return str(self._config.pretrained_model_name_or_path)
 
     @property
     def stored_bytes(self) -> int:
@@ -62,13 +69,13 @@ class Skeleton:
         """Read one decoder layer's weights from the checkpoint, and forget them at the end."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        with _slices(self._sources[unit]) as weights, _quiet():
+        with _slices(self._sources[unit], self._pairs) as weights, _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, weights, self._config)
         module = self.units[unit]
         kinds = {name: weight.dtype for name, weight in module.named_parameters()}
         unset = {f"{unit}.{n}" for n, p in module.named_parameters() if p.device.type == "meta"}
         refuse_unset(
-            str(self._config.pretrained_model_name_or_path),
+            self._folder,
             unset | {key for key, *_ in info.mismatched_keys} | set(info.conversion_errors),
         )
         if self.widened:
@@ -132,7 +139,7 @@ def _intercepted(made: list[Skeleton]) -> Iterator[None]:
         model: Any, state_dict: None, files: list[str], config: Any, expected_keys: Any = None
     ) -> Any:
         skeleton, rest, unset = _split(model, files, config)
-        with _slices(rest) as weights:
+        with _slices(rest, skeleton._pairs) as weights:
             info, offloaded = load(model, weights, files, config)
         inside = tuple(f"{unit}." for unit in skeleton.units)
         later = {key for key in info.missing_keys if key.startswith(inside)}
@@ -161,14 +168,16 @@ def _split(model: Any, files: list[str], config: Any) -> tuple[Skeleton, dict[st
     expected = set(state)
     rest: dict[str, Path] = {}
     unexpected: set[str] = set()
+    skeleton._pairs = in_pairs(skeleton._folder)
     for key, path in _keys(files):
-        targets = _targets(key, model.base_model_prefix, config.weight_mapping or [], state)
+        about = weight_of(key) if skeleton._pairs else key
+        targets = _targets(about, model.base_model_prefix, config.weight_mapping or [], state)
         expected -= targets
         if not targets & state.keys():
             unexpected.add(key)
         unit = next((u.group() for t in targets if (u := UNIT.match(t))), None)
         skeleton._sources.get(unit or "", rest)[key] = path
-    refuse_unapplied(str(config.pretrained_model_name_or_path), unexpected)
+    refuse_unapplied(skeleton._folder, unexpected)
     return skeleton, rest, expected
 
 
@@ -202,11 +211,12 @@ def _keys(files: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 @contextmanager
-def _slices(sources: dict[str, Path]) -> Iterator[dict[str, Any]]:
+def _slices(sources: dict[str, Path], pairs: bool) -> Iterator[dict[str, Any]]:
     """Handles on weights that are not read yet, by name."""
     with ExitStack() as stack:
         files = {
             path: stack.enter_context(safe_open(path, framework="pt"))
             for path in sorted(set(sources.values()))
         }
-        yield {key: files[path].get_slice(key) for key, path in sources.items()}
+        stored = {key: files[path].get_slice(key) for key, path in sources.items()}
+        yield applied(stored) if pairs else stored
