@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sere.calibration.observation import CHUNK
-from sere.calibration.similarity import CKA_CHUNK, METHODS
 from sere.results import provenance
+from sere.similarity.measures import CKA_CHUNK, METHODS
 
 H = 512
 EXPERTS, TOKENS = (16, 32, 64, 128), (512, 2048, 8192)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from sere.calibration.calibrate import calibrate
-from sere.calibration.corpus import Corpus, encoder
 from sere.evaluation.arms import Arm, arm_of
 from sere.evaluation.decoding import Passage, RouterOutput
 from sere.evaluation.evaluate import load
@@ -38,6 +37,7 @@ from sere.policy import Policy
 from sere.results import provenance
 from sere.results.journal import Journal
 from sere.table import Table
+from sere.text.corpus import Corpus, encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))

@@ -17,8 +17,8 @@ import pytest
 
 import sere.calibration.calibrate
 from sere import verbs
-from sere.calibration.similarity import METHODS
 from sere.cli import VERBS, main, parser
+from sere.similarity.measures import METHODS
 from sere.table import Table, TableError
 
 HELP = [["--help"], *([verb, "--help"] for verb in VERBS)]

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-# `sere.calibration.similarity.METHODS`, named here because importing that takes torch.
+# `sere.similarity.measures.METHODS`, named here because importing that takes torch.
 _METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
 _NULL_MODELS = ("weights", "random")  # `sere.calibration.null_models.METHODS`
 _SHAPES = (  # `sere.speed.shapes.SHAPES`

@@ -161,7 +161,7 @@ def _check_read(way: str, given: dict[str, Any]) -> None:
 def _check_texts(model: str, given: dict[str, Any]) -> None:
     """Raise `ValueError` for a length of texts where there are prompts with their answers."""
     from sere import demo_model
-    from sere.calibration.corpus import read_pairs
+    from sere.text.corpus import read_pairs
 
     cut = [f"--{name}" for name in ("prompt", "length") if name in given]
     data = given.get("data")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sere.calibration.agreement import same_choice, same_nearest, stability
-from sere.calibration.similarity import METHODS, Measure, pooled
+from sere.similarity.agreement import same_choice, same_nearest, stability
+from sere.similarity.measures import METHODS, Measure, pooled
 
 E, H = 12, 16
 

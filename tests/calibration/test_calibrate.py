@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sere.calibration.reading
 from sere.calibration.calibrate import CalibrationError, calibrate
-from sere.calibration.corpus import CorpusError
-from sere.calibration.observation import FOLDS, Observer, UnfitError
+from sere.calibration.observation import Observer, UnfitError
 from sere.checkpoint import weight_hashes
 from sere.models.loading import LoadError, load_model, load_tokenizer
 from sere.models.moe import MoELayer, NoExpertsError, moe_layers, observed
 from sere.policy import Policy
+from sere.similarity.sums import FOLDS
 from sere.table import Table
+from sere.text.corpus import CorpusError
 from tests.conftest import LAYERS, E, K, enlarge_experts, save_tokenizer
 
 STATISTICS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")

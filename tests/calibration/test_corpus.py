@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sere.calibration.corpus import (
+from sere.models.loading import load_tokenizer
+from sere.text.corpus import (
     Corpus,
     CorpusError,
     encoder,
@@ -17,7 +18,6 @@ from sere.calibration.corpus import (
     read_texts,
     text_hash,
 )
-from sere.models.loading import load_tokenizer
 
 
 def encode(text: str) -> list[int]:

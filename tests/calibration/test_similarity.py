@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.calibration.similarity import CKA_CHUNK, METHODS, Directed, Frobenius, pooled
+from sere.similarity.measures import CKA_CHUNK, METHODS, Directed, Frobenius, pooled
 
 
 def samples(E: int = 5, n: int = 96, H: int = 12, seed: int = 0) -> Tensor:

@@ -13,13 +13,13 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from sere.calibration.corpus import Corpus
 from sere.calibration.reading import in_memory, streamed
 from sere.calibration.unfinished import Unfinished
 from sere.kernels import Plan, reroute
 from sere.models.moe import UNSUPPORTED, MoELayer, NoExpertsError, moe_layers, observed, rerouted
 from sere.policy import Policy
 from sere.table import LayerStatistics
+from sere.text.corpus import Corpus
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_inputs, tiny_model
 
 # One of each shape; the others run with `-m matrix`.

@@ -14,7 +14,6 @@ import torch
 
 from sere import demo_model
 from sere.calibration import null_models
-from sere.calibration.corpus import Corpus, Text, encoder, file_hash, read_texts
 from sere.calibration.reading import CalibrationError as CalibrationError
 from sere.calibration.reading import (
     Found,
@@ -25,7 +24,6 @@ from sere.calibration.reading import (
     versions,
 )
 from sere.calibration.saved import save
-from sere.calibration.similarity import METHODS
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.checkpoint.names import experts_by_layer
 from sere.checkpoint.stored import stored_tensors
@@ -38,7 +36,9 @@ from sere.models.loading import exceeds_memory, load_tokenizer
 from sere.models.outline import check_outline
 from sere.models.skeleton import load_skeleton
 from sere.policy import PolicyError
+from sere.similarity.measures import METHODS
 from sere.table import FILE_NAME, LayerStatistics, Table, stored_policy
+from sere.text.corpus import Corpus, Text, encoder, file_hash, read_texts
 
 
 def calibrate(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sere.calibration.agreement import rank_correlation, same_choice, same_nearest
+from sere.similarity.agreement import rank_correlation, same_choice, same_nearest
 from sere.table import Table, TableError
 
 
@@ -18,7 +18,7 @@ class LayerComparison:
 
     rank_correlation: Spearman's, over all pairs of different experts.
     same_nearest: share of experts with the same most similar other expert.
-    same_choice: share of replacements that are the same (see `sere.calibration.agreement`).
+    same_choice: share of replacements that are the same (see `sere.similarity.agreement`).
     """
 
     index: int

@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sere.calibration.agreement import stability
 from sere.calibration.mapping import HELD_OUT, Rows
-from sere.calibration.similarity import METHODS, Cosine, Directed, Frobenius, Measure, pooled
 from sere.maps import LayerMaps
 from sere.models.moe import MoELayer
+from sere.similarity.sums import FOLDS, LayerSums, chosen
 from sere.table import LayerStatistics
 
-# Parts of the text that are measured apart, so that a bootstrap can tell how stable the whole is.
-FOLDS = 8
 # Tokens whose outputs [E, n, H] exist at a time: what bounds the memory, whatever the text.
 CHUNK = 128
 # ... and on a GPU, where larger products are faster.
@@ -29,51 +26,24 @@ class UnfitError(ValueError):
     """A layer whose outputs cannot be measured, and why."""
 
 
-class _Layer:
-    """What accumulates for one layer: the table's statistics, and the chosen method in folds."""
+class _Layer(LayerSums):
+    """What accumulates for one layer, and its rows where maps are to be fitted."""
 
     def __init__(self, E: int, method: str, rows: Rows | None) -> None:
-        self.gram, self.cosine, self.directed = Frobenius(E), Cosine(E), Directed(E)
-        self.folds = [METHODS[method](E) for _ in range(FOLDS)]
-        self.choices = torch.zeros(E, dtype=torch.int64)
-        self.tokens = 0
+        super().__init__(E, method)
         self.rows = rows
 
-    def update(self, outputs: Tensor, chosen: Tensor, fold: int) -> None:
+    def add(self, outputs: Tensor, chosen: Tensor, fold: int) -> None:
         if self.rows is not None:
             self.rows.add_outputs(outputs, chosen)
-        self.folds[fold].update(outputs, chosen)
-        for measure in self._apart():
-            measure.update(outputs, chosen)
-
-    def _apart(self) -> list[Measure]:
-        """The statistics that the folds do not sum up themselves."""
-        own = type(self.folds[0])
-        return [m for m in (self.gram, self.cosine, self.directed) if type(m) is not own]
-
-    def finished(self) -> LayerStatistics:
-        whole = pooled(self.folds)
-        gram = whole if isinstance(whole, Frobenius) else self.gram
-        cosine = whole if isinstance(whole, Cosine) else self.cosine
-        directed = whole if isinstance(whole, Directed) else self.directed
-        cross, energy = directed.per_token(self.choices)
-        return LayerStatistics(
-            similarity=whole.result(),
-            load=(self.choices / self.choices.sum().clamp(min=1)).float(),
-            gram=gram.gram(),
-            cosine=cosine.cosine(),
-            directed=cross,
-            directed_energy=energy,
-            tokens=self.tokens,
-            stability=stability(self.folds),
-        )
+        super().add(outputs, chosen, fold)
 
 
 @dataclass
 class Observer:
     """Takes in one forward pass after the other; call `begin` before each.
 
-    method: one of `sere.calibration.similarity.METHODS`.
+    method: one of `sere.similarity.measures.METHODS`.
     K: experts per token, as seen.
     maps: largest rank of the maps to fit; None for none.
     """
@@ -108,19 +78,18 @@ class Observer:
             rows = None if self.maps is None else Rows(layer.E, hidden.shape[1])
             self._layers[layer.index] = _Layer(layer.E, self.method, rows)
         own = self._layers[layer.index]
-        own.tokens += hidden.shape[0]
-        chosen = _chosen(ids, weights[self._real], layer.E)
-        own.choices += chosen.sum(0).cpu()
+        sent = chosen(ids, weights[self._real], layer.E)
+        own.count(sent)
         if own.rows is not None:
-            own.rows.add(hidden, chosen, self._held)
+            own.rows.add(hidden, sent, self._held)
         step = _chunk(layer.E, hidden)
-        for part, picks in zip(torch.split(hidden, step), torch.split(chosen, step), strict=True):
+        for part, picks in zip(torch.split(hidden, step), torch.split(sent, step), strict=True):
             # not given a name here, so that it is gone before the next is made
-            own.update(_finite(layer.outputs(part), layer), picks, self._fold)
+            own.add(_finite(layer.outputs(part), layer), picks, self._fold)
 
     def stability(self) -> float:
         """The least stable layer's stability so far, 0 while unknown."""
-        return min((stability(own.folds) or 0 for own in self._layers.values()), default=0)
+        return min((own.stability() or 0 for own in self._layers.values()), default=0)
 
     def finish(self, layer: MoELayer) -> tuple[LayerStatistics, LayerMaps | None]:
         """The layer's statistics, and its maps if they were asked for; what they were made of is
@@ -148,13 +117,6 @@ def _finite(outputs: Tensor, layer: MoELayer) -> Tensor:
             "its dtype fit for this device?"
         )
     return outputs
-
-
-def _chosen(ids: Tensor, weights: Tensor, E: int) -> Tensor:
-    """[T, E] bool: which experts each row of ids [T, K] names with a weight."""
-    within = (ids >= 0) & (ids < E) & (weights != 0)
-    chosen = torch.zeros(len(ids), E + 1, dtype=torch.bool, device=ids.device)
-    return chosen.scatter_(1, ids.where(within, E), True)[:, :E]
 
 
 def _chunk(E: int, hidden: Tensor) -> int:

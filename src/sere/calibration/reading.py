@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sere import __version__
-from sere.calibration.corpus import Corpus
-from sere.calibration.observation import FOLDS, Observer
+from sere.calibration.observation import Observer
 from sere.calibration.stream import read_by_layer, read_until_stable
 from sere.calibration.unfinished import Unfinished
 from sere.files import unfinished
@@ -25,7 +24,9 @@ from sere.models.loading import load_model
 from sere.models.moe import MoELayer, moe_layers, observed
 from sere.models.outlay import outlay
 from sere.models.skeleton import Skeleton, load_skeleton
+from sere.similarity.sums import FOLDS
 from sere.table import LayerStatistics
+from sere.text.corpus import Corpus
 
 
 class CalibrationError(ValueError):

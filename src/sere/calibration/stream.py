@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sere.calibration.observation import FOLDS, Observer
+from sere.calibration.observation import Observer
 from sere.calibration.unfinished import Unfinished
 from sere.models.moe import MoELayer
 from sere.models.side_by_side import Shelf, side_by_side
 from sere.models.skeleton import Skeleton
+from sere.similarity.sums import FOLDS
 
 Forwards = list[Callable[[], Any]]
 

@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from sere import demo_model
-from sere.calibration.corpus import draw_pairs
 from sere.demo_model.tasks import examples
 from sere.evaluation.arms import served_policies
 from sere.evaluation.quality import EvaluationError, mean
@@ -32,6 +31,7 @@ from sere.results import provenance
 from sere.results.journal import Journal, contents
 from sere.serving.engine import Batch, Engine
 from sere.table import Table
+from sere.text.corpus import draw_pairs
 
 
 @dataclass

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from sere import demo_model
-from sere.calibration.corpus import (
+from sere.demo_model.tasks import examples
+from sere.evaluation.decoding import Passage
+from sere.evaluation.quality import EvaluationError
+from sere.models.loading import load_tokenizer
+from sere.table import Table
+from sere.text.corpus import (
     Corpus,
     draw_pairs,
     encoder,
@@ -17,11 +22,6 @@ from sere.calibration.corpus import (
     read_texts,
     text_hash,
 )
-from sere.demo_model.tasks import examples
-from sere.evaluation.decoding import Passage
-from sere.evaluation.quality import EvaluationError
-from sere.models.loading import load_tokenizer
-from sere.table import Table
 
 
 def load_passages(

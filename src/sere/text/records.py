@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sere.calibration.texts import UnreadableError
+from sere.text.texts import UnreadableError
 
 T = TypeVar("T")
 Record = tuple[str, Any]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sere.calibration.records import CorpusError, readable, records
-from sere.calibration.texts import Text, UnreadableError, pair_of, plain, text_of
+from sere.text.records import CorpusError, readable, records
+from sere.text.texts import Text, UnreadableError, pair_of, plain, text_of
 
 __all__ = [
     "Corpus",

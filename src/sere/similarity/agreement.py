@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sere.calibration.similarity import Measure, pooled
 from sere.kernels import Plan
 from sere.policy import Policy
+from sere.similarity.measures import Measure, pooled
 
 _DRAWS = 100
 _PRIMARY_SHARE = 0.25

@@ -31,8 +31,9 @@ from torch import Tensor
 # Tokens per CKA chunk: the kernels of one chunk are [E, n, n].
 CKA_CHUNK = 128
 _CKA_MIN = 8
-# Tokens whose outputs are held in float64 at a time.
+# Tokens whose outputs are held in float64 at a time; on a GPU as many as fit these bytes.
 _PIECE = 16
+_PIECE_BYTES = 2**27
 
 
 class Measure(ABC):
@@ -44,6 +45,10 @@ class Measure(ABC):
     def __init__(self, E: int) -> None:
         self.total = torch.zeros(E, E, dtype=torch.float64)
         self.tokens = 0
+
+    def _add(self, sums: Tensor) -> None:
+        """Sums stay on their own device, which nobody waits for until the result is asked for."""
+        self.total = self.total.to(sums.device).add_(sums)
 
     @abstractmethod
     def update(self, outputs: Tensor, chosen: Tensor) -> None:
@@ -62,9 +67,10 @@ _M = TypeVar("_M", bound=Measure)
 
 
 def pooled(measures: Sequence[_M]) -> _M:
-    """One measure of everything that `measures` took in; one that is listed twice counts twice."""
+    """One measure of everything that `measures` took in, on the CPU; one that is listed twice
+    counts twice."""
     whole = copy(measures[0])
-    whole.total = torch.stack([measure.total for measure in measures]).sum(0)
+    whole.total = torch.stack([measure.total.cpu() for measure in measures]).sum(0)
     whole.tokens = sum(measure.tokens for measure in measures)
     return whole
 
@@ -76,9 +82,9 @@ class Frobenius(Measure):
     """
 
     def update(self, outputs: Tensor, chosen: Tensor) -> None:
-        for piece in torch.split(outputs, _PIECE, dim=1):
+        for piece in torch.split(outputs, _piece(outputs), dim=1):
             flat = piece.flatten(1).double()  # in float32, near experts' distances cancel out
-            self.total += (flat @ flat.T).cpu()
+            self._add(flat @ flat.T)
         self.tokens += outputs.shape[1]
 
     def result(self) -> Tensor:
@@ -100,9 +106,9 @@ class Cosine(Measure):
     """
 
     def update(self, outputs: Tensor, chosen: Tensor) -> None:
-        for piece in torch.split(outputs, _PIECE, dim=1):
+        for piece in torch.split(outputs, _piece(outputs), dim=1):
             flat = torch.nn.functional.normalize(piece, dim=-1).flatten(1)
-            self.total += (flat @ flat.T).cpu()  # of unit vectors: float32 is exact to 1e-6
+            self._add(flat @ flat.T)  # of unit vectors: float32 is exact to 1e-6
         self.tokens += outputs.shape[1]
 
     def result(self) -> Tensor:
@@ -125,12 +131,13 @@ class Directed(Measure):
         self.total = torch.zeros(2, E, E, dtype=torch.float64)
 
     def update(self, outputs: Tensor, chosen: Tensor) -> None:
-        pieces = zip(torch.split(outputs, _PIECE, dim=1), torch.split(chosen, _PIECE), strict=True)
+        size = _piece(outputs)
+        pieces = zip(torch.split(outputs, size, dim=1), torch.split(chosen, size), strict=True)
         for piece, mine in pieces:
             double, sent = piece.double(), mine.T.double()
             routed = (double * sent[:, :, None]).flatten(1)
-            self.total[0] += (routed @ double.flatten(1).T).cpu()
-            self.total[1] += (sent @ double.square().sum(-1).T).cpu()
+            cross, energy = routed @ double.flatten(1).T, sent @ double.square().sum(-1).T
+            self._add(torch.stack([cross, energy]))
         self.tokens += outputs.shape[1]
 
     def result(self) -> Tensor:
@@ -160,7 +167,7 @@ class Cka(Measure):
                 kernels = chunk.new_empty(len(chunk), n, n, dtype=torch.float64)
                 for kernel, expert in zip(kernels, chunk, strict=True):
                     kernel.copy_(self.kernel(expert.double()))
-                self.total += n * _unbiased_hsic(kernels).cpu()
+                self._add(n * _unbiased_hsic(kernels))
                 self.tokens += n
 
     def result(self) -> Tensor:
@@ -208,6 +215,13 @@ METHODS: dict[str, Callable[[int], Measure]] = {
     "cka-rbf": lambda E: Cka(E, _rbf),
     "cka-polynomial": lambda E: Cka(E, _polynomial),
 }
+
+
+def _piece(outputs: Tensor) -> int:
+    """Tokens of outputs [E, n, H] to be taken at a time."""
+    if outputs.device.type == "cpu":
+        return _PIECE
+    return max(1, _PIECE_BYTES // (8 * outputs.shape[0] * outputs.shape[2]))
 
 
 def _symmetric(similarity: Tensor) -> Tensor:
