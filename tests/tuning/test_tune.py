@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ from sere.tuning.tune import _cost, run
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 READING = Cost(b=1.0, a=0.0)  # time is what is read
+IN_TURN: Any = SimpleNamespace(at_once=lambda searches: [each() for each in searches])  # no model
 
 
 @pytest.fixture(scope="module")
@@ -635,8 +637,7 @@ def test_a_batch_size_where_the_choice_is_no_faster_is_left_stock(tune: Any) -> 
                 for p, tau in zip(policies, taus, strict=True)
             ]
 
-    table = Table.load(tune.folder / "t")
-    tuner = Canned(table, None, Budget("kl", 1.0), READING)  # type: ignore[arg-type]
+    tuner = Canned(Table.load(tune.folder / "t"), IN_TURN, Budget("kl", 1.0), READING)
     policy, _ = tuner.together(base, {1: bold, 8: bold})
     assert policy and policy.batches == {1: None, 8: {"tau": bold.tau}}
     assert tuner.together(base, {1: bold}) == (None, [])
@@ -655,7 +656,7 @@ def test_small_steps_pay_for_what_their_bold_settings_lose(tune: Any) -> None:
                 for p, upper in zip(policies, lost, strict=True)
             ]
 
-    tuner = Canned(Table.load(tune.folder / "t"), None, Budget("kl", 1.0), READING)  # type: ignore[arg-type]
+    tuner = Canned(Table.load(tune.folder / "t"), IN_TURN, Budget("kl", 1.0), READING)
     policy, _ = tuner.together(base, {1: bold, 8: shy})
     assert policy and policy.batches == {1: {"tau": TAUS[5]}, 8: {"tau": TAUS[4]}}
 

@@ -7,7 +7,7 @@ their experts and are not independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -22,6 +22,7 @@ from sere.evaluation.layerwise import Waiting, run_by_layer
 from sere.evaluation.passes import EvaluationError as EvaluationError
 from sere.evaluation.passes import Pass, Stock
 from sere.evaluation.passes import Sums as Sums
+from sere.evaluation.rounds import Found, in_rounds, obtain
 from sere.models.moe import MoELayer
 from sere.models.skeleton import Skeleton
 from sere.results.journal import Journal
@@ -67,7 +68,8 @@ class Judge:
         pieces: list[Piece] = [(*chunk, arm) for chunk in chunks for arm in arms]
         missing = [piece for piece in pieces if self.journal.get(self._key(piece)) is None]
         if isinstance(self.model, Skeleton):
-            self._side_by_side(self.model, missing)
+            if missing:
+                obtain(missing, self._read)
         else:
             for piece in tqdm(missing, self.title, leave=self.title == "evaluate"):
                 own = self._pass(self.model, piece)
@@ -77,6 +79,11 @@ class Judge:
             known = self.journal.get(self._key(piece))
             sums[piece[3].name][piece[2]] += [Sums(**part) for part in known]
         return sums
+
+    def at_once(self, searches: Sequence[Callable[[], Found]]) -> list[Found]:
+        """What these return; where layers are read one at a time, what they measure is measured
+        side by side, with as few readings as the longest of them needs alone."""
+        return in_rounds(searches, self._read if isinstance(self.model, Skeleton) else None)
 
     def _together(self, batch: int) -> int:
         """Passages per forward pass: whole batches."""
@@ -107,8 +114,13 @@ class Judge:
             self._stock = start, size, Stock(*Pass(model, self.layers, chunk).run())
         return self._stock[2]
 
-    def _side_by_side(self, skeleton: Skeleton, missing: list[Piece]) -> None:
-        """Stock's pass over every chunk, and behind it those of the arms that need it."""
+    def _read(self, wanted: list[Piece]) -> None:
+        """Stock's pass over every chunk, and behind it those of the arms that need it, in one
+        reading of the weights. wanted: in any order, and some of them twice perhaps."""
+        skeleton = self.model
+        assert isinstance(skeleton, Skeleton)
+        once = {self._key(piece): piece for piece in wanted}
+        missing = sorted(once.values(), key=lambda piece: piece[:3])
         work: list[list[Waiting]] = []
         stock: list[Stock] = []  # of one chunk at a time
 

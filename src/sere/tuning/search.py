@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from scipy import stats
@@ -178,6 +179,12 @@ class Tuner:
             for p, arm in zip(policies, arms[1:], strict=True)
         ]
 
+    def at_all(
+        self, policies: Sequence[Policy | None], batches: Sequence[int]
+    ) -> list[list[Point]]:
+        """The same at every batch size."""
+        return self.judge.at_once([partial(self.points, policies, batch) for batch in batches])
+
     def _measured(self, arms: list[Arm], batch: int) -> dict[str, list[Sums]]:
         first, self._tried = self._tried + 1, self._tried + max(len(arms) - 1, 1)
         which = f"settings {first} to {self._tried}" if len(arms) > 2 else f"setting {first}"
@@ -223,7 +230,8 @@ class Tuner:
             for point in alone
             if point.policy and not point.within(self.budget)
         ]
-        return [*alone, *(p for policies in with_rho for p in self.boldest(policies, batch)[1])]
+        bolder = self.judge.at_once([partial(self.boldest, each, batch) for each in with_rho])
+        return [*alone, *(point for _, seen in bolder for point in seen)]
 
     def together(
         self, base: Policy, own: dict[int, Policy | None]
@@ -236,10 +244,10 @@ class Tuner:
         then is no faster than stock is left to it.
         """
         own = dict(own)
-        stock = {batch: self.points([None], batch)[0].seconds for batch in own}
+        stock = {p.batch: p.seconds for (p,) in self.at_all([None], list(own))}
         while any(own.values()):
             policy = composed(base, own)
-            points = [self.points([policy], batch)[0] for batch in own]
+            points = [point for (point,) in self.at_all([policy], list(own))]
             over = [p.batch for p in points if not p.within(self.budget)]
             if over:
                 heard = {b: policy for b, policy in own.items() if policy and b <= max(over)}

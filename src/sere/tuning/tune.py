@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,13 +170,13 @@ def _store(result: dict[str, Any], table: Table, path: str) -> None:
 
 def _tuned(tuner: Tuner, checker: Tuner, batches: Sequence[int], per_layer: bool) -> dict[str, Any]:
     """What the search found, what the check made of it, and its figures there."""
-    by_batch = [_search(tuner, batch, per_layer) for batch in batches]
+    by_batch = tuner.judge.at_once([partial(_search, tuner, b, per_layer) for b in batches])
     searched = _chosen(tuner, by_batch)
     chosen = _confirmed(checker, searched, batches)
-    held_out = [checker.points([None, chosen], batch) for batch in batches]
+    held_out = checker.at_all([None, chosen], batches)
     if chosen:  # beside the front, on the same passages
-        for found in by_batch:
-            found["as_chosen"] = _as_dict(tuner.points([chosen], found["batch"])[0])
+        for found, (point,) in zip(by_batch, tuner.at_all([chosen], batches), strict=True):
+            found["as_chosen"] = _as_dict(point)
     return {
         "policy": chosen.to_dict() if chosen else None,
         "searched": searched.to_dict() if searched else None,
@@ -196,12 +197,19 @@ def _tuned(tuner: Tuner, checker: Tuner, batches: Sequence[int], per_layer: bool
 def _search(tuner: Tuner, batch: int, per_layer: bool) -> dict[str, Any]:
     """What one batch size could have for itself, by the two rules."""
     (stock,) = tuner.points([None], batch)
-    # The paper's floor leaves a batch of one as it is.
-    paper = tuner.by_similarity(PAPER, batch) if batch > 1 else []
-    found, seen = tuner.boldest([replace(ERROR, tau=tau) for tau in TAUS], batch)
-    if per_layer and found and found.seconds < stock.seconds:
-        better, more = tuner.per_layer(found)
-        found, seen = better or found, [*seen, *more]
+
+    def by_similarity() -> tuple[None, list[Point]]:
+        # The paper's floor leaves a batch of one as it is.
+        return None, tuner.by_similarity(PAPER, batch) if batch > 1 else []
+
+    def by_error() -> tuple[Point | None, list[Point]]:
+        found, seen = tuner.boldest([replace(ERROR, tau=tau) for tau in TAUS], batch)
+        if per_layer and found and found.seconds < stock.seconds:
+            better, more = tuner.per_layer(found)
+            found, seen = better or found, [*seen, *more]
+        return found, seen
+
+    (_, paper), (found, seen) = tuner.judge.at_once([by_similarity, by_error])
 
     def fastest(points: Sequence[Point | None]) -> dict[str, Any] | None:
         fit = [p for p in points if p and p.within(tuner.budget) and p.seconds < stock.seconds]
@@ -227,11 +235,12 @@ def _chosen(tuner: Tuner, by_batch: list[dict[str, Any]]) -> Policy | None:
         base = replace(PAPER, rho_quantile=quantile)
         own = {found["batch"]: _with(quantile, found, tuner.budget) for found in by_batch}
         candidates.append((base, own))
-    fit = []
-    for base, own in candidates:
-        policy, points = tuner.together(_in_common(base, own), own)
-        if policy is not None:
-            fit.append((sum(p.seconds / stock[p.batch] for p in points), policy))
+    tried = [partial(tuner.together, _in_common(base, own), own) for base, own in candidates]
+    fit = [
+        (sum(p.seconds / stock[p.batch] for p in points), policy)
+        for policy, points in tuner.judge.at_once(tried)
+        if policy is not None
+    ]
     return min(fit, key=lambda found: found[0])[1] if fit else None
 
 
