@@ -1,27 +1,31 @@
-"""Peak memory of calibration: the whole model in memory, and one decoder layer at a time.
+"""Peak memory of calibration, and of evaluation: the whole model in memory, and layer by layer.
 
     python benchmarks/stream_memory.py -o benchmarks/results/stream_memory.json
+    python benchmarks/stream_memory.py --evaluate -o benchmarks/results/stream_memory_evaluate.json
 
-A random Qwen3-MoE of 12 layers (64 experts, float32), calibrated in fresh processes.
+A random Qwen3-MoE of 12 layers (64 experts, float32), calibrated or evaluated in fresh processes.
 Peaks are of the process's own memory (RssAnon, read every 5 ms) less what its imports take, beside
 the bytes of one layer's experts; pages of mapped files, which the kernel drops when it must,
-are in "resident" (VmHWM). Both tables must be equal, or no figure is given.
+are in "resident" (VmHWM). Both tables, or all figures, must be equal, or no peak is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import re
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from random_model import write_random_model
 
 from sere.calibration.calibrate import calibrate
+from sere.evaluation import evaluate
 from sere.results import provenance
 
 LAYERS, E, K, H, MOE_INTERMEDIATE = 12, 64, 8, 512, 512
@@ -33,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("-o", "--output", default="stream_memory.json")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--evaluate", action="store_true", help="three policies, batches 1 and 8")
     arguments = parser.parse_args()
     layer_mb = E * 3 * H * MOE_INTERMEDIATE * 4 / 1e6
     with tempfile.TemporaryDirectory() as name:
@@ -45,14 +50,19 @@ def main() -> None:
             moe_intermediate=MOE_INTERMEDIATE,
             dtype=torch.float32,
         )
+        table = Path(name) / "table" if arguments.evaluate else None
+        if table:
+            _measured(folder, table, True, arguments.samples)
         runs = {
-            side: _measured(folder, Path(name) / side, side == "streamed", arguments.samples)
+            side: _measured(folder, Path(name) / side, side == "streamed", arguments.samples, table)
             for side in ("in memory", "streamed")
         }
-        tables = [(Path(name) / side).read_bytes() for side in runs]
-    if tables[0] != tables[1]:
-        raise SystemExit("streamed and in memory give different tables: no figure is given")
+        found = [_found(Path(name) / side) for side in runs]
+    if found[0] != found[1]:
+        raise SystemExit("streamed and in memory differ in what they find: no peak is given")
     for run in runs.values():
+        if table:  # the steps of several policies: no time of any use
+            del run["seconds"]
         run["layers_of_experts"] = run["peak_mb"] / layer_mb
     result = {
         "provenance": provenance.provenance(),
@@ -61,19 +71,27 @@ def main() -> None:
         "runs": runs,
     }
     provenance.save_json(arguments.output, result)
-    rows = [[side, *(f"{run[k]:.1f}" for k in _COLUMNS)] for side, run in runs.items()]
-    print(
-        provenance.text_table(["", "peak MB", "layers of experts", "resident MB", "seconds"], rows)
-    )
+    columns = [name for name in _COLUMNS if name in runs["streamed"]]
+    rows = [[side, *(f"{run[name]:.1f}" for name in columns)] for side, run in runs.items()]
+    print(provenance.text_table(["", *columns], rows))
 
 
-def _measured(folder: Path, output: Path, stream: bool, samples: int) -> dict[str, float]:
+def _found(output: Path) -> Any:
+    data = output.read_bytes()
+    return json.loads(data)["arms"] if data.startswith(b"{") else data
+
+
+def _measured(
+    folder: Path, output: Path, stream: bool, samples: int, table: Path | None = None
+) -> dict[str, float]:
     """In a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run, (str(folder), output, stream, samples))
+        return pool.apply(_run, (str(folder), output, stream, samples, table))
 
 
-def _run(folder: str, output: Path, stream: bool, samples: int) -> dict[str, float]:
+def _run(
+    folder: str, output: Path, stream: bool, samples: int, table: Path | None
+) -> dict[str, float]:
     import transformers
 
     assert transformers.Qwen3MoeForCausalLM  # its import is not the model's memory
@@ -86,7 +104,22 @@ def _run(folder: str, output: Path, stream: bool, samples: int) -> dict[str, flo
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
-    calibrate(folder, output, data=_text(output), samples=samples, stream=stream, progress=False)
+    text = _text(output)
+    if table is None:
+        calibrate(folder, output, data=text, samples=samples, stream=stream, progress=False)
+    else:
+        evaluate.run(
+            folder,
+            str(table),
+            str(output),
+            policies=['{"S": 1}', '{"S": 2}', '{"S": 1, "tau": 0.05}'],
+            batches=[1, 8],
+            data=str(text),
+            samples=4 * samples,
+            prompt=8,
+            length=16,
+            stream=stream,
+        )
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()

@@ -23,7 +23,7 @@ from sere.models.moe import MoELayer, NoExpertsError, moe_layers, observed
 from sere.policy import Policy
 from sere.similarity.sums import FOLDS
 from sere.table import Table
-from sere.text.corpus import CorpusError
+from sere.text.corpus import CorpusError, read_texts
 from tests.conftest import LAYERS, E, K, enlarge_experts, save_tokenizer
 
 STATISTICS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
@@ -360,6 +360,46 @@ def test_a_drafter_of_one_expert_behind_the_last_layer_counts_for_nothing(
     found, plain = run(folder, corpus_file, output), run(model_dir, corpus_file, tmp_path / "p")
     assert found.fingerprint == plain.fingerprint
     assert torch.equal(found.layers[0].similarity, plain.layers[0].similarity)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_dense_first_layers_and_shared_experts_are_no_routed_ones(
+    tmp_path: Path, corpus_file: Path, output: Path, stream: bool
+) -> None:
+    """A DeepSeek-V3 as released: its first layers have none, and all others one that every token
+    has; the router is the checkpoint's only hint at which tensors are meant."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=98, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=3, first_k_dense_replace=2, n_routed_experts=6, num_experts_per_tok=2,
+        n_shared_experts=2, n_group=1, topk_group=1, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).float().eval()
+    enlarge_experts(model)
+    model.save_pretrained(folder := tmp_path / "dense-first")
+    save_tokenizer(folder)
+    table = run(folder, corpus_file, output, stream=stream)
+    assert table.fingerprint.layers == (2,) == tuple(table.layers)
+    assert (table.fingerprint.E, table.fingerprint.K) == (6, 2)
+    assert table.fingerprint.experts_hash and table.check_made_for(folder)
+    routed: Any = model.model.layers[2].mlp.experts
+    energy = table.layers[2].gram.diagonal()
+    x: list[torch.Tensor] = []
+    handle = routed.register_forward_pre_hook(lambda _, given: x.append(given[0].detach()))
+    tokenizer = load_tokenizer(str(folder))
+    with torch.inference_mode():
+        for text in read_texts(corpus_file):
+            ids = tokenizer(text, return_tensors="pt").input_ids[:, :24]
+            model(input_ids=ids, use_cache=False)
+    handle.remove()
+    hidden = torch.cat([each.flatten(0, -2) for each in x])
+    for e in range(6):
+        gate, up = (hidden @ routed.gate_up_proj[e].T).chunk(2, -1)
+        out = (torch.nn.functional.silu(gate) * up) @ routed.down_proj[e].T
+        assert out.square().sum(1).mean().item() == pytest.approx(energy[e].item(), rel=1e-4)
 
 
 def test_one_expert_per_token_is_calibrated_and_the_table_says_that_nothing_can_move(

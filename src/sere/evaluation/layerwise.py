@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sere.evaluation.decoding import running
 from sere.evaluation.passes import Pass
-from sere.models.outlay import outlay, room_beside
+from sere.models.outlay import at_work, outlay, room_beside
 from sere.models.side_by_side import Shelf, side_by_side
 from sere.models.skeleton import Skeleton
 
@@ -60,17 +60,19 @@ def run_by_layer(
 
 
 def _say(
-    skeleton: Skeleton, groups: Sequence[list[Waiting]], states: int, beside: str | Path
+    skeleton: Skeleton, groups: Sequence[list[Waiting]], states: int, path: str | Path
 ) -> None:
     """Once: what comes later on the same passages is alike."""
     if not groups or skeleton in _SAID:
         return
     _SAID.add(skeleton)
-    rows = sum(waiting.own.reading.ids.numel() for group in groups for waiting in group)
+    rows = [waiting.own.reading.ids.numel() for group in groups for waiting in group]
+    K = max(waiting.own.K for group in groups for waiting in group)
     logits = 4 * max(len(group[0].own.reading.made) for group in groups)
     logits *= skeleton.model.config.get_text_config().vocab_size
-    asked = 3 * max(waiting.own.K for group in groups for waiting in group)
-    outlay(skeleton, rows, states, asked, beside=3 * logits).say(beside, "for each set of policies")
+    beside = 3 * logits + at_work(skeleton, max(rows), K)
+    found = outlay(skeleton, sum(rows), states, asked=3 * K, beside=beside)
+    found.say(path, "for each set of policies")
 
 
 def _run(skeleton: Skeleton, passes: list[Waiting], shelf: Shelf, title: str) -> None:

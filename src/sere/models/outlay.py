@@ -62,6 +62,15 @@ def outlay(skeleton: Skeleton, rows: int, states: int, asked: float, beside: int
     )
 
 
+def at_work(skeleton: Skeleton, rows: int, K: int) -> int:
+    """Bytes of what one MoE layer's experts hold of so many tokens while they compute: each slot's
+    input and output, and three rows of an expert's own width between them."""
+    widest = max(skeleton.layers, key=lambda layer: _count(layer.experts) / layer.E)
+    H: int = skeleton.model.config.get_text_config().hidden_size
+    size = 4 if skeleton.widened else skeleton.model.dtype.itemsize
+    return round(rows * K * (2 * H + _count(widest.experts) / widest.E / H) * size)
+
+
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
