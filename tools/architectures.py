@@ -87,7 +87,9 @@ def main() -> int:
         + "\n"
         + TAIL.format(refused=refused, version=transformers.__version__)
     )
-    (ROOT / "docs" / "architectures.md").write_text(text)
+    path = ROOT / "docs" / "architectures.md"
+    _, mark, by_hand = path.read_text("utf-8").partition("\n## ")  # what follows the table
+    path.write_text(text + mark + by_hand, "utf-8")
     return status
 
 
