@@ -1,6 +1,6 @@
 """One real vLLM engine in a process of its own: read a job as JSON, print its results as JSON.
 
-Run by `test_serving.py` and by hand (`docs/serving.md`). A job holds `options` for `vllm.LLM` and
+Run by `tests/engines.py`, and by hand. A job holds `options` for `vllm.LLM` and
 `steps`, which may also follow in a line of their own, once the engine has started. Each is a list:
 ["generate", prompts, max_tokens, tiers, adapters], ["ask", requests],
 ["chat", chats, max_tokens, switches], ["next_beam", prompt, after, tokens],
@@ -15,19 +15,22 @@ model in this process: ["capture"], ["captured"], ["addresses"].
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-RESULT = "RESULT "
 SAID: list[tuple[str, str, str]] = []
 
 
@@ -380,8 +383,8 @@ def _moe_layers(llm: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def main() -> None:
-    job = json.loads(sys.stdin.readline())
+def _answers(options: dict[str, Any], next_steps: Callable[[], str]) -> str:
+    """Results as JSON; the steps (also JSON) are asked for once the engine has started."""
     make = logging.getLogRecordFactory()
 
     def kept(*args: Any, **kwargs: Any) -> logging.LogRecord:
@@ -393,10 +396,35 @@ def main() -> None:
     logging.setLogRecordFactory(kept)
     from vllm import LLM
 
-    steps = Steps(LLM(**job["options"]))
-    asked = job["steps"] if "steps" in job else json.loads(sys.stdin.readline())
-    results = [getattr(steps, name)(*arguments) for name, *arguments in asked]
-    print(RESULT + json.dumps(results), flush=True)
+    steps = Steps(LLM(**options))
+    asked = json.loads(next_steps())
+    return json.dumps([getattr(steps, name)(*arguments) for name, *arguments in asked])
+
+
+def serve(
+    options: dict[str, Any], variables: dict[str, str], paths: list[str], log: str, pipe: Connection
+) -> None:
+    """The engine in a fork of a process that has imported vLLM and nothing else (tests/engines.py):
+    takes steps from `pipe` and answers there.
+
+    variables: the whole environment. paths: further folders to import from. log: the file for all
+    that is printed.
+    """
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.path[:0] = paths
+    printed = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    pipe.send(_answers(options, pipe.recv))
+    atexit._run_exitfuncs()  # a forked process runs none by itself: engines end their children so
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    given = json.dumps(job["steps"]) if "steps" in job else None
+    print("RESULT " + _answers(job["options"], lambda: given or sys.stdin.readline()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """Running real engines from tests: each in a process of its own, so that plug-ins, environment and
-vLLM's global state are exactly what a user's process has."""
+vLLM's global state are exactly what a user's process has.
+
+Importing vLLM takes most of an engine's start, so it is done once: engines are forks of a process
+that has run `from vllm import LLM` and nothing else, neither a plug-in nor a model. What such an
+engine starts in turn (an engine core, workers) imports for itself, as at a user's.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import mkstemp
 from typing import Any
 
 from sere import demo_model
 from sere.serving.server import free_port
-from tests.engine_script import RESULT
+from tests import engine_script
 
-SCRIPT = Path(__file__).with_name("engine_script.py")
+_IMPORTED = multiprocessing.get_context("forkserver")
+_IMPORTED.set_forkserver_preload(["vllm.entrypoints.llm"])
 # Plug-ins for tests. The first gives vLLM 0.32's CPU engine the collectives of data parallelism.
 GATHERV = Path(__file__).with_name("gatherv")
 # The other makes its experts obey the expert map of expert parallelism.
@@ -46,7 +52,7 @@ def environment(**changes: str) -> dict[str, str]:
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent.parent), *_given_path()]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_given_path()]),
         **changes,
     }
 
@@ -86,29 +92,34 @@ class Starting:
             settings["additional_config"] = {"sere": sere}
         variables = environment(**(env or {}))
         variables["PYTHONPATH"] = os.pathsep.join([variables["PYTHONPATH"], *map(str, paths)])
-        self._process = subprocess.Popen(
-            [sys.executable, str(SCRIPT)],
-            env=variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        self._pipe, theirs = _IMPORTED.Pipe()
+        descriptor, self._log = mkstemp(prefix="engine")
+        os.close(descriptor)
+        self._process = _IMPORTED.Process(
+            target=engine_script.serve,
+            args=(settings, variables, [*map(str, paths)], self._log, theirs),
+            daemon=True,  # ends with this process, whatever happens
         )
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"options": settings}) + "\n")
-        self._process.stdin.flush()
+        self._process.start()
+        theirs.close()
 
     def run(self, steps: list[list[Any]], timeout: int = 600) -> list[Any]:
         """As `run_engine`; once."""
         try:
-            output, errors = self._process.communicate(json.dumps(steps) + "\n", timeout)
+            self._pipe.send(json.dumps(steps))
+            if self._pipe.poll(timeout):
+                results: list[Any] = json.loads(self._pipe.recv())
+                self._process.join(60)
+                return results
+            raise EngineFailure(f"no answer in {timeout} s\n{self._printed()}")
+        except (EOFError, OSError):  # it is gone
+            raise EngineFailure(self._printed()) from None
         finally:
             self._process.kill()
-        for line in output.splitlines():
-            if line.startswith(RESULT):
-                results: list[Any] = json.loads(line[len(RESULT) :])
-                return results
-        raise EngineFailure((output + errors)[-6000:])
+            Path(self._log).unlink()
+
+    def _printed(self) -> str:
+        return Path(self._log).read_text()[-6000:]
 
 
 def run_ranks(steps: list[list[list[Any]]], *, env: dict[str, str], **more: Any) -> list[list[Any]]:

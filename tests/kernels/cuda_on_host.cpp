@@ -1,10 +1,14 @@
-// Runs src/sere/kernels/reroute.cu on a CPU: a block is a handful of OS threads with a barrier, a
-// warp is one thread, blocks run one after another. Built as a library by tests/kernels/cuda_on_host.py,
-// and with -DRACES -fsanitize=thread as a program that fails if two threads race.
+// Runs src/sere/kernels/reroute.cu on a CPU: a block is a handful of threads with a barrier, a warp
+// is one thread, blocks run one after another. Built as a library by tests/kernels/cuda_on_host.py:
+// threads are then fibers of one OS thread, which take turns at barriers, each time in another
+// order. With -DRACES -fsanitize=thread it is a program with OS threads that fails if two race.
+
+#include <ucontext.h>
 
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <functional>
 #include <random>
 #include <thread>
 #include <vector>
@@ -20,9 +24,28 @@ struct Index {
 };
 static thread_local Index threadIdx, blockIdx;
 static Index blockDim;
-static std::barrier<>* block_barrier;
 
+#ifdef RACES
+static std::barrier<>* block_barrier;
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
+#else
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(128 * 1024);
+    bool done;
+};
+static std::vector<Fiber> fibers(8);
+static ucontext_t scheduler;
+static std::function<void()> body;
+
+static void __syncthreads() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+
+static void run_fiber() {
+    body();
+    fibers[threadIdx.x].done = true;
+    __syncthreads();
+}
+#endif
 static unsigned __ballot_sync(unsigned, bool value) { return value; }
 static int __shfl_sync(unsigned, int value, int) { return value; }
 #include "cuda_arithmetic_on_host.h"
@@ -60,21 +83,51 @@ static T atomicAnd(T* where, T value) {
 
 #include "reroute.cu"
 
+#ifdef RACES
+template <class Kernel>
+static void run_block(int block, int threads, Kernel kernel) {
+    std::barrier<> barrier(threads);
+    block_barrier = &barrier;
+    std::vector<std::thread> running;
+    for (int thread = 0; thread < threads; ++thread)
+        running.emplace_back([=] {
+            threadIdx.x = thread;
+            blockIdx.x = block;
+            kernel();
+        });
+    for (auto& thread : running) thread.join();
+}
+#else
+template <class Kernel>
+static void run_block(int block, int threads, Kernel kernel) {
+    static std::mt19937 chance(0);
+    blockIdx.x = block;
+    body = kernel;
+    std::vector<unsigned> left(threads);
+    for (int thread = 0; thread < threads; ++thread) {
+        left[thread] = thread;
+        Fiber& fiber = fibers.at(thread);
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    while (!left.empty()) {  // a turn: everybody to the next barrier
+        std::shuffle(left.begin(), left.end(), chance);
+        for (unsigned thread : left) {
+            threadIdx.x = thread;
+            swapcontext(&scheduler, &fibers[thread].context);
+        }
+        std::erase_if(left, [](unsigned thread) { return fibers[thread].done; });
+    }
+}
+#endif
+
 template <class Kernel>
 static void launch(int blocks, int threads, Kernel kernel) {
-    for (int block = 0; block < blocks; ++block) {
-        std::barrier<> barrier(threads);
-        block_barrier = &barrier;
-        blockDim.x = threads;
-        std::vector<std::thread> running;
-        for (int thread = 0; thread < threads; ++thread)
-            running.emplace_back([=] {
-                threadIdx.x = thread;
-                blockIdx.x = block;
-                kernel();
-            });
-        for (auto& thread : running) thread.join();
-    }
+    blockDim.x = threads;
+    for (int block = 0; block < blocks; ++block) run_block(block, threads, kernel);
 }
 
 #define ON_BATCH                                                                                  \

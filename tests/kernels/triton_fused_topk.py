@@ -69,7 +69,9 @@ def plan_of(seed: int, E: int, K: int, policy: Policy) -> Plan:
 @pytest.mark.parametrize(("E", "K"), SHAPES)
 @pytest.mark.parametrize("T", [1, 13, 64])
 def test_chooses_by_the_definition(E: int, K: int, T: int) -> None:
-    for coarse, dtype, renormalize in product((False, True), DTYPES, (False, True)):
+    every = product((False, True), DTYPES, (False, True))
+    each = zip((False, True, False), DTYPES, (True, False, False), strict=True)
+    for coarse, dtype, renormalize in every if T == 13 else each:
         logits = logits_of(T, T, E, coarse=coarse).to(dtype)
         weights, ids = choose(logits, K, renormalize=renormalize)
         expected_weights, expected = fused_topk.chosen(logits, K, renormalize=renormalize)
@@ -130,10 +132,11 @@ def test_rows_may_have_gaps_between_them_but_not_within() -> None:
 # --- and re-routing -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", range(60))
 def test_reroutes_as_the_operator(seed: int) -> None:
-    """Bit for bit what the specification makes of the kernel's own top-k; without a tolerance,
-    where the last bits of a weight decide nothing, of PyTorch's too."""
+    """Every shape with every T and every policy. Bit for bit what the specification makes of the
+    kernel's own top-k; without a tolerance, where the last bits of a weight decide nothing, of
+    PyTorch's too."""
     (E, K), T = SHAPES[seed % 3], (1, 7, 20, 64)[seed % 4]
     policy = (
         Policy(S=1),
@@ -147,7 +150,7 @@ def test_reroutes_as_the_operator(seed: int) -> None:
     rows = torch.randint(0, 6, (T,), generator=g).to(torch.int8) if seed % 7 else None
 
     weights, ids, counters = run(logits, K, plan, rows)
-    expected_weights, chosen = choose(logits, K, rows)
+    expected_weights, chosen = fused_topk.choose(logits, K, rows, renormalize=True)
     counted = new_counters()
     expected = reference.run(Batch(chosen, expected_weights, rows), plan, counted)
     assert torch.equal(ids, expected)
