@@ -328,7 +328,7 @@ def test_data_parallel_engines(mode: str, table_path: Path, tmp_path: Path) -> N
         [steps(*work) for work in zip(SHARES, LENGTHS, strict=True)],
         sere=sere,
         options=options,
-        env={"VLLM_ENABLE_V1_MULTIPROCESSING": processes, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env={"VLLM_ENABLE_V1_MULTIPROCESSING": processes},
         paths=(GATHERV, EXPERT_MAP) if options else (GATHERV,),
     )
     table = Table.load(table_path)

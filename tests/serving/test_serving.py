@@ -191,15 +191,16 @@ def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> 
 
 # --- the ways vLLM runs ---------------------------------------------------------------------------
 
-SEVERAL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# Workers are processes; the engine's core is one where that is said too, and beside them in one.
+OWN_CORE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "multi-process": (
         {},
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
+        {**OWN_CORE, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
     ),
-    "tensor parallel": ({"tensor_parallel_size": 2}, SEVERAL),
-    "expert parallel": ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, SEVERAL),
-    "pipeline parallel": ({"pipeline_parallel_size": 2, "async_scheduling": False}, SEVERAL),
+    "tensor parallel": ({"tensor_parallel_size": 2}, {}),
+    "expert parallel": ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, OWN_CORE),
+    "pipeline parallel": ({"pipeline_parallel_size": 2, "async_scheduling": False}, {}),
     "torch.compile": ({"enforce_eager": False}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, {}),
 }
