@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 
+RESULT = "RESULT "
 SAID: list[tuple[str, str, str]] = []
 
 
@@ -424,7 +425,7 @@ def serve(
 def main() -> None:
     job = json.loads(sys.stdin.readline())
     given = json.dumps(job["steps"]) if "steps" in job else None
-    print("RESULT " + _answers(job["options"], lambda: given or sys.stdin.readline()), flush=True)
+    print(RESULT + _answers(job["options"], lambda: given or sys.stdin.readline()), flush=True)
 
 
 if __name__ == "__main__":
