@@ -1,7 +1,7 @@
 """Re-routed batches in vLLM's own code that sorts slots by expert: no row reads another's slots.
 
-Rows name distinct experts (rule 9 of the specification), as that code takes for granted. It is no
-part of vLLM's CPU wheel: `make cuda-import` runs this on the CUDA builds.
+Rows name distinct experts (rule 9 of the specification), as that code takes for granted. Of it,
+triton_kernels is no part of vLLM's CPU wheel: `make cuda-import` runs this on the CUDA builds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPES = {  # name -> E, K, T, S: gpt-oss on Hopper has K = 4; 6 and 10 are no p
     "K=10": (128, 10, 16, 3),
 }
 
-pytestmark = pytest.mark.skipif(
+needs_triton_kernels = pytest.mark.skipif(
     find_spec("vllm.third_party.triton_kernels") is None,
     reason="this build of vLLM has no triton_kernels: run `make cuda-import`",
 )
@@ -101,6 +101,7 @@ def misread(ids: Tensor, answer: Any) -> Tensor:
     return ~right.view(ids.shape).all(1)
 
 
+@needs_triton_kernels
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_row_reads_what_is_not_its_own(shape: str) -> None:
     batch = rerouted(shape)
@@ -109,6 +110,7 @@ def test_no_row_reads_what_is_not_its_own(shape: str) -> None:
     assert not misread(batch.after, sorted_by_vllm()[shape, "now"]).any()
 
 
+@needs_triton_kernels
 def test_with_experts_named_twice_rows_would_read_others_slots() -> None:
     """Else the test above would say nothing. Rows that name each expert once are hit as well, exact
     ones among them."""
@@ -121,3 +123,88 @@ def test_with_experts_named_twice_rows_would_read_others_slots() -> None:
         hit[shape] = bool(wrong[once].any()), bool(wrong[-1])
     assert all(once for once, _ in hit.values()), hit
     assert any(exact for _, exact in hit.values()), hit
+
+
+# --- what the CPU wheel has -----------------------------------------------------------------------
+
+HIDDEN, INNER = 64, 32
+
+
+@dataclass(frozen=True)
+class Experts:
+    """gate_up: [E, 2 * INNER, HIDDEN]; down: [E, HIDDEN, INNER]; both float32."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    def of(self, e: int, x: Tensor) -> Tensor:
+        """Expert e's outputs [rows, HIDDEN], in the inputs' precision."""
+        gate, up = (x @ self.gate_up[e].T.to(x.dtype)).chunk(2, dim=1)
+        return (torch.nn.functional.silu(gate) * up) @ self.down[e].T.to(x.dtype)
+
+    def mixed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """[T, HIDDEN]: every slot by itself, in float64."""
+        wide = [
+            sum(w * self.of(e, row[None].double())[0] for e, w in zip(slots, shares, strict=True))
+            for row, slots, shares in zip(x, ids.tolist(), weights.double(), strict=True)
+        ]
+        return torch.stack(wide).float()  # type: ignore[arg-type]
+
+
+def experts_and_rows(batch: Batch) -> tuple[Experts, Tensor]:
+    g = torch.Generator().manual_seed(batch.E)
+    gate_up = torch.randn(batch.E, 2 * INNER, HIDDEN, generator=g) / HIDDEN**0.5
+    down = torch.randn(batch.E, HIDDEN, INNER, generator=g) / INNER**0.5
+    return Experts(gate_up, down), torch.randn(len(batch.after), HIDDEN, generator=g)
+
+
+def in_expert_batches(batch: Batch, experts: Experts, x: Tensor, ids: Tensor) -> Tensor:
+    """By vLLM's dispatch to batches by expert and its way back: the format of kernels behind
+    low-latency transports."""
+    import vllm.config  # noqa: F401 - the others cannot be imported before it
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import (
+        BatchedPrepareAndFinalize,
+    )
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+        TopKWeightAndReduceNaiveBatched,
+    )
+
+    way = BatchedPrepareAndFinalize(len(x), batch.E, num_dispatchers=1, rank=0)
+    plain = FusedMoEQuantConfig.make()
+    sent, _, told, *_ = way.prepare(x, batch.weights, ids, batch.E, None, False, plain)
+    assert told.expert_num_tokens.tolist() == [int((ids == e).sum()) for e in range(batch.E)]
+    made = torch.stack([experts.of(e, rows) for e, rows in enumerate(sent)])
+    out = torch.full_like(x, torch.nan)
+    way.finalize(out, made, batch.weights, ids, False, TopKWeightAndReduceNaiveBatched(0))
+    return out
+
+
+def in_the_cpu_kernel(batch: Batch, experts: Experts, x: Tensor, ids: Tensor) -> Tensor:
+    """By the C++ kernel that serves on CPUs."""
+    import vllm.config
+    import vllm.platforms
+    from vllm import _custom_ops as ops
+
+    vllm.platforms.current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
+        pytest.skip("this build of vLLM has no kernel for CPUs")
+    packed = (ops.cpu_prepack_moe_weight(w, "vec") for w in (experts.gate_up, experts.down))
+    out = torch.full_like(x, torch.nan)
+    ops.cpu_fused_moe(out, x, *packed, None, None, batch.weights, ids, "silu", "vec")
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("way", [in_expert_batches, in_the_cpu_kernel])
+def test_rows_get_their_own_experts_outputs(way: Any, shape: str) -> None:
+    """Of the experts that they name, freed slots among them; and the exact row what it gets beside
+    rows that were not re-routed, to the bit."""
+    batch = rerouted(shape)
+    assert (batch.weights == 0).any() and (batch.after != batch.before).any()
+    experts, x = experts_and_rows(batch)
+    out = way(batch, experts, x, batch.after)
+    torch.testing.assert_close(
+        out, experts.mixed(x, batch.after, batch.weights), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(out[-1], way(batch, experts, x, batch.before)[-1])
