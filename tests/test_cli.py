@@ -183,6 +183,23 @@ def test_calibrate_then_inspect(
     assert png.exists() == ("--plot" in arguments)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--", "--max-model-len", "64"], "engine arguments go with --engine vllm"),
+        (["--engine", "vllm", "--maps", "4"], "--maps: not with --engine vllm"),
+        (["--engine", "vllm", "--batch", "8", "--no-stream"], "--batch, --stream: not with"),
+        (["--engine", "vllm", "--method", "cka-rbf"], "an engine measures frobenius, cosine"),
+    ],
+    ids=str,
+)
+def test_what_only_one_of_both_ways_to_calibrate_can_do_is_refused(
+    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "demo", "-o", str(tmp_path / "t.table"), *more]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_compared_tables_of_two_models_are_said_to_be(
     make_table: Callable[..., Table], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

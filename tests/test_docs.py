@@ -34,13 +34,18 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", rules, flags=re.M)
 
 
-def test_the_server_command_is_valid() -> None:
-    (command,) = [line for line in COMMANDS.splitlines() if "vllm serve" in line]
-    words = shlex.split(command)
-    given = json.loads(words[words.index("--additional-config") + 1])["sere"]
-    table = given.pop("table")
-    assert table.endswith(".safetensors")
-    Policy.from_dict(given)
+def test_the_server_commands_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first needs nothing to be prepared but text; the other a table."""
+    lines = [line for line in COMMANDS.splitlines() if "vllm serve" in line]
+    alone, prepared = (
+        json.loads(words[words.index("--additional-config") + 1])["sere"]
+        for words in map(shlex.split, lines)
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / alone["auto"]["data"]).touch()
+    assert Settings.parse(alone, model_folder=None, model_default={}).auto is not None
+    assert prepared.pop("table").endswith(".safetensors")
+    Policy.from_dict(prepared)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -110,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; 0 on success, 1 with a message on an expected failure, 130 on Ctrl-C."""
     _say_what_dies()
     with _interruptible() as interrupted:
-        arguments = vars(parser().parse_args(argv))
+        own, for_engine = _split(sys.argv[1:] if argv is None else argv)
+        arguments = vars(parser().parse_args(own))
+        if for_engine:
+            arguments["engine_arguments"] = for_engine
         module, function = VERBS[arguments.pop(_VERB)][2].split(":")
         # Threads of a team that spin while they wait take the core from a neighbour: a busy one
         # made a calibration six times slower (issue 21).
@@ -131,6 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"sere: error: {said}", file=sys.stderr)
             return 1
     return int(status or 0)
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and those of an engine, which `sere calibrate` takes behind --."""
+    if "--" not in argv or argv[0] != "calibrate":
+        return list(argv), []
+    end = argv.index("--")
+    return list(argv[:end]), list(argv[end + 1 :])
 
 
 def _say_what_dies() -> None:

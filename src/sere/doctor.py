@@ -21,6 +21,7 @@ from sere.extras import with_remedy
 from sere.models.hub import check_name
 from sere.models.loading import LoadError
 from sere.policy import in_full
+from sere.serving.asking import AUTO
 from sere.serving.engine import check_plugin_allowed
 from sere.serving.expert_kernels import difference
 from sere.serving.rehearsal import Rehearsal
@@ -47,7 +48,8 @@ def examine(
 ) -> Iterator[Check]:
     """Every check, as it is answered: those that need vLLM, which takes its time, come last.
 
-    model: folder, hub name or "demo": is there something to re-route? table: does it fit?
+    model: folder, hub name or "demo": is there something to re-route? table: does it fit? Or the
+    word "auto": could the engine calibrate itself, and has it?
     A table may stand in the place of the model, and instead of both the URL of a running server:
     does re-routing take effect there? bench: a result of `sere bench`: is reading what takes the
     time on this machine?
@@ -76,7 +78,7 @@ def examine(
     ]
     if bench is not None:
         checks.append(("bandwidth", lambda: _bandwidth(bench)))
-    if table is not None:
+    if table is not None and table != AUTO:
         checks.append(("table", lambda: _table(table, folder)))
     checks += [
         ("vLLM", lambda: _vllm(rehearsal)),
@@ -257,6 +259,8 @@ def _start(found: dict[str, Any]) -> str:
     if found["refused"]:
         raise RuntimeError(f"vLLM would refuse to start: {found['refused']}")
     accepted = "vLLM would accept this table for this model"
+    if found.get("auto"):
+        accepted = f"the engine can calibrate itself ({found['auto']})"
     if reason := found["unbuilt"]:
         return f"{accepted}; its layers could not be built here to be asked ({reason})"
     serving, stock = (sorted({pair[i] for pair in found["kernels"]}) for i in (0, 1))

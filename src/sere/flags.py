@@ -48,6 +48,13 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
     )
     _stream(parser, "; resumable")
     parser.add_argument(
+        "--engine",
+        choices=("vllm",),
+        help="let vLLM run the experts: its kernels, quantisations and devices; its own arguments "
+        "follow behind -- (sere calibrate MODEL --engine vllm -- --tensor-parallel-size 2)",
+    )
+    parser.set_defaults(engine_arguments=[])
+    parser.add_argument(
         "--maps",
         type=_positive,
         metavar="RANK",

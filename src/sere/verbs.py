@@ -9,12 +9,22 @@ from json import dumps
 from typing import Any
 
 
-def calibrate(output: str, **flags: Any) -> None:
-    """`sere calibrate MODEL --data FILE -o TABLE`."""
+def calibrate(
+    output: str, engine: str | None, engine_arguments: Sequence[str], **flags: Any
+) -> None:
+    """`sere calibrate MODEL --data FILE -o TABLE [--engine vllm [-- ENGINE ARGUMENTS]]`."""
     from sere.calibration.calibrate import calibrate as run
     from sere.calibration.inspect import too_little_text
 
-    table = run(output=output, model_name=flags.pop("model"), **flags)
+    model = flags.pop("model")
+    if engine:
+        from sere.engine_runs.calibration import calibrate as run_engine
+
+        table = run_engine(model, output, engine_arguments, **flags)
+    elif engine_arguments:
+        raise ValueError(f"{' '.join(engine_arguments)}: engine arguments go with --engine vllm")
+    else:
+        table = run(output=output, model_name=model, **flags)
     print(
         f"{output}: {len(table.layers)} layers, E={table.fingerprint.E}, "
         f"K={table.fingerprint.K}, {table.provenance['tokens']} tokens, {table.method}"

@@ -36,6 +36,8 @@ OTHERS = {
     "require_decomposed_backend",  # written, on a copy: vLLM 0.33 has it
     "experts_cls",  # of those methods that let an oracle choose
     "architectures",
+    "do_not_compile",  # of modules of a decorated class, where they have it
+    "modules",
     "approximate_experts",
     "compression_config",
     "__name__",

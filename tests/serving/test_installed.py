@@ -22,6 +22,7 @@ MODULES = {
     "sere.serving.asking": "does this config ask for sere?",
     "sere.serving.contract": "names of vLLM",
     "sere.serving.contract_cache": "the same, of the scheduler",
+    "sere.serving.contract_calibration": "the same, of the engine's own calibration",
     "sere.serving.contract_front_end": "the same, of front ends",
     "sere.serving.needs": "how the two say it",
     "sere.serving.random_weights": "a load format that engines may ask for which do not re-route",

@@ -28,7 +28,8 @@ from sere.policy import Policy
 from sere.serving import contract, symbols, vllm_plugin
 from sere.serving.contract import REROUTING
 from sere.serving.engine import check_plugin_allowed, prepare
-from sere.serving.session import ServingError, check_config, stage_of
+from sere.serving.may_start import check_config
+from sere.serving.session import ServingError, stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.wiring import install, install_in_worker
 from sere.serving.worker import self_check, sere_description, sere_layers, sere_merge
@@ -633,6 +634,9 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
             self.vllm_config = SimpleNamespace(
                 additional_config={} if sere is None else {"sere": sere},
                 compilation_config=SimpleNamespace(),
+                model_config=SimpleNamespace(
+                    model=str(table_path.parent), revision=None, hf_config=None
+                ),
             )
             self.broken = broken
 
@@ -643,12 +647,13 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
 
         _init_executor = check_health = None
 
+    asked = {"table": str(table_path)}
     described = {"table": "t", "policy": "S=1", "inert": None, "rows": "decode", "layers": [0]}
     described |= {"kernels": ["K"], "stock_kernels": [], "operator": "numba"}
     install()
     with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_description"):
-        Executor({}, broken=True).compile_or_warm_up_model()
-    Executor({}, broken=False).compile_or_warm_up_model()
+        Executor(asked, broken=True).compile_or_warm_up_model()
+    Executor(asked, broken=False).compile_or_warm_up_model()
     Executor(None, broken=True).compile_or_warm_up_model()
 
 

@@ -38,7 +38,9 @@ from sere.models.skeleton import load_skeleton
 from sere.policy import PolicyError
 from sere.similarity.measures import METHODS
 from sere.table import FILE_NAME, LayerStatistics, Table, stored_policy
-from sere.text.corpus import Corpus, Text, encoder, file_hash, read_texts
+from sere.text.corpus import Corpus, Text, encoder, read_texts
+
+DEMO_TEXT = "the demo model's own task generator"
 
 
 def calibrate(
@@ -71,19 +73,19 @@ def calibrate(
     method: how similarity is measured; "weights" and "random" are null models, made without text.
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
-    _check_output(output, data, overwrite)
+    check_output(output, data, overwrite)
     _check_method(method)
     _check_maps(maps, method, stream, until_stable)
     if method in null_models.METHODS:
         table = _without_text(model_name, located(model_name), method, seed, progress)
         save(table, None, Path(output))
         return table
-    texts = _texts(named := _whole(demo_model.resolve(model_name), method), data, samples, seed)
+    texts = texts_of(named := _whole(demo_model.resolve(model_name), method), data, samples, seed)
     folder = named if Path(named).is_dir() else _whole(located(named), method)
     corpus = Corpus.from_texts(
         texts,
         encoder(load_tokenizer(folder), length),
-        source=str(data) if data else "the demo model's own task generator",
+        source=str(data) if data else DEMO_TEXT,
         samples=samples,
         length=length,
         seed=seed,
@@ -115,7 +117,8 @@ def _without_text(name: str, folder: str, method: str, seed: int, progress: bool
     )
 
 
-def _check_output(output: str | Path, data: str | Path | None, overwrite: bool) -> None:
+def check_output(output: str | Path, data: str | Path | None, overwrite: bool) -> None:
+    """Raise now what would be in the way of a table at the end."""
     check_writable(output, data, kind="table")
     check_writable(beside(output), data, kind="maps")
     _check_name(Path(output))
@@ -178,7 +181,8 @@ def _check_untuned(output: str | Path) -> None:
         )
 
 
-def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> Sequence[Text]:
+def texts_of(folder: str, data: str | Path | None, samples: int, seed: int) -> Sequence[Text]:
+    """Those of a file, or of the demo model's own task."""
     if data is not None:
         return read_texts(data)
     if folder != str(demo_model.PATH):
@@ -190,16 +194,7 @@ def _texts(folder: str, data: str | Path | None, samples: int, seed: int) -> Seq
 
 
 def _about(corpus: Corpus, data: str | Path | None, found: Found) -> dict[str, Any]:
-    about: dict[str, Any] = {
-        "corpus": corpus.source,
-        "corpus_hash": corpus.hash,
-        "file_hash": file_hash(data) if data else None,
-        "text_hashes": list(corpus.text_hashes),
-        "sequences": len(corpus.sequences),
-        "tokens": corpus.tokens,
-        "length": corpus.length,
-        "seed": corpus.seed,
-    }
+    about = corpus.about(data)
     if found.maps:
         rank = next(iter(found.maps.values())).R
         about["maps"] = {"rank": rank, "identity": identity_of(found.maps)}

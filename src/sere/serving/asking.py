@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 KEY = "sere"
+AUTO = "auto"
+"""In the place of settings: an engine that calibrates itself."""
 
 
 def given(config: Any) -> Mapping[str, Any] | None:
     """What the user wrote behind "sere", or None where re-routing was not asked for."""
     additional = config.additional_config
-    return additional.get(KEY) if isinstance(additional, Mapping) and KEY in additional else None
+    if not isinstance(additional, Mapping) or KEY not in additional:
+        return None
+    return {AUTO: True} if additional[KEY] == AUTO else additional[KEY]
 
 
 def unread(additional: Any) -> str | None:
@@ -23,7 +27,12 @@ def unread(additional: Any) -> str | None:
     if KEY in additional and additional[KEY] is None:
         return (
             '"sere": null asks for nothing: write {"sere": {}} for the table beside the model and '
-            'the defaults, or leave "sere" out'
+            'the defaults, "auto" for an engine that calibrates itself, or leave "sere" out'
+        )
+    if isinstance(own := additional.get(KEY), str) and own != AUTO:
+        return (
+            f'"sere": {own!r} is no setting: write "auto" for an engine that calibrates itself, or '
+            '{"sere": {"table": "sere.table"}}'
         )
     for name in additional:
         if name != KEY and re.match(rf"{KEY}([^a-z]|$)", str(name), re.IGNORECASE):

@@ -23,6 +23,7 @@ from sere.serving.asking import KEY, given
 # Live buffers, or of the front end. A setting that is not named here counts.
 _NOT_COMPILED = {field.name for field in fields(Policy)} | {
     "table",
+    "auto",
     "fingerprint",
     "merge",
     "default",

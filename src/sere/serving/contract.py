@@ -7,6 +7,7 @@ needs stops that feature. `tests/serving/test_contract.py` finds uses that are n
 from __future__ import annotations
 
 from sere.serving.contract_cache import CACHE_SYMBOLS, PREFIX_CACHE
+from sere.serving.contract_calibration import CALIBRATION_SYMBOLS, SELF_CALIBRATION
 from sere.serving.contract_front_end import FRONT_END_NEEDS, FRONT_END_SYMBOLS
 from sere.serving.needs import Needs, Where
 
@@ -25,6 +26,7 @@ _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 SYMBOLS: dict[str, Where] = (
     FRONT_END_SYMBOLS
     | CACHE_SYMBOLS
+    | CALIBRATION_SYMBOLS
     | {
         "VllmConfig": ("vllm.config", "VllmConfig"),
         "get_current_vllm_config": ("vllm.config", "get_current_vllm_config"),
@@ -298,12 +300,13 @@ _DOCTOR = Needs(
     },
 )
 
-REROUTING, PLACEMENT, UNION = "re-routing", "placement", "union"
+REROUTING, PLACEMENT, UNION, CALIBRATION = "re-routing", "placement", "union", "self-calibration"
 NEEDS: dict[str, Needs] = {
     REROUTING: _REROUTING,
     "shadow": _SHADOW,
     PLACEMENT: _PLACEMENT,
     UNION: _UNION,
+    CALIBRATION: SELF_CALIBRATION,
     **FRONT_END_NEEDS,
     "prefix cache": PREFIX_CACHE,
     "sleep mode": _SLEEP,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sere.policy import Policy
+from sere.serving.no_table import NoTable
 from sere.table import Table
 
 _ALONE = (
@@ -13,11 +14,13 @@ _ALONE = (
 )
 
 
-def inert(policy: Policy | None, table: Table, *, alone: bool = False) -> str | None:
+def inert(policy: Policy | None, table: Table | NoTable, *, alone: bool = False) -> str | None:
     """The reason, or None if slots can move.
 
     policy: None is stock routing. alone: no step has two decoded rows.
     """
+    if isinstance(table, NoTable):
+        return table.reason
     if policy is None:
         return "routing is stock"
     if policy.is_stock:

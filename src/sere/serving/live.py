@@ -15,6 +15,7 @@ from torch import Tensor
 from sere.kernels import COUNTERS
 from sere.kernels.plan import OFF, SETTINGS_OFF
 from sere.policy import Policy
+from sere.serving.no_table import NoTable
 from sere.table import Table
 
 MIN_ACTIVE = 1  # its place in a plan's settings
@@ -49,7 +50,7 @@ class Live:
 
     def __init__(
         self,
-        table: Table,
+        table: Table | NoTable,
         device: torch.device | str,
         *,
         together: bool = False,
@@ -74,6 +75,10 @@ class Live:
     def place(self, index: int) -> int:
         """The row of decoder layer `index` in `settings` and `counters`."""
         return self._places[index]
+
+    def learn(self, table: Table) -> None:
+        """Go by another table of the same layers from the next policy on."""
+        self._table = table
 
     def follow(self, policy: Policy | None) -> None:
         """Take the settings of a policy, for every batch size; None is stock routing."""

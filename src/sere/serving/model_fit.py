@@ -82,6 +82,23 @@ def served(config: Any, level: str, known: Fingerprint) -> Fingerprint:
     )
 
 
+def untold(config: Any) -> Fingerprint:
+    """The model as vLLM will build it, where no table tells what it should be; without hashes. All
+    layers have experts where the checkpoint does not tell: workers refuse what is not so.
+    Raises `ServingError` for dense models."""
+    model, folder = config.model_config, model_folder(config)
+    E, K = model.get_num_experts(), model.get_num_experts_per_tok()
+    if not (E and K):
+        raise ServingError(
+            "sere cannot calibrate in this engine: vLLM finds no routed experts in the model's "
+            "config; is this a Mixture-of-Experts model?"
+        )
+    stored = expert_layers(folder) if folder else ()
+    built = range(model.get_total_num_hidden_layers())
+    layers = tuple(index for index in stored or built if index in built)
+    return Fingerprint(model.hf_config.architectures[0], E, K, layers)
+
+
 def model_folder(config: Any) -> Path | None:
     """The checkpoint on this machine: the folder itself, or the hub's local snapshot."""
     name, revision = config.model_config.model, config.model_config.revision

@@ -1,9 +1,9 @@
 """Start-up without the start: what vLLM would do first, in a process that has done nothing yet.
 
-`python -m sere.serving.rehearsal [MODEL [TABLE]]` lets vLLM load its plug-ins, make its config and
-build the model without weights, so that every layer is bound or refused as in a worker. It prints
-what came of it as one line of JSON behind `RESULT`. Nothing here imports the plug-in: whether vLLM
-finds it is the question.
+`python -m sere.serving.rehearsal [MODEL [TABLE | auto]]` lets vLLM load its plug-ins, make its
+config and build the model without weights, so that every layer is bound or refused as in a worker.
+It prints what came of it as one line of JSON behind `RESULT`. Nothing here imports the plug-in:
+whether vLLM finds it is the question.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from sere.policy import PolicyError
-from sere.serving import wiring
-from sere.serving.asking import KEY
+from sere.serving import self_calibration, wiring
+from sere.serving.asking import AUTO, KEY
 from sere.serving.refusal import ServingError
 from sere.serving.symbols import lacking, module_of, obstacle, symbol
 from sere.serving.worker import check_layers, kernels_of
@@ -51,7 +51,8 @@ class Rehearsal:
         missing: places of vLLM where sere should be and is not. no_metrics: why the server's
         `/metrics` would have none of sere's, or None. experts: of the model; 0 if it is dense,
         None if it was not named or cannot be configured. refused: why an engine with this model and
-        table would not start, or None. unbuilt: why its layers could not be built here to be asked,
+        table would not start, or None. auto: of an engine that is to calibrate itself, where its
+        table is or will be, or None. unbuilt: why its layers could not be built here to be asked,
         or None. kernels: of each of these layers, the expert kernel that would serve and the one
         that stock vLLM would take.
         Raises `RuntimeError` with the end of its output if the process died.
@@ -99,8 +100,10 @@ def _started(model: str, table: str | None) -> dict[str, Any]:
         config = arguments(**options).create_engine_config()
         found["experts"] = config.model_config.get_num_experts()
         if table is not None:
-            own = {KEY: {"table": table}}
+            own = {KEY: AUTO if table == AUTO else {"table": table}}
             config = arguments(**options, additional_config=own).create_engine_config()
+            if table == AUTO:
+                found["auto"] = self_calibration.kept(config)
     except Exception as error:  # whatever vLLM raises is the answer
         return {**found, "refused": sentence(str(error))}
     if table is None:
@@ -145,6 +148,7 @@ def _main(model: str | None = None, table: str | None = None) -> None:
         "no_metrics": lacking("metrics"),
         "experts": None,
         "refused": None,
+        "auto": None,
         "unbuilt": None,
         "kernels": [],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,19 +18,15 @@ from sere.serving.asking import KEY, given
 from sere.serving.inert import inert
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
-from sere.serving.model_fit import check_kind, check_model, model_folder
+from sere.serving.model_fit import check_model, model_folder, untold
+from sere.serving.no_table import NoTable
+from sere.serving.observing import Observation
 from sere.serving.overrun import LatestPass
-from sere.serving.parallel import (
-    BATCHES_DISAGREE,
-    obstacle_to_one_union,
-    obstacle_to_placement,
-)
+from sere.serving.parallel import BATCHES_DISAGREE
 from sere.serving.refusal import ServingError
-from sere.serving.reuse import obstacle_to_reuse
 from sere.serving.rows import RowClasses
 from sere.serving.settings import Settings, cap_of
 from sere.serving.shadow import Shadow
-from sere.serving.symbols import lacking
 from sere.serving.tiers import RequestTiers, Tier
 from sere.table import Table
 
@@ -48,7 +43,7 @@ class Session:
     """What the layers of one worker share."""
 
     settings: Settings
-    table: Table
+    table: Table | NoTable
     rows: RowClasses
     live: Live
     tiers: RequestTiers
@@ -65,6 +60,7 @@ class Session:
     overlapping: bool = False  # vLLM's asynchronous scheduling
     alone: bool = False  # no step has two decoded rows, here or on a rank that has a say
     latest: LatestPass = field(default_factory=LatestPass)
+    observation: Observation | None = None  # while the engine reads for its own calibration
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
@@ -103,6 +99,19 @@ class Session:
         layer = ReroutedLayer(name, plan, self.rows, self.live, self.live.place(index))
         self.layers[index] = layer
         return layer
+
+    def take(self, table: Table | NoTable) -> None:
+        """Go live with the table that the engine has found or made, or say why there is none."""
+        if isinstance(table, NoTable):
+            self.table, self.inert = table, table.reason
+            return
+        known, bound = table.fingerprint, self.table.fingerprint
+        if (known.E, known.K, known.layers) != (bound.E, bound.K, bound.layers):
+            raise ServingError("sere was given a table of other layers than it is bound to")
+        self.table = table
+        self.live.learn(table)
+        self.set_policy(self.settings.policy)
+        self.switches = 0
 
     def _plan(self, index: int, policy: Policy) -> Plan:
         return self.table.plan(index, policy, self.placements.get(index))
@@ -185,7 +194,8 @@ class Session:
                 f"sere is bound to layers {list(bound)}, the table has {list(expected)}: this "
                 "model calls expert kernels past vLLM's routers, which sere cannot reach"
             )
-        check_model(config, self.settings, self.table)
+        if isinstance(self.table, Table):
+            check_model(config, self.settings, self.table)
 
 
 def stage_of(config: Any, layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -201,7 +211,12 @@ def is_dense_stage(config: Any) -> bool:
     """Whether this worker is a pipeline stage that has no MoE layer to re-route."""
     if config.parallel_config.pipeline_parallel_size == 1:
         return False
-    return not stage_of(config, Table.load(settings_of(config).table).fingerprint.layers)
+    return not stage_of(config, table_of(config, settings_of(config)).fingerprint.layers)
+
+
+def table_of(config: Any, settings: Settings) -> Table | NoTable:
+    """The named table, or that there is none yet: the engine gives its workers one."""
+    return NoTable(untold(config)) if settings.table is None else Table.load(settings.table)
 
 
 def session_of(config: Any) -> Session | None:
@@ -220,7 +235,7 @@ def open_session(config: Any) -> Session:
             config.device_config.device,
             settings.policy.rows,
         )
-        table = Table.load(settings.table)
+        table = table_of(config, settings)
         together, lone = settings.union == "all", sees_lone_rows(config)
         live = Live(table, rows.buffer.device, together=together, lone=lone)
         live.follow(settings.policy)
@@ -275,72 +290,3 @@ def settings_of(config: Any) -> Settings:
 def _model_default(config: Any) -> Mapping[str, Any]:
     default: Mapping[str, Any] = getattr(config.model_config.hf_config, KEY, None) or {}
     return default
-
-
-def check_config(config: Any) -> None:
-    """Refuse, in the first process and before weights are loaded, what cannot work."""
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        raise ServingError(
-            "sere cannot re-route: VLLM_BATCH_INVARIANT promises results that do not depend on "
-            "the batch, and re-routing makes them depend on it; unset one of the two"
-        )
-    check_kind(config)
-    _check_rows_are_known(config)
-    if reason := obstacle_to_reuse(config):
-        raise ServingError(
-            f"sere cannot keep the KV blocks of fast and exact requests apart: {reason}"
-        )
-    settings = settings_of(config)
-    _check_ranks(config, settings)
-    if settings.shadow is not None:
-        _check_shadow(config)
-    table = Table.load(settings.table)
-    table.check_served(settings.policy)
-    check_model(config, settings, table)
-
-
-def _check_rows_are_known(config: Any) -> None:
-    """Refuse modes in which a layer sees other rows than the scheduler's batch and its padding."""
-    parallel = config.parallel_config
-    modes = {
-        "sequence-parallel MoE (tensor with expert and data parallel) shards the rows; use tensor "
-        "parallel, or data and expert parallel": parallel.use_sequence_parallel_moe,
-        "dual-batch overlap (--enable-dbo, --ubatch-size) splits the rows; start without it": (
-            parallel.use_ubatching
-        ),
-        "prefill context parallel splits the rows; set --prefill-context-parallel-size 1": (
-            parallel.prefill_context_parallel_size > 1
-        ),
-        "--kv-sharing-fast-prefill drops rows between layers; start without it": (
-            config.cache_config.kv_sharing_fast_prefill
-        ),
-    }
-    for reason, asked in modes.items():
-        if asked:
-            raise ServingError(f"sere cannot re-route: {reason}")
-
-
-def _check_ranks(config: Any, settings: Settings) -> None:
-    """Refuse what other ranks would have to do and cannot, or what none would ever notice."""
-    if settings.union == "all" and (
-        reason := obstacle_to_one_union(config, settings.policy.batches)
-    ):
-        raise ServingError(f'sere cannot take "union": "all" here: {reason}. Or remove "union"')
-    if settings.placement and (reason := obstacle_to_placement(config)):
-        raise ServingError(f'sere cannot look at "placement" here: {reason}; or remove it')
-
-
-def _check_shadow(config: Any) -> None:
-    """Refuse the shadow check where it cannot run."""
-    parallel = config.parallel_config
-    reason = None
-    if not config.model_config.enforce_eager:
-        reason = "graphs would freeze it; add enforce_eager=True (--enforce-eager)"
-    elif parallel.data_parallel_size > 1:
-        reason = "data-parallel engines run their experts in lockstep"
-    elif parallel.enable_eplb:
-        reason = (
-            "with expert load balancing (EPLB) the router's choice is not what experts are given"
-        )
-    if reason := reason or lacking("shadow"):
-        raise ServingError(f'sere cannot run the shadow check here: {reason}; or remove "shadow"')

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sere.files import is_file
 from sere.policy import Policy, PolicyError, check_keys
 from sere.serving import admin_key
+from sere.serving.asking import AUTO
+from sere.serving.auto import CAUTIOUS, Auto
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
@@ -22,6 +24,7 @@ _MERGES_NO_MORE = (
 )
 _OWN_KEYS = (
     "table",
+    AUTO,
     "fingerprint",
     "merge",  # until 0.3, see `merge_is_asked`
     "default",
@@ -39,9 +42,10 @@ _POLICY_KEYS = tuple(f.name for f in fields(Policy))
 class Settings:
     """How one engine re-routes.
 
-    table: path of the side file.
+    table: path of the side file; None where the engine calibrates itself.
     policy: what it starts with; it can be switched on the live engine. Where the user names no
-        setting of it, the one that `sere tune` left in the table, or else the defaults.
+        setting of it, the one that `sere tune` left in the table, or else the defaults; `CAUTIOUS`
+        where the engine calibrates itself.
     fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
         "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
         compares only architecture, E, K and layers (engines with random weights).
@@ -53,9 +57,10 @@ class Settings:
         expert-parallel rank may be and yet be preferred.
     shadow: how often a layer is compared with stock routing, and when to fall back to it; None
         never. Eager mode only.
+    auto: how the engine calibrates itself; None where it has a table.
     """
 
-    table: Path
+    table: Path | None
     policy: Policy
     fingerprint: Literal["weights", "router", "shape"] = "weights"
     default: Tier = FAST
@@ -64,6 +69,7 @@ class Settings:
     union: Literal["rank", "all"] = "rank"
     placement: float = 0.0
     shadow: ShadowSettings | None = None
+    auto: Auto | None = None
 
     @classmethod
     def parse(
@@ -105,10 +111,11 @@ class Settings:
             raise PolicyError(f'union={union!r}: expected "rank" or "all"')
         if _flag(merged, "merge"):
             merge_is_asked()
-        from_model = "table" not in given
-        table = _find_table(merged.get("table"), model_folder, from_model)
+        auto = _auto(given, merged)
+        table = None if auto else _table(given, merged, model_folder)
         own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
-        policy = Policy.from_dict(own) if own else stored_policy(table) or Policy()
+        stored = CAUTIOUS if table is None else stored_policy(table) or Policy()
+        policy = Policy.from_dict(own) if own else stored
         asked = merged.get("shadow")
         shadow = None if asked is None else ShadowSettings.parse(asked)
         return cls(
@@ -120,6 +127,7 @@ class Settings:
             union=union,
             placement=_tolerance(merged.get("placement", 0.0)),
             shadow=shadow,
+            auto=auto,
             any_version=_flag(merged, "any_version"),
         )
 
@@ -158,6 +166,20 @@ def _tier(given: Mapping[str, Any], name: str, otherwise: str) -> Tier:
         raise PolicyError(f"{name}={error}") from None
 
 
+def _auto(given: Mapping[str, Any], merged: Mapping[str, Any]) -> Auto | None:
+    auto = Auto.parse(merged.get(AUTO, False))
+    if auto and given.get("table") is not None:
+        raise PolicyError(
+            f'"auto" and table={given["table"]!r}: an engine that has a table does not calibrate '
+            "itself; leave one of the two out"
+        )
+    return auto
+
+
+def _table(given: Mapping[str, Any], merged: Mapping[str, Any], folder: Path | None) -> Path:
+    return _find_table(merged.get("table"), folder, from_model="table" not in given)
+
+
 def _find_table(named: Any, folder: Path | None, from_model: bool) -> Path:
     """The named table (relative to the model if its config names it), or one beside the model."""
     if named is not None and not isinstance(named, str):
@@ -167,6 +189,7 @@ def _find_table(named: Any, folder: Path | None, from_model: bool) -> Path:
     if not is_file(path):
         raise TableError(
             f"{path}: no such table; run `sere calibrate MODEL -o {FILE_NAME}` and name it, "
-            f'{{"sere": {{"table": "{FILE_NAME}"}}}}, or put it beside the model'
+            f'{{"sere": {{"table": "{FILE_NAME}"}}}}, or put it beside the model; or write '
+            '{"sere": "auto"}, and the engine calibrates itself'
         )
     return path.absolute()

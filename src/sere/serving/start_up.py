@@ -30,7 +30,7 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
     pairs = set(kernels)
     settings = session.settings
     return {
-        "table": str(settings.table),
+        "table": str(settings.table or "made by the engine"),
         "policy": in_words(session.policy),
         "inert": session.inert,
         "rows": _rows(settings.policy, settings.default),

@@ -32,6 +32,7 @@ from sere.serving import (
     prefix_cache,
     rust_front_end,
     second_engine,
+    self_calibration,
     start_up,
     telemetry,
     worker,
@@ -40,11 +41,12 @@ from sere.serving.admin_key import check_admin_key
 from sere.serving.asking import given
 from sere.serving.compile_key import keyed
 from sere.serving.contract_front_end import LAST, RUST
+from sere.serving.may_start import check_config
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
 from sere.serving.refusal import ServingError, say_plainly
 from sere.serving.remote import refusing_once
-from sere.serving.session import check_config, open_session
+from sere.serving.session import open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
 from sere.table import TableError
 
@@ -129,6 +131,8 @@ def install_in_worker(own: Any, config: Any) -> None:
 
 def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
     def compile_or_warm_up_model(executor: Any) -> None:
+        if given(executor.vllm_config) is not None:
+            self_calibration.prepare(executor)
         original(executor)
         if given(executor.vllm_config) is None:
             return

@@ -11,13 +11,18 @@ from typing import Any
 from sere.policy import Policy, PolicyError, in_words
 from sere.serving import drafters, expert_kernels
 from sere.serving.asking import asked_by, given
+from sere.serving.no_table import NoTable
+from sere.serving.observing import Observation
+from sere.serving.reading import read
 from sere.serving.refusal import ServingError
 from sere.serving.reuse import obstacle_to_rows
 from sere.serving.session import Session, is_dense_stage, open_session, session_of
 from sere.serving.settings import merge_is_asked
 from sere.serving.start_up import description
 from sere.serving.symbols import rival, symbol
+from sere.serving.table_cache import file_of, table_in
 from sere.serving.telemetry import snapshot
+from sere.statistics import LayerStatistics
 
 _LOG = logging.getLogger("vllm.sere")
 
@@ -29,6 +34,9 @@ def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
     ) -> Any:
         session = session_of(runner.vllm_config)
+        if session is not None and session.observation is not None:
+            batch = runner.input_batch
+            session.observation.begin(batch.req_ids, num_scheduled_tokens[: batch.num_reqs])
         if session is not None and not session.live.dormant:
             with _classifying(session):
                 batch = runner.input_batch
@@ -52,6 +60,8 @@ def classifying_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         session = session_of(runner.vllm_config)
         if session is not None:
             lengths, total = batch.num_scheduled_tokens, batch.num_tokens
+            if session.observation is not None:
+                session.observation.begin(batch.req_ids, lengths)
             with _classifying(session):
                 session.begin(batch.is_prefilling_np, lengths, batch.req_ids, total)
         return batch
@@ -254,7 +264,51 @@ def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
     }
 
 
+def sere_calibrate(
+    worker: Any, sequences: list[list[int]], method: str
+) -> dict[int, tuple[str, LayerStatistics]] | None:
+    """Let the model read token sequences and measure its experts: by decoder layer index, the
+    layer's name and statistics, of the first rank; None of the others."""
+    config, session = worker.vllm_config, _session(worker)
+    runners = check_layers(config)
+    session.observation = observation = Observation(
+        runners,
+        method,
+        rows=config.scheduler_config.max_num_batched_tokens,
+        adds_up=worker.rank == 0,
+        ranks=config.parallel_config.tensor_parallel_size,
+    )
+    try:
+        read(worker, observation, sequences)
+    finally:
+        session.observation = None
+    found = observation.finished(sum(map(len, sequences)))
+    if found is None:
+        return None
+    return {r.layer_id: (r.layer_name, found[r.layer_id]) for r in runners}
+
+
+def sere_take_table(worker: Any, data: bytes | None, reason: str = "") -> None:
+    """Go live with a table's file; None if there is none, and why."""
+    session = _session(worker)
+    if data is None:
+        session.take(NoTable(session.table.fingerprint, reason))
+    else:
+        session.take(table_in(data))
+
+
+def sere_table(worker: Any) -> bytes:
+    """The file of the table that this worker goes by. Raises `ServingError` if it has none."""
+    session = _session(worker)
+    if isinstance(session.table, NoTable):
+        raise ServingError(session.table.reason)
+    return file_of(session.table)
+
+
 REMOTE_CALLS = (
+    sere_calibrate,
+    sere_take_table,
+    sere_table,
     sere_description,
     sere_layers,
     sere_policy,

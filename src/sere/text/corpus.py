@@ -63,6 +63,19 @@ class Corpus:
         hashes = self.text_hashes[:count]
         return Corpus(self.sequences[:count], self.source, self.length, self.seed, hashes)
 
+    def about(self, data: str | Path | None) -> dict[str, Any]:
+        """What a table says of its text; data: the file that it was drawn from, if any."""
+        return {
+            "corpus": self.source,
+            "corpus_hash": self.hash,
+            "file_hash": file_hash(data) if data else None,
+            "text_hashes": list(self.text_hashes),
+            "sequences": len(self.sequences),
+            "tokens": self.tokens,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
     @classmethod
     def from_texts(
         cls,
@@ -127,7 +140,7 @@ def encoder(tokenizer: Any, length: int | None = None) -> Callable[[Text], list[
         nonlocal told
         if isinstance(text, str):
             return _tokens(tokenizer, text, length, special=True)
-        if tokenizer.chat_template is None:
+        if getattr(tokenizer, "chat_template", None) is None:
             if not told:
                 told = True
                 print(

@@ -1,0 +1,93 @@
+"""`"sere": "auto"`: what the user wrote of an engine that calibrates itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from sere.files import is_file
+from sere.policy import Policy, PolicyError, check_keys
+
+CAUTIOUS = Policy(tau=0.02)
+"""Where no policy is given: S=2, and no replacement may lose more than 0.02 (see `Policy.tau`). Not
+measured on your model: `sere tune` chooses within a budget."""
+METHODS = ("frobenius", "cosine", "directed")
+"""Not those that depend on which rows are read together."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """How an engine calibrates itself at its first start.
+
+    data: the user's text, in any shape that `sere calibrate --data` reads; None takes the bundled
+        text, which is foreign to the user's.
+    method, samples, length, seed, allow_fewer: as of `sere calibrate`; sequences are cut to what
+        the engine can read whole.
+    cache: whether the table is looked for, and kept, in the cache folder.
+    wait: seconds for another engine that is at work on the same table; then this one calibrates for
+        itself. vLLM's front end gives a whole start `VLLM_ENGINE_READY_TIMEOUT_S`, 600 s.
+    otherwise: where the cache is of no use (not writable, a broken file, another engine that does
+        not end, a table of this model's name that is another checkpoint's), "calibrate" anew for
+        this start or serve "stock"; with "stock" also where calibration fails.
+    """
+
+    data: Path | None = None
+    method: str = "frobenius"
+    samples: int = 400
+    length: int = 128
+    seed: int = 0
+    allow_fewer: bool = True
+    cache: bool = True
+    wait: float = 300
+    otherwise: Literal["calibrate", "stock"] = "calibrate"
+
+    @classmethod
+    def parse(cls, given: Any) -> Auto | None:
+        """From the user's true, false or settings; raises `PolicyError`."""
+        if given is False:
+            return None
+        if given is True:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise PolicyError(
+                f'auto={given!r}: expected true, or settings, e.g. {{"data": "text.jsonl"}}'
+            )
+        check_keys("auto", given, [field.name for field in fields(cls)])
+        own = dict(given)
+        if own.get("data") is not None:
+            own["data"] = _file(own["data"])
+        return cls(**own)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise PolicyError(
+                f"auto: method={self.method!r}: an engine measures one of {', '.join(METHODS)}; "
+                "the others depend on which rows are read together: use `sere calibrate`"
+            )
+        for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PolicyError(f"auto: {name}={value!r}: expected a whole number >= {least}")
+        for name in ("allow_fewer", "cache"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PolicyError(f"auto: {name}={value!r}: expected true or false")
+        number = isinstance(self.wait, int | float) and not isinstance(self.wait, bool)
+        if not number or not 0 <= self.wait <= 86400:
+            raise PolicyError(f"auto: wait={self.wait!r}: expected seconds from 0 to 86400")
+        if self.otherwise not in ("calibrate", "stock"):
+            raise PolicyError(
+                f'auto: otherwise={self.otherwise!r}: expected "calibrate" or "stock"'
+            )
+
+
+def _file(named: Any) -> Path:
+    if not isinstance(named, str):
+        raise PolicyError(f"auto: data={named!r}: expected the path of a file of text")
+    if not is_file(path := Path(named)):
+        raise PolicyError(
+            f"auto: data={named!r}: no such file here; name a .txt, .md, .jsonl, .json or .parquet "
+            "file that the engine's own machine can read"
+        )
+    return path.absolute()

@@ -1,0 +1,55 @@
+"""No table yet: a state of its own. An engine that calibrates itself builds its layers before it
+knows what to re-route; until it is given a table, and for good where there comes none, it routes as
+stock does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sere.checkpoint import Fingerprint
+from sere.kernels import Plan
+from sere.kernels.plan import SETTINGS_OFF, Placement
+from sere.policy import Policy, PolicyError
+
+
+@dataclass(frozen=True)
+class NoTable:
+    """Stands where a `Table` is to stand; plans have its shapes, so that one can take its place.
+
+    fingerprint: the model that is served. reason: why there is none.
+    """
+
+    fingerprint: Fingerprint
+    reason: str = "there is no table yet: the engine is still to calibrate itself"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.fingerprint.layers
+
+    def plan(self, index: int, policy: Policy, placement: Placement | None = None) -> Plan:
+        return Plan.off(self.fingerprint.E)
+
+    def settings(self, index: int, policy: Policy) -> Tensor:
+        return SETTINGS_OFF
+
+    def can_move(self, policy: Policy) -> bool:
+        return False
+
+    def check_served(self, policy: Policy) -> None:
+        """Nothing can be switched on."""
+        raise PolicyError(self.reason)
+
+    def check_asked(self, policy: Policy) -> None:
+        """Raise `PolicyError` for a policy that no table of this model could serve."""
+        policy.check_against(self.fingerprint.K, self.fingerprint.E)
+        if policy.frees_anywhere:
+            raise PolicyError(
+                f'fill="{policy.fill}" needs linear maps, which an engine does not fit for itself: '
+                "run `sere calibrate --maps 16` and name its table"
+            )
+        by_size = (policy.for_bucket(bucket) for bucket in policy.batches)
+        named = set(policy.layers).union(*(own.layers for own in by_size if own))
+        if unknown := sorted(named - set(self.layers)):
+            raise PolicyError(f"layers {unknown} of the policy are not among {list(self.layers)}")

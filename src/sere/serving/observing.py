@@ -1,0 +1,234 @@
+"""What all experts of a layer make of the rows that it gets, by the engine's own kernels, weights
+and scales: a layer's `forward_modular` is replaced on the instance while the engine reads text, and
+given back.
+
+Nothing of a row is kept but sums [E, E]. Beyond those, a layer holds at a time: outputs of all
+experts on some rows (256 MiB at most), two float64 copies of a part of them (128 MiB each), and a
+kernel call's rows, at most as many as the engine's workspaces were profiled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sere.serving import expert_kernels
+from sere.serving.refusal import ServingError
+from sere.serving.symbols import symbol
+from sere.similarity.sums import LayerSums, chosen
+from sere.statistics import LayerStatistics
+
+_CHUNK = 128  # rows whose outputs exist at a time, at most
+_BYTES = 2**28
+# Kernels that take any number of slots a row; others are built for K of them.
+_ANY_SLOTS = ("CPU", "Triton", "Marlin", "BatchedTriton")
+_AGREES = {torch.float32: 1e-4}  # how far a layer's mixture may be from what its experts add up to
+_ROUNDS = 3e-2  # ... in dtypes of 16 bits, or with quantised weights
+
+
+class Observation:
+    """One worker's reading: sums of every layer, by decoder layer index."""
+
+    def __init__(
+        self, runners: Sequence[Any], method: str, *, rows: int, adds_up: bool, ranks: int
+    ) -> None:
+        """runners: vLLM's `MoERunner` of each layer. method: of `similarity.measures`.
+
+        rows: what a kernel call may have at most. adds_up: whether this rank keeps the sums; every
+        rank runs its part of all experts. ranks: how many have a part of each row's output.
+        """
+        if reason := next(filter(None, map(_obstacle, runners)), None):
+            raise ServingError(f"sere cannot calibrate in this engine: {reason}")
+        self._runners = runners
+        self._rows, self._adds_up, self._ranks = rows, adds_up, ranks
+        self.sums = {r.layer_id: LayerSums(_E(r), method) for r in runners}
+        self._parts: list[tuple[int, int]] = []  # (rows, fold) of the pass under way, in row order
+        self._folds: Mapping[str, int] = {}
+        self._checked: set[int] = set()
+
+    def expect(self, folds: Mapping[str, int]) -> None:
+        """A pass over these requests follows; folds: the part of the text that each belongs to."""
+        self._folds, self._parts = folds, []
+
+    def begin(self, requests: Sequence[str], lengths: Sequence[int] | None) -> None:
+        """The pass's requests and rows of each, in batch order; lengths: None for one row each."""
+        rows = [1] * len(requests) if lengths is None else [int(n) for n in lengths]
+        folds = [self._folds[name] for name in requests]
+        pairs = groupby(zip(rows, folds, strict=True), key=lambda pair: pair[1])
+        self._parts = [(sum(n for n, _ in part), fold) for fold, part in pairs]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """All layers are observed, and each is left as it was."""
+        try:
+            for runner in self._runners:
+                experts = runner.routed_experts
+                experts.forward_modular = partial(self._watch, runner, experts.forward_modular)
+            yield
+        finally:
+            for runner in self._runners:
+                vars(runner.routed_experts).pop("forward_modular", None)
+
+    def finished(self, tokens: int) -> dict[int, LayerStatistics] | None:
+        """What was found; None on ranks that add nothing up. Raises `ServingError` unless every
+        layer has seen each of the text's tokens once."""
+        if not self._adds_up:
+            return None
+        for runner in self._runners:
+            seen = self.sums[runner.layer_id].tokens
+            if seen != tokens:
+                raise ServingError(
+                    f"sere cannot calibrate in this engine: {runner.layer_name} saw {seen:,} of "
+                    f"{tokens:,} tokens; calibrate with `sere calibrate` without --engine"
+                )
+        found = {index: sums.finished() for index, sums in sorted(self.sums.items())}
+        for index, layer in found.items():
+            if not (torch.isfinite(layer.gram).all() and torch.isfinite(layer.directed).all()):
+                raise ServingError(
+                    f"layer {index}: an expert's output is NaN or infinite; is the checkpoint "
+                    "intact, and its dtype fit for this device?"
+                )
+        return found
+
+    def _watch(
+        self,
+        runner: Any,
+        run: Callable[..., Any],
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        **more: Any,
+    ) -> Any:
+        """Stands in for the layer's `forward_modular`; x: [T, H], padding behind the real rows."""
+        start = 0
+        for rows, fold in self._parts:
+            part = slice(start, start := start + rows)
+            if start > len(x):
+                raise ServingError(
+                    f"sere cannot calibrate in this engine: {runner.layer_name} is given {len(x)} "
+                    f"rows of {start}"
+                )
+            # copies, as kernels may write over their input
+            self._take_in(runner, run, x[part].clone(), topk_weights[part], topk_ids[part], fold)
+        return run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
+
+    def _take_in(
+        self,
+        runner: Any,
+        run: Callable[..., Any],
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        fold: int,
+    ) -> None:
+        E, sums = _E(runner), self.sums[runner.layer_id]
+        sent = chosen(ids.long(), weights, E)
+        if self._adds_up:
+            sums.count(sent)
+        step = max(1, min(_CHUNK, self._rows, _BYTES // (4 * E * x.shape[-1])))
+        for first in range(0, len(x), step):
+            part = slice(first, first + step)
+            outputs = self._outputs(runner, run, x[part], weights, ids)
+            if runner.layer_id not in self._checked:
+                self._check(runner, run, x[part], weights[part], ids[part], outputs)
+                self._checked.add(runner.layer_id)
+            if self._adds_up:
+                sums.add(outputs, sent[part], fold)
+            del outputs  # before the next is made
+
+    def _outputs(
+        self, runner: Any, run: Callable[..., Any], x: Tensor, weights: Tensor, ids: Tensor
+    ) -> Tensor:
+        """[E, n, H] float32: every expert on every row of x [n, H], reduced over ranks. weights,
+        ids: as the router gives them, for their dtypes and number of slots."""
+        E, n = _E(runner), len(x)
+        any_slots = expert_kernels.serving(runner).startswith(_ANY_SLOTS)
+        K = 1 if any_slots else ids.shape[1]
+        found: Tensor | None = None
+        at_once = max(1, self._rows // n)
+        for first in range(0, E, at_once):
+            experts = torch.arange(first, min(first + at_once, E), device=x.device)
+            # Slots beyond the first have no weight, and other experts, as kernels may count them.
+            named = (experts[:, None] + torch.arange(K, device=x.device)) % E
+            share = torch.zeros(len(experts) * n, K, dtype=weights.dtype, device=x.device)
+            share[:, 0] = 1
+            out = self._run(
+                runner,
+                run,
+                x.repeat(len(experts), 1),
+                share,
+                named.repeat_interleave(n, dim=0).to(ids.dtype),
+            )
+            if found is None:
+                found = torch.empty(E, n, out.shape[-1], dtype=torch.float32, device=x.device)
+            found[first : first + len(experts)] = out.view(len(experts), n, -1)
+        assert found is not None
+        return found
+
+    def _run(
+        self, runner: Any, run: Callable[..., Any], x: Tensor, weights: Tensor, ids: Tensor
+    ) -> Tensor:
+        """[n, H] float32: the experts' mixture, without shared experts, reduced over ranks."""
+        out = run(x=x, topk_weights=weights, topk_ids=ids)
+        if not isinstance(out, Tensor):
+            raise ServingError(
+                f"sere cannot calibrate in this engine: {runner.layer_name} defers its sums; "
+                "choose another --moe-backend, or calibrate without --engine"
+            )
+        whole: Tensor = out.float()
+        if self._ranks > 1 and not runner._fused_output_is_reduced:
+            whole = symbol("get_tp_group")().all_reduce(whole)
+        return whole
+
+    def _check(
+        self,
+        runner: Any,
+        run: Callable[..., Any],
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        """Raise `ServingError` unless the outputs [E, n, H] add up to the layer's own mixture."""
+        whole = self._run(runner, run, x.clone(), weights.clone(), ids.clone())
+        real = (ids >= 0) & (ids < len(outputs))
+        share = torch.where(real, weights, 0).float()
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        picked = outputs[ids.long().clamp(0, len(outputs) - 1), rows]  # [n, K, H]
+        added = (share[:, :, None] * picked).sum(1)
+        tiny = torch.finfo(torch.float32).tiny
+        error = ((added - whole).norm() / whole.norm().clamp(min=tiny)).item()
+        quantised = runner.routed_experts.quant_config is not None
+        bound = _ROUNDS if quantised else _AGREES.get(x.dtype, _ROUNDS)
+        if not error <= bound:
+            raise ServingError(
+                f"sere cannot calibrate in this engine: in {runner.layer_name} the experts' "
+                f"outputs, asked for one by one, add up to another mixture than its own (off by "
+                f"{error:.1%}, {bound:.2%} allowed; kernel {expert_kernels.serving(runner)}): "
+                "choose another --moe-backend, or calibrate without --engine"
+            )
+
+
+def _obstacle(runner: Any) -> str | None:
+    """Why a layer's experts cannot be compared by their outputs, or None."""
+    if runner.routed_experts.apply_router_weight_on_input:
+        return (
+            f"{runner.layer_name} weighs its experts' inputs and not their outputs (as Llama 4 "
+            "does), so that one output is not to be had; use `sere calibrate` without --engine"
+        )
+    if runner.routed_output_transform is not None:
+        return (
+            f"{runner.layer_name} transforms the sum of its experts' outputs (latent experts), "
+            "which are no parts of the layer's output then; use `sere calibrate` without --engine"
+        )
+    return None
+
+
+def _E(runner: Any) -> int:
+    return int(runner.moe_config.num_logical_experts)

@@ -1,0 +1,169 @@
+"""An engine reads text before it serves: whole sequences in hand-made scheduler outputs, as vLLM's
+own warm-up makes them, so that nothing is cut, cached or preempted and each token counts once.
+
+Run in every worker, before it warms up: nothing is captured or locked by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sere.serving.observing import Observation
+from sere.serving.refusal import ServingError
+from sere.serving.symbols import symbol
+from sere.similarity.sums import FOLDS
+
+_LOG = logging.getLogger("vllm.sere")
+_BATCH = 16  # texts of one part, as `sere calibrate` has them, until the next part has its turn
+_PATIENCE = 5  # seconds from one line of progress to the next
+# Caches that hold a block for so many tokens, and no state that is carried from step to step.
+_CACHES = (
+    "FullAttentionSpec",
+    "MLAAttentionSpec",
+    "SlidingWindowSpec",
+    "SlidingWindowMLASpec",
+    "ChunkedLocalAttentionSpec",
+    "SinkFullAttentionSpec",
+)
+
+
+def longest(config: Any) -> int:
+    """Tokens of a sequence that this engine can read whole, before it is asked for one more."""
+    scheduler = config.scheduler_config
+    return int(min(config.model_config.max_model_len - 1, scheduler.max_num_batched_tokens))
+
+
+def obstacle_to_reading(config: Any) -> str | None:
+    """Why an engine of such a config cannot calibrate itself, or None."""
+    parallel, model = config.parallel_config, config.model_config
+    obstacles = {
+        "data-parallel ranks run their experts in lockstep": parallel.data_parallel_size > 1,
+        "each pipeline stage has a part of the layers": parallel.pipeline_parallel_size > 1,
+        "context parallel splits the rows": parallel.prefill_context_parallel_size > 1
+        or parallel.decode_context_parallel_size > 1,
+        "expert load balancing (EPLB) moves and copies experts": parallel.enable_eplb,
+        "adapters (LoRA) change the experts": config.lora_config is not None,
+        "a drafter would have to follow (speculative decoding)": (
+            config.speculative_config is not None
+        ),
+        "KV connectors would take the text for a request": config.kv_transfer_config is not None,
+        "the model reads more than text (encoder-decoder)": model.is_encoder_decoder,
+        "the engine was started without a tokenizer": model.skip_tokenizer_init,
+        "the order of the rows is not known (external_launcher)": (
+            parallel.distributed_executor_backend == "external_launcher"
+        ),
+    }
+    return next((reason for reason, there in obstacles.items() if there), None)
+
+
+def read(worker: Any, observation: Observation, sequences: Sequence[list[int]]) -> None:
+    """Let the worker's model read token sequences, each of at most `longest` tokens."""
+    runner, made, began = worker.model_runner, 0, time.monotonic()
+    said, known = began, set[str]()  # of which requests the runner knows
+    with _as_written(worker), observation.watching():
+        try:
+            for part in _passes(runner, sequences, worker.vllm_config):
+                requests = {_name(i): sequences[i] for i in part}
+                observation.expect({_name(i): i // _BATCH % FOLDS for i in part})
+                output = _scheduled(runner, requests)
+                output.finished_req_ids, known = known, set(requests)
+                if worker.execute_model(output) is None:
+                    worker.sample_tokens(None)
+                made += len(requests)
+                if worker.rank == 0 and time.monotonic() - said > _PATIENCE:
+                    said = time.monotonic()
+                    _LOG.info("sere: calibrating: %d of %d texts", made, len(sequences))
+        finally:  # where it fails, too, the engine may be wanted for stock routing
+            output = symbol("SchedulerOutput").make_empty()
+            output.finished_req_ids = known
+            worker.execute_model(output)
+
+
+def _name(number: int) -> str:
+    return f"_sere_calibration_{number}_"
+
+
+def _passes(runner: Any, sequences: Sequence[list[int]], config: Any) -> Iterator[list[int]]:
+    """Numbers of sequences that are read together: as many as the scheduler would take."""
+    scheduler, free = config.scheduler_config, runner.kv_cache_config.num_blocks - 1
+    part: list[int] = []
+    tokens = blocks = 0
+    for i, sequence in enumerate(sequences):
+        own = sum(_blocks(runner, len(sequence)))
+        full = (
+            len(part) == scheduler.max_num_seqs
+            or tokens + len(sequence) > scheduler.max_num_batched_tokens
+            or blocks + own > free
+        )
+        if part and full:
+            yield part
+            part, tokens, blocks = [], 0, 0
+        part.append(i)
+        tokens, blocks = tokens + len(sequence), blocks + own
+    if part:
+        yield part
+
+
+def _blocks(runner: Any, tokens: int) -> list[int]:
+    """Blocks that a sequence, and the token behind it, take of each group of caches."""
+    taken = []
+    for group in runner.kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if type(spec).__name__ not in _CACHES:
+            raise ServingError(
+                f"sere cannot calibrate in this engine: its {type(spec).__name__} carries state "
+                "from step to step, which hand-made steps might leave behind; calibrate with "
+                "`sere calibrate` without --engine and name the table"
+            )
+        taken.append(-(-(tokens + 1) // spec.block_size))
+    return taken
+
+
+def _scheduled(runner: Any, requests: Mapping[str, list[int]]) -> Any:
+    """vLLM's scheduler output for requests that are new and read whole."""
+    from vllm import SamplingParams
+
+    output, free = symbol("SchedulerOutput").make_empty(), 1  # block 0 is nobody's
+    for name, tokens in requests.items():
+        own = []
+        for count in _blocks(runner, len(tokens)):
+            own.append(list(range(free, free + count)))
+            free += count
+        output.scheduled_new_reqs.append(
+            symbol("NewRequestData")(
+                req_id=name,
+                prompt_token_ids=tokens,
+                mm_features=[],
+                sampling_params=SamplingParams(temperature=0, max_tokens=1),
+                pooling_params=None,
+                block_ids=tuple(own),
+                num_computed_tokens=0,
+                lora_request=None,
+                prefill_token_ids=tokens,
+            )
+        )
+        output.num_scheduled_tokens[name] = len(tokens)
+    output.total_num_scheduled_tokens = sum(map(len, requests.values()))
+    return output
+
+
+@contextmanager
+def _as_written(worker: Any) -> Iterator[None]:
+    """Neither compiled code, which would not see the observer, nor graphs."""
+    compilation = worker.vllm_config.compilation_config
+    size = compilation.max_cudagraph_capture_size
+    modules = [m for m in worker.get_model().modules() if hasattr(m, "do_not_compile")]
+    compiled = [m.do_not_compile for m in modules]
+    try:
+        compilation.max_cudagraph_capture_size = 0
+        for module in modules:
+            module.do_not_compile = True
+        yield
+    finally:
+        compilation.max_cudagraph_capture_size = size
+        for module, before in zip(modules, compiled, strict=True):
+            module.do_not_compile = before

@@ -1,0 +1,261 @@
+"""An engine calibrates itself, or finds the table that one like it has made: before it warms up,
+in the process that drives the workers.
+
+Every worker begins without a table and is handed one, the same bytes each, be it found or made.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sere import __version__
+from sere.checkpoint import Fingerprint, weight_hashes
+from sere.checkpoint.quantised import settings as quantisation
+from sere.checkpoint.samples import sample_hash
+from sere.policy import PolicyError
+from sere.serving.auto import Auto
+from sere.serving.contract import CALIBRATION
+from sere.serving.model_fit import model_folder, untold
+from sere.serving.reading import longest, obstacle_to_reading
+from sere.serving.refusal import ServingError
+from sere.serving.session import settings_of
+from sere.serving.settings import Settings
+from sere.serving.symbols import lacking, symbol, vllm_version
+from sere.serving.table_cache import CacheTrouble, Entry, file_of
+from sere.table import Table
+from sere.text.bundled import BUNDLED
+from sere.text.corpus import Corpus, CorpusError, Text, encoder, file_hash, read_texts
+
+_LOG = logging.getLogger("vllm.sere")
+_FORM = 1  # of what is measured; another one makes other keys
+FOREIGN = (
+    "sere: CALIBRATED ON FOREIGN TEXT: the bundled one agrees with text of your own on about half "
+    'of the replacements only (docs/calibration.md); give {"auto": {"data": "text.jsonl"}}'
+)
+
+
+def check(config: Any, settings: Settings) -> None:
+    """Refuse, before weights are loaded, what `prepare` would end in. Raises `ServingError`."""
+    auto = settings.auto
+    if auto is None or auto.otherwise == "stock" or _is_kept(config, auto):
+        return
+    if reason := _obstacle(config):
+        raise ServingError(reason)
+    try:
+        _texts(auto)
+    except (CorpusError, OSError) as error:
+        raise ServingError(f"sere cannot calibrate in this engine: {error}") from error
+
+
+def kept(config: Any) -> str:
+    """Of an engine that is to calibrate itself: the table that it will find, or that it will make
+    one, in words."""
+    auto = settings_of(config).auto
+    if auto is None or (entry := entry_of(config, auto)) is None:
+        return "it calibrates itself at every start"
+    found = _is_kept(config, auto)
+    return f"it will find {entry.path}" if found else f"its first start will make {entry.path}"
+
+
+def prepare(executor: Any) -> None:
+    """Hand every worker its table. Raises `ServingError` where there is none to be had and the
+    user did not choose stock routing then."""
+    config = executor.vllm_config
+    settings = settings_of(config)
+    if (auto := settings.auto) is None:
+        return
+    try:
+        data = _found_or_made(executor, auto)
+    except (CacheTrouble, ServingError, CorpusError, OSError) as error:
+        if auto.otherwise != "stock":
+            raise ServingError(str(error)) from error
+        _ask(executor, "sere_take_table", None, f"no table, and stock was asked for then: {error}")
+        return
+    if auto.data is None:
+        _LOG.warning(FOREIGN)
+    _ask(executor, "sere_take_table", data)
+
+
+def entry_of(config: Any, auto: Auto) -> Entry | None:
+    """The table's place in the cache, by all that it depends on; None where it is to have none, or
+    where no safetensors tell one checkpoint from another."""
+    model, folder = config.model_config, model_folder(config)
+    if not auto.cache or folder is None or (stored := sample_hash(folder)) is None:
+        return None
+    facts = {
+        "form": _FORM,
+        "stored": stored,
+        "quantisation": quantisation(folder),
+        "served_as": model.quantization,
+        "dtype": str(model.dtype),
+        "overrides": str(model.hf_overrides or ""),
+        "text": file_hash(auto.data or BUNDLED),
+        "method": auto.method,
+        "samples": auto.samples,
+        "length": min(auto.length, longest(config)),
+        "seed": auto.seed,
+    }
+    return Entry.of(model.model, _fingerprint(config), facts)
+
+
+def _fingerprint(config: Any) -> Fingerprint:
+    known, folder = untold(config), model_folder(config)
+    if folder is None:
+        return known
+    router, experts = weight_hashes(folder, known.layers, known.E)
+    return replace(known, router_hash=router, experts_hash=experts)
+
+
+def _is_kept(config: Any, auto: Auto) -> bool:
+    try:
+        entry = entry_of(config, auto)
+        return entry is not None and entry.read() is not None
+    except CacheTrouble:
+        return False
+
+
+def _obstacle(config: Any) -> str | None:
+    reason = lacking(CALIBRATION) or obstacle_to_reading(config)
+    return reason and (
+        f"sere cannot calibrate in this engine: {reason}; make a table with `sere calibrate` and "
+        "name it"
+    )
+
+
+def _found_or_made(executor: Any, auto: Auto) -> bytes:
+    """Raises `CacheTrouble` where the user chose stock routing rather than to calibrate anew."""
+    if (entry := entry_of(executor.vllm_config, auto)) is None:
+        return _made(executor, auto, _fingerprint(executor.vllm_config))
+    try:
+        if (data := entry.read()) is not None:
+            _LOG.info("sere: calibrated at an earlier start: %s", entry.path)
+            return data
+    except CacheTrouble as trouble:
+        _anew(auto, trouble)
+    if others := entry.others():
+        _anew(
+            auto,
+            CacheTrouble(
+                f"{others[0].parent} has {len(others)} table(s) for a model of this name, of "
+                "another checkpoint, quantisation, dtype, K, text or method"
+            ),
+        )
+    try:
+        with entry.held(auto.wait, lambda waited: _tell(entry, auto, waited)):
+            return _shared(executor, auto, entry)
+    except CacheTrouble as trouble:
+        _anew(auto, trouble)
+    return _made(executor, auto, entry.fingerprint)
+
+
+def _shared(executor: Any, auto: Auto, entry: Entry) -> bytes:
+    """What another engine has made meanwhile, or what this one makes and keeps."""
+    try:
+        if (data := entry.read()) is not None:
+            _LOG.info("sere: calibrated by an engine that started beside this one: %s", entry.path)
+            return data
+    except CacheTrouble:
+        pass  # said before; it is replaced
+    data = _made(executor, auto, entry.fingerprint)
+    try:
+        entry.write(data)
+        _LOG.info("sere: kept for later starts: %s", entry.path)
+    except CacheTrouble as trouble:
+        _LOG.warning("sere: %s; the next start calibrates anew", trouble)
+    return data
+
+
+def _anew(auto: Auto, trouble: CacheTrouble) -> None:
+    if auto.otherwise == "stock":
+        raise trouble
+    _LOG.warning("sere: %s; calibrating anew", trouble)
+
+
+def _tell(entry: Entry, auto: Auto, waited: float) -> None:
+    _LOG.info(
+        "sere: another engine calibrates the same model: waiting for it, %.0f of at most %.0f s "
+        "(%s)",
+        waited,
+        auto.wait,
+        entry.path,
+    )
+
+
+def _made(executor: Any, auto: Auto, fingerprint: Fingerprint) -> bytes:
+    """A new table's file, for the model of this fingerprint. Raises as `prepare` takes it."""
+    config = executor.vllm_config
+    if reason := _obstacle(config):
+        raise ServingError(reason)
+    began = time.monotonic()
+    corpus = _corpus(config, auto)
+    _LOG.info(
+        "sere: calibrating on %d texts, %d tokens, %s",
+        len(corpus.sequences),
+        corpus.tokens,
+        corpus.source,
+    )
+    told = _ask(executor, "sere_calibrate", corpus.sequences, auto.method)
+    layers = next(answer for answer in told if answer is not None)
+    model = config.model_config
+    table = Table(
+        fingerprint,
+        {index: layer for index, (_, layer) in layers.items()},
+        auto.method,
+        {
+            "model": Path(model.model).name,
+            "layer_names": [name for name, _ in layers.values()],
+            **corpus.about(auto.data or BUNDLED),
+            "engine": {
+                "vllm": vllm_version(),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "quantization": model.quantization,
+                "tensor_parallel": config.parallel_config.tensor_parallel_size,
+            },
+            "versions": {
+                "sere": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers")},
+            },
+        },
+    )
+    _LOG.info("sere: calibrated %d layers in %.1f s", len(layers), time.monotonic() - began)
+    return file_of(table)
+
+
+def _texts(auto: Auto) -> list[Text]:
+    if found := read_texts(auto.data or BUNDLED):
+        return found
+    raise CorpusError(f"{auto.data}: no text in it")
+
+
+def _corpus(config: Any, auto: Auto) -> Corpus:
+    length = min(auto.length, longest(config))
+    encode = encoder(symbol("cached_tokenizer_from_config")(config.model_config), length)
+    return Corpus.from_texts(
+        _texts(auto),
+        encode,
+        source=str(auto.data) if auto.data else "the bundled text",
+        samples=auto.samples,
+        length=length,
+        seed=auto.seed,
+        allow_fewer=auto.allow_fewer,
+    )
+
+
+def _ask(executor: Any, call: str, *arguments: Any) -> list[Any]:
+    """What every worker answers, in rank order. Raises `ServingError` for what one refuses."""
+    try:
+        told = executor.collective_rpc(call, args=arguments)
+    except (ServingError, PolicyError) as error:
+        raise ServingError(str(error)) from error
+    except Exception as error:  # from another process it comes as vLLM's own
+        raise ServingError(f"sere cannot calibrate in this engine: {error}") from error
+    if refused := [answer for answer in told if isinstance(answer, str)]:
+        raise ServingError(refused[0])
+    return list(told)

@@ -1,0 +1,144 @@
+"""Where tables that engines made for themselves are kept: one file for each model, quantisation,
+dtype, text and method, written whole or not at all, by one engine while others wait.
+
+The folder is `SERE_CACHE`, else `$XDG_CACHE_HOME/sere`, else `~/.cache/sere`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sere.checkpoint import Fingerprint
+from sere.files import lock, replaced
+from sere.table import FILE_NAME, Table, TableError
+
+_LOOK = 0.5  # seconds between two looks at a lock
+_TELL = 10  # seconds between two words about it
+
+
+class CacheTrouble(RuntimeError):
+    """Why the cache is of no use for this start."""
+
+
+def cache_folder() -> Path:
+    """See above; need not be there yet."""
+    if own := os.environ.get("SERE_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "sere"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One table's place in the cache.
+
+    path: of its file, `MODEL-KEY.table`. fingerprint: of the model that it must be for.
+    """
+
+    path: Path
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, model: str, fingerprint: Fingerprint, facts: Mapping[str, Any]) -> Entry:
+        """model: a name for people. facts: all that a table depends on beside the model, JSON-able;
+        two engines share a table only if all are equal."""
+        known = {"fingerprint": vars(fingerprint), **facts}
+        key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        name = re.sub(r"[^\w.-]+", "_", Path(model).name) or "model"
+        return cls(cache_folder() / f"{name[:80]}-{key[:20]}.table", fingerprint)
+
+    def read(self) -> bytes | None:
+        """The table's file, checked; None if there is none. Raises `CacheTrouble` if it is broken
+        or another model's."""
+        try:
+            data = self.path.read_bytes()
+            Table.load(self.path).check_against(self.fingerprint)
+        except FileNotFoundError:
+            return None
+        except (TableError, OSError) as error:
+            said = str(error).splitlines()[0]
+            raise CacheTrouble(f"the table in the cache cannot be used: {said}") from None
+        return data
+
+    def others(self) -> list[Path]:
+        """Tables of a model by this name that are not for this one as it is served now."""
+        name = self.path.name.rsplit("-", 1)[0]
+        return sorted(p for p in self.path.parent.glob(f"{name}-*.table") if p != self.path)
+
+    def write(self, data: bytes) -> None:
+        """Put a table's file in its place, whole or not at all. Raises `CacheTrouble`."""
+        try:
+            with replaced(self.path) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            raise CacheTrouble(f"the table cannot be kept: {error}") from None
+
+    @contextmanager
+    def held(self, wait: float, tell: Callable[[float], None]) -> Iterator[None]:
+        """Hold the place for this engine alone, until it is through or dead. Raises `CacheTrouble`
+        where nothing can be written, or another engine still has it after so many seconds.
+
+        tell: called now and then with the seconds that were waited.
+        """
+        _made(self.path.parent)
+        lock_path = self.path.with_suffix(".lock")
+        try:
+            file = lock_path.open("ab")
+        except OSError as error:
+            raise CacheTrouble(f"{self.path.parent} cannot be written to: {error}") from None
+        with file:
+            began = time.monotonic()
+            told = -math.inf
+            while reason := _taken(file, lock_path):
+                waited = time.monotonic() - began
+                if waited >= wait:
+                    raise CacheTrouble(f"{reason} after {waited:.0f} s")
+                if waited - told > _TELL:
+                    told = waited
+                    tell(waited)
+                time.sleep(min(_LOOK, wait - waited))
+            yield
+
+
+def _made(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheTrouble(f"{folder} cannot be made: {error}") from None
+
+
+def _taken(file: IO[Any], path: Path) -> str | None:
+    """Why the lock is not ours yet, or None once it is. Raises `CacheTrouble` where there can be
+    none, as on some network disks."""
+    try:
+        lock(file, path)
+    except OSError as error:
+        if isinstance(error.__context__, BlockingIOError):
+            return f"another engine was still at work on this table ({path})"
+        raise CacheTrouble(f"{path} cannot be locked: {error}") from None
+    return None
+
+
+def file_of(table: Table) -> bytes:
+    """What `Table.save` writes: ranks are handed the same bytes, so that their plans agree."""
+    with tempfile.TemporaryDirectory() as folder:
+        table.save(path := Path(folder, FILE_NAME))
+        return path.read_bytes()
+
+
+def table_in(data: bytes) -> Table:
+    """The table in a file's bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder, FILE_NAME)).write_bytes(data)
+        return Table.load(path)

@@ -1,0 +1,282 @@
+"""An engine that calibrates itself: the table that `sere calibrate` makes, from the engine's own
+kernels, and a start that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sere.calibration.calibrate import calibrate
+from sere.demo_model.tasks import examples
+from sere.policy import Policy
+from sere.serving.refusal import ServingError
+from sere.serving.settings import Settings
+from sere.statistics import TENSORS
+from sere.table import Table
+from tests.conftest import enlarge_experts, save_tokenizer
+from tests.engines import environment, run_engine
+from tests.serving import self_calibration_script as script
+from tests.serving.test_serving import configure
+
+pytestmark = pytest.mark.engine
+LENGTH = 100
+
+# Head dimensions that vLLM's CPU attention takes.
+_COMMON = {
+    "vocab_size": 98,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+}
+# Routing by softmax; by softmax, beside shared experts; by sigmoid with a bias, in groups, beside
+# shared experts, behind a dense layer.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8},
+    "qwen2_moe": {"num_experts": 8, "shared_expert_intermediate_size": 32},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+}
+LAYERS = {"qwen3_moe": (0, 1, 2), "qwen2_moe": (0, 1, 2), "glm4_moe": (1, 2)}
+
+
+def checkpoint(family: str, folder: Path) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family]})
+    model = AutoModelForCausalLM.from_config(config).float()
+    enlarge_experts(model)
+    for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+        if "correction_bias" in name:  # of zeros at first, which would hide that it is left out
+            tensor.data.normal_(0, 0.05)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@dataclass
+class Runs:
+    """folder: of the engines' tables, by name. said: by each engine. models: by family."""
+
+    folder: Path
+    said: dict[str, list[str]]
+    models: dict[str, Path]
+
+    def table(self, name: str) -> Table:
+        return Table.load(self.folder / f"{name}.table")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
+    """Engines of all families, which keep nothing; and of one that keeps its table, a first and a
+    second start."""
+    folder = tmp_path_factory.mktemp("engines")
+    models = {family: checkpoint(family, folder / family) for family in FAMILIES}
+    auto = {"data": str(corpus_file), "length": LENGTH}
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,  # fewer rows than experts times a chunk's
+    }
+
+    def job(name: str, model: Path, **more: Any) -> dict[str, Any]:
+        own = {"sere": {"auto": {**auto, **more}}}
+        engine = {"model": str(model), "additional_config": own, **options}
+        return {"options": engine, "output": str(folder / f"{name}.table")}
+
+    jobs = {family: job(family, model, cache=False) for family, model in models.items()}
+    for start in ("first", "second"):
+        jobs[start] = job(start, models["qwen3_moe"])
+    (folder / "nothing.jsonl").touch()
+    nothing = {"data": str(folder / "nothing.jsonl"), "otherwise": "stock", "cache": False}
+    jobs["stock"] = job("stock", models["qwen3_moe"], **nothing)
+    found = subprocess.run(
+        [sys.executable, script.__file__],
+        input=json.dumps(list(jobs.values())),
+        capture_output=True,
+        text=True,
+        env=environment(SERE_CACHE=str(folder / "cache"), VLLM_LOGGING_LEVEL="INFO"),
+        check=False,
+    )
+    lines = [line for line in found.stdout.splitlines() if line.startswith(script.RESULT)]
+    assert lines, found.stderr[-4000:]
+    said = json.loads(lines[0][len(script.RESULT) :])
+    return Runs(folder, dict(zip(jobs, said, strict=True)), models)
+
+
+@pytest.mark.modes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engines_own_table_is_that_of_sere_calibrate(
+    runs: Runs, corpus_file: Path, tmp_path: Path, family: str
+) -> None:
+    mine, reference = (
+        runs.table(family),
+        calibrate(
+            str(runs.models[family]),
+            tmp_path / "table",
+            data=corpus_file,
+            samples=20,
+            length=LENGTH,
+            progress=False,
+        ),
+    )
+    assert mine.fingerprint == reference.fingerprint
+    assert mine.fingerprint.layers == LAYERS[family]
+    for fact in ("corpus_hash", "text_hashes", "tokens", "sequences", "length", "seed"):
+        assert mine.provenance[fact] == reference.provenance[fact]
+    for index, layer in reference.layers.items():
+        own = mine.layers[index]
+        assert own.tokens == layer.tokens == reference.provenance["tokens"]
+        assert own.stability == layer.stability
+        for name in TENSORS:
+            expected, found = getattr(layer, name), getattr(own, name)
+            assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
+
+
+# --- a start that needs nothing else --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    drawn = examples(64, seed=0, split="train")
+    path.write_text("".join(json.dumps({"text": e.prompt + e.answer}) + "\n" for e in drawn))
+    return path
+
+
+@pytest.mark.modes
+def test_a_second_start_finds_the_table_of_the_first(runs: Runs) -> None:
+    (kept,) = (runs.folder / "cache").glob("*.table")
+    data = kept.read_bytes()
+    assert (runs.folder / "first.table").read_bytes() == data
+    assert (runs.folder / "second.table").read_bytes() == data
+    first, second = ("\n".join(runs.said[start]) for start in ("first", "second"))
+    assert f"kept for later starts: {kept}" in first
+    assert f"calibrated at an earlier start: {kept}" in second
+    assert "calibrating on" in first and "calibrating on" not in second
+
+
+@pytest.mark.modes
+def test_an_engine_that_cannot_calibrate_serves_stock_if_that_was_chosen(runs: Runs) -> None:
+    said = "\n".join(runs.said["stock"])
+    assert "NOTHING IS RE-ROUTED: no table, and stock was asked for then" in said
+    assert "nothing.jsonl: no text in it" in said
+    assert not (runs.folder / "stock.table").exists()
+
+
+@pytest.mark.modes
+def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
+    tmp_path: Path, text: Path
+) -> None:
+    prompts = [example.prompt for example in examples(16, seed=7, split="held_out")]
+    told, stats, _, counted = run_engine(
+        [
+            ["rpc", "sere_description"],
+            ["rpc", "sere_stats"],
+            ["generate", prompts, 12],
+            ["rpc", "sere_stats"],
+        ],
+        sere={"auto": {"data": str(text)}, "tau": 0.3},
+        env={"SERE_CACHE": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )
+    assert told[0]["inert"] is None and told[0]["policy"] == "S=2 tau=0.3"
+    assert not any(any(layer.values()) for layer in stats[0].values())  # nobody counts that text
+    assert all(layer["slots_rerouted"] > 0 for layer in counted[0].values())
+    (kept,) = tmp_path.glob("*.table")
+    table = Table.load(kept)
+    assert all(layer.tokens == table.provenance["tokens"] for layer in table.layers.values())
+
+
+# --- what the user wrote, and what is refused before weights are loaded ---------------------------
+
+
+def parse(**given: Any) -> Settings:
+    return Settings.parse(given, model_folder=None, model_default={})
+
+
+def test_without_a_policy_the_cautious_default_is_served() -> None:
+    assert parse(auto=True).policy == Policy(S=2, tau=0.02)
+    assert parse(auto=True, S=1).policy == Policy(S=1)
+    assert parse(auto=True).table is None
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"auto": True, "table": "t.table"}, "leave one of the two out"),
+        ({"auto": 1}, "expected true, or settings"),
+        ({"auto": {"date": "t"}}, "did you mean 'data'"),
+        ({"auto": {"data": "/none/t.jsonl"}}, "no such file here"),
+        ({"auto": {"method": "cka-linear"}}, "depend on which rows are read together"),
+        ({"auto": {"otherwise": "wait"}}, 'expected "calibrate" or "stock"'),
+        ({"auto": {"wait": -1}}, "expected seconds"),
+        ({"auto": {"samples": 0}}, "expected a whole number >= 1"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse(**given)
+
+
+@pytest.mark.parametrize(
+    ("options", "sere", "reason"),
+    [
+        ({"data_parallel_size": 2}, {}, "data-parallel ranks run their experts in lockstep"),
+        ({"pipeline_parallel_size": 2}, {}, "each pipeline stage has a part of the layers"),
+        ({"skip_tokenizer_init": True}, {}, "without a tokenizer"),
+        ({}, {"fill": "linear"}, "needs linear maps"),
+        ({}, {"layers": {"9": {"S": 1}}}, r"layers \[9\] of the policy are not among"),
+    ],
+    ids=str,
+)
+def test_what_an_engine_cannot_calibrate_is_refused_before_weights_are_loaded(
+    options: dict[str, Any],
+    sere: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SERE_CACHE", str(tmp_path))
+    with pytest.raises(ServingError, match=reason):
+        configure(options, auto=True, **sere)
+
+
+def test_a_file_without_text_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "nothing.jsonl").touch()
+    with pytest.raises(ServingError, match=r"nothing\.jsonl: no text in it"):
+        configure(auto={"data": str(tmp_path / "nothing.jsonl"), "cache": False})
+
+
+def test_the_word_alone_is_enough_and_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tests.engines import OPTIONS
+
+    configure(auto=True)
+    EngineArgs(**OPTIONS, additional_config={"sere": "auto"}).create_engine_config()
+    with pytest.raises(ServingError, match='write "auto" for an engine that calibrates itself'):
+        EngineArgs(**OPTIONS, additional_config={"sere": "atuo"}).create_engine_config()
