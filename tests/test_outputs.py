@@ -151,7 +151,7 @@ def stopped_before_the_work() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for place in (
-            "sere.calibration.calibrate._texts",
+            "sere.calibration.calibrate.texts_of",
             "sere.table.Table.load",
             "sere.page.render.read",
             "sere.speed.bench.subject",

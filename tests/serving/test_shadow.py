@@ -21,9 +21,10 @@ from sere.policy import Policy
 from sere.serving import shadow as module
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
+from sere.serving.may_start import _check_shadow
 from sere.serving.rows import RowClasses
 from sere.serving.server import free_port
-from sere.serving.session import ServingError, _check_shadow
+from sere.serving.session import ServingError
 from sere.serving.shadow import PATIENCE, Shadow, ShadowSettings
 from sere.table import LayerStatistics, Table
 from tests.engines import run_engine
