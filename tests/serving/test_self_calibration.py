@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
 from sere.policy import Policy
+from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
 from sere.serving.settings import Settings
 from sere.statistics import TENSORS
@@ -208,6 +210,51 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
     (kept,) = tmp_path.glob("*.table")
     table = Table.load(kept)
     assert all(layer.tokens == table.provenance["tokens"] for layer in table.layers.values())
+
+
+@pytest.mark.parametrize("own", [None, "the shadow check's"])
+def test_a_layer_is_left_as_it_was_found(own: str | None) -> None:
+    class Experts:
+        quant_config, apply_router_weight_on_input = None, False
+
+        def forward_modular(self) -> None:
+            pass
+
+    runner = SimpleNamespace(
+        layer_id=0,
+        moe_config=SimpleNamespace(num_logical_experts=4),
+        routed_experts=Experts(),
+        routed_output_transform=None,
+    )
+    if own:
+        runner.routed_experts.forward_modular = own  # type: ignore[method-assign]
+    before = dict(vars(runner.routed_experts))
+    observation = Observation([runner], "frobenius", rows=8, adds_up=True, ranks=1)
+    with pytest.raises(ZeroDivisionError), observation.watching():
+        assert vars(runner.routed_experts) != before
+        raise ZeroDivisionError
+    assert vars(runner.routed_experts) == before
+
+
+@pytest.mark.parametrize(
+    ("experts", "more", "reason"),
+    [
+        ({"apply_router_weight_on_input": True}, {}, "weighs its experts' inputs"),
+        ({}, {"routed_output_transform": object()}, "latent experts"),
+    ],
+    ids=["Llama 4", "latent"],
+)
+def test_experts_that_cannot_be_compared_by_their_outputs_are_refused(
+    experts: dict[str, Any], more: dict[str, Any], reason: str
+) -> None:
+    own = {"apply_router_weight_on_input": False, **experts}
+    runner = SimpleNamespace(
+        layer_name="model.layers.0.experts",
+        routed_experts=SimpleNamespace(**own),
+        **{"routed_output_transform": None, **more},
+    )
+    with pytest.raises(ServingError, match=reason):
+        Observation([runner], "frobenius", rows=8, adds_up=True, ranks=1)
 
 
 # --- what the user wrote, and what is refused before weights are loaded ---------------------------

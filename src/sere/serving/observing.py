@@ -24,6 +24,7 @@ from sere.serving.symbols import symbol
 from sere.similarity.sums import LayerSums, chosen
 from sere.statistics import LayerStatistics
 
+_HOOKED = "forward_modular"
 _CHUNK = 128  # rows whose outputs exist at a time, at most
 _BYTES = 2**28
 # Kernels that take any number of slots a row; others are built for K of them.
@@ -65,15 +66,19 @@ class Observation:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """All layers are observed, and each is left as it was."""
+        """All layers are observed, and each is left as it was: the shadow check may have hold of
+        it, too."""
+        layers = [runner.routed_experts for runner in self._runners]
+        before = [vars(experts).get(_HOOKED) for experts in layers]
         try:
-            for runner in self._runners:
-                experts = runner.routed_experts
+            for runner, experts in zip(self._runners, layers, strict=True):
                 experts.forward_modular = partial(self._watch, runner, experts.forward_modular)
             yield
         finally:
-            for runner in self._runners:
-                vars(runner.routed_experts).pop("forward_modular", None)
+            for experts, own in zip(layers, before, strict=True):
+                vars(experts).pop(_HOOKED, None)
+                if own is not None:
+                    experts.forward_modular = own
 
     def finished(self, tokens: int) -> dict[int, LayerStatistics] | None:
         """What was found; None on ranks that add nothing up. Raises `ServingError` unless every

@@ -194,7 +194,7 @@ class Session:
                 f"sere is bound to layers {list(bound)}, the table has {list(expected)}: this "
                 "model calls expert kernels past vLLM's routers, which sere cannot reach"
             )
-        if isinstance(self.table, Table):
+        if not isinstance(self.table, NoTable):
             check_model(config, self.settings, self.table)
 
 
