@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import io
 import json
 import logging
 import multiprocessing
@@ -411,15 +412,30 @@ def serve(
     variables: the whole environment. paths: further folders to import from. log: the file for all
     that is printed.
     """
+    _settle(variables, log, log)
+    sys.path[:0] = paths
+    pipe.send(_answers(options, pipe.recv))
+    atexit._run_exitfuncs()  # a forked process runs none by itself: engines end their children so
+
+
+def execute(
+    code: str, arguments: list[str], variables: dict[str, str], given: str, out: str, errors: str
+) -> None:
+    """Like `serve`, of any program: its source, and what stands in `sys.argv` and on stdin."""
+    _settle(variables, out, errors)
+    sys.argv, sys.stdin = ["-c", *arguments], io.StringIO(given)
+    try:
+        exec(code, {"__name__": "__main__"})
+    finally:
+        atexit._run_exitfuncs()
+
+
+def _settle(variables: dict[str, str], out: str, errors: str) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(variables)
-    sys.path[:0] = paths
-    printed = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(printed, 1)
-    os.dup2(printed, 2)
-    pipe.send(_answers(options, pipe.recv))
-    atexit._run_exitfuncs()  # a forked process runs none by itself: engines end their children so
+    for number, file in ((1, out), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
 
 
 def main() -> None:

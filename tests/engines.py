@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import mkstemp
+from tempfile import TemporaryDirectory, mkstemp
 from typing import Any
 
 from sere import demo_model
@@ -120,6 +121,36 @@ class Starting:
 
     def _printed(self) -> str:
         return Path(self._log).read_text()[-6000:]
+
+
+def run_program(
+    code: str, *arguments: str, given: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `python -c code arguments` would end, in a process of its own that has imported vLLM.
+
+    given: what stands on its stdin. env: the whole environment; by default this process's.
+    """
+    with TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        variables = dict(os.environ if env is None else env)
+        process = _IMPORTED.Process(
+            target=engine_script.execute,
+            args=(code, [*arguments], variables, given, str(out), str(errors)),
+            daemon=True,
+        )
+        process.start()
+        process.join(600)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(
+            arguments, process.exitcode, out.read_text(), errors.read_text()
+        )
+
+
+def run_sere(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`sere ...`, as `run_program` runs it."""
+    return run_program("from sere.cli import main; raise SystemExit(main())", *words, env=env)
 
 
 def run_ranks(steps: list[list[list[Any]]], *, env: dict[str, str], **more: Any) -> list[list[Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from sere.engine_runs import generation
 from sere.engine_runs.generation import Part, Written
 from sere.evaluation import evaluate
 from sere.serving.engine import Batch
+from tests.engines import run_program
 
 POLICIES = [
     '{"S": 1, "tau": 0.02, "name": "tolerant"}',
@@ -56,12 +55,7 @@ def both(table_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     flags = {"policies": POLICIES, "batch": BATCH, "samples": SAMPLES, "dtype": "float32"}
     # in one process is for the verb to see to
     variables = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "demo", *names, json.dumps(flags)],
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
+    done = run_program(SCRIPT, "demo", *names, json.dumps(flags), env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     one_pass = evaluate.run(
         "demo",

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache
@@ -35,6 +33,7 @@ from sere.page import answers
 from sere.page.sources import Source
 from sere.policy import Policy
 from sere.table import Table
+from tests.engines import run_sere
 
 TASK = """
 task: {name}
@@ -445,8 +444,7 @@ def test_tasks_in_vllms_engine(folder: Path) -> None:
     output = folder / "vllm.json"
     flags = ["--tasks", "arithmetic_by_hand,choose", "--task-folder", str(folder), "--batch", "8"]
     flags += ["--dtype", "float32", "--policy", ONE, "-o", str(output)]
-    command = [sys.executable, "-m", "sere", "evaluate", "demo", str(folder / "t.table"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_sere("evaluate", "demo", str(folder / "t.table"), *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())
     stock, one = result["arms"]
@@ -465,8 +463,7 @@ def test_the_engine_writes_and_is_compared(folder: Path) -> None:
     flags = ["--engine", "--dtype", "float32", "--batch", "8", "--length", "32", "-o", str(output)]
     flags += ["--data", str(folder / "pairs.jsonl"), "--policy", '{"S": 4}']
     flags += ["--policy", '{"S": 1, "tau": 0.02}', "--policy", '{"S": 1, "min_active": 1}']
-    command = [sys.executable, "-m", "sere", "evaluate", "demo", str(folder / "t.table"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_sere("evaluate", "demo", str(folder / "t.table"), *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tokens written (length drift)" in done.stdout
     arms: list[dict[str, Any]] = json.loads(output.read_text())["arms"]

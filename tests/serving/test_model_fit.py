@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from sere.serving.refusal import ServingError
 from sere.serving.vllm_plugin import register
 from sere.table import LayerStatistics, Table
 from tests.conftest import enlarge_experts, save_tokenizer
-from tests.engines import OPTIONS, environment, run_engine
+from tests.engines import OPTIONS, environment, run_engine, run_program
 from tests.tiny_models import ARCHITECTURES, _class_and_config
 
 pytestmark = pytest.mark.engine
@@ -209,13 +207,7 @@ def test_two_architectures_in_one_process(table_path: Path, tmp_path: Path) -> N
         return {**OPTIONS, "model": str(folder), "additional_config": {"sere": sere}}
 
     def run(*engines: dict[str, Any]) -> list[Any]:
-        done = subprocess.run(
-            [sys.executable, "-c", TWO_ENGINES],
-            input=json.dumps(engines),
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
+        done = run_program(TWO_ENGINES, given=json.dumps(engines), env=environment())
         assert done.returncode == 0, done.stderr[-3000:]
         line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
         found: list[Any] = json.loads(line.removeprefix("RESULT"))

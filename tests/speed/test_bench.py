@@ -27,7 +27,7 @@ from sere.speed.result import table as result_table
 from sere.speed.setup import BenchError, Contender, Load, contender_of, experts_load
 from sere.step_cost.roofline import Roofline, Sizes, beaten, unbound
 from sere.table import Table
-from tests.engines import environment
+from tests.engines import environment, run_sere
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CONTENDERS = [Contender("stock", None), Contender("S=1", Policy(S=1))]
@@ -354,10 +354,8 @@ def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
     sizes = ["--input-len", "16", "--output-len", "6", "--rounds", "2"]
     policies = ["--policy", '{"S": 1}', "--policy", '{"S": 2}']
     batches = ["--batch", "1", "--batch", "8"]
-    command = [sys.executable, "-m", "sere", "bench", "demo", table, *sizes, *policies, *batches]
-    done = subprocess.run(
-        [*command, "-o", str(output)], env=environment(), capture_output=True, text=True
-    )
+    words = ["bench", "demo", table, *sizes, *policies, *batches, "-o", str(output)]
+    done = run_sere(*words, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(output.read_text())
     printed = done.stdout
