@@ -64,6 +64,7 @@ def tune(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFa
     def tuned(budget: str, **more: Any) -> dict[str, Any]:
         options = {"data": str(corpus_file), "samples": 56, "prompt": 2, "length": 10}
         settings = {"batches": [1, 4], "output": str(folder / "o.json"), "cost": READING, **options}
+        (folder / "o.json").unlink(missing_ok=True)  # of another budget, which is kept
         return run(str(model_dir), str(folder / "t"), budget=budget, **{**settings, **more})
 
     tuned.folder, tuned.model = folder, model_dir  # type: ignore[attr-defined]
@@ -130,7 +131,9 @@ def test_a_choice_that_unseen_passages_do_not_confirm_is_called_so(
     assert Table.load(tune.folder / "t").policy == STOCK
 
 
-def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None:
+def test_the_command_line(
+    tune: Any, model_dir: Path, corpus_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table, output = str(tune.folder / "t"), str(tune.folder / "cli.json")
     flags = ["--data", str(corpus_file), "--samples", "56", "--prompt", "2", "--length", "6"]
     flags += ["--batch", "1", "--expert-mb", "10", "--route-us", "7", "--budget", "top1=0.8"]
@@ -139,6 +142,18 @@ def test_the_command_line(tune: Any, model_dir: Path, corpus_file: Path) -> None
     result = json.loads(Path(output).read_text())
     assert "10 MB an expert" in result["cost"]["source"] and result["cost"]["route"] == 7e-6
     assert result["settings"]["budget"] == {"name": "top1", "limit": 0.8}
+    # Another run's is not replaced unasked, and its own is.
+    kept, other = Path(output).read_bytes(), [*flags, "--budget", "top1=0.7"]
+    assert main(["tune", str(model_dir), table, *other]) == 1
+    said = "is of another run, with another budget: choose another output"
+    assert said in capsys.readouterr().err
+    assert Path(output).read_bytes() == kept
+    moved = json.dumps({**result, "settings": {**result["settings"], "model": "other/model"}})
+    Path(output).write_text(moved)
+    assert main(["tune", str(model_dir), table, *flags]) == 1
+    assert "is of other/model, with another model" in capsys.readouterr().err
+    assert main(["tune", str(model_dir), table, *flags, "--force"]) == 0
+    assert main(["tune", str(model_dir), table, *flags]) == 0
 
 
 def test_it_says_what_it_will_take_before_it_starts(

@@ -8,13 +8,13 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sere.files import replaced
+from sere.files import FORCE, is_device, replaced
 from sere.results.commit import commit
 
 P = TypeVar("P")
@@ -69,6 +69,24 @@ def save_json(path: str | Path, result: Any) -> None:
     """Write a result atomically, for programs."""
     with replaced(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Raise `FileExistsError` if a result of other settings is there, unless --force was given."""
+    if FORCE.get() or is_device(path) or not Path(path).is_file():
+        return
+    try:
+        there = json.loads(Path(path).read_bytes())["settings"]
+    except (ValueError, KeyError, TypeError):
+        return  # no result that has any
+    wanted = json.loads(json.dumps(settings))
+    others = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    if others:
+        of = there["model"] if "model" in others and "model" in there else "another run"
+        raise FileExistsError(
+            f"{path} is of {of}, with another {' and '.join(others)}: choose another output, or "
+            "add --force to replace it"
+        )
 
 
 def _cpu() -> str:

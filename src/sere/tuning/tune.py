@@ -64,8 +64,7 @@ def run(
     wanted = Budget.parse(budget)
     pictures.check_result(output, table_path, data, bench)
     check_writable(table_path, kind="table")
-    table = Table.load(table_path)
-    folder = located(model_name)
+    table, folder = Table.load(table_path), located(model_name)
     table.check_made_for(folder)
     model, layers = load(folder, stream)
     cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})
@@ -81,6 +80,7 @@ def run(
         "method": table.method,
         **contents(folder, [table]),
     }
+    provenance.check_settings(output, settings)
     with locked(table_path), Journal(unfinished(output), settings) as journal:
         unseen = Judge(model, layers, passages[half:], journal, False, first=half)
         tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
