@@ -113,6 +113,16 @@ def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def mapped_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of the bundled model with linear maps beside it."""
+    from sere.calibration.calibrate import calibrate
+
+    path = tmp_path_factory.mktemp("mapped") / "demo.safetensors"
+    calibrate("demo", path, samples=24, maps=4, progress=False)
+    return path
+
+
 @pytest.fixture
 def make_table() -> Callable[..., Table]:
     """Builds a valid table; keyword arguments replace parts of it."""

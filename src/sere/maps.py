@@ -56,6 +56,16 @@ class LayerMaps:
     def R(self) -> int:
         return self.down.shape[1]
 
+    @classmethod
+    def imagined(cls, E: int, H: int, R: int, seed: int) -> LayerMaps:
+        """Random maps with small answers, for measuring what they take."""
+        g = torch.Generator().manual_seed(seed)
+        down, up = (torch.randn(E, R, H, generator=g) / H for _ in range(2))
+        centre, constant, left = torch.zeros(E, R), torch.zeros(E, H), torch.ones(E, R + 1)
+        ranks, tokens = torch.full((E,), R, dtype=torch.int32), torch.zeros(E, dtype=torch.int64)
+        wide = (down.bfloat16(), up.bfloat16(), centre, constant)
+        return cls(*wide, left, ranks, tokens, torch.ones(E, E))
+
     def of_rank(self, rank: int) -> LayerMaps:
         """The maps cut to their first `rank` ranks; 0: the constants."""
         parts = {name: getattr(self, name)[:, :rank] for name in ("down", "up", "centre")}
@@ -93,17 +103,24 @@ def size_bytes(layers: int, E: int, H: int, rank: int) -> int:
     return layers * E * (4 * rank * H + 4 * rank + 4 * H + 4 * (rank + 1) + 4 + 8 + 4 * E)
 
 
+def served_bytes(E: int, H: int, rank: int) -> int:
+    """Of one layer's maps where they are served."""
+    return E * (4 * rank * H + 4 * rank + 4 * H)
+
+
 @dataclass(frozen=True)
 class Maps:
     """An opened file of maps; `layer` reads what is asked for.
 
-    identity: of its contents; the table that it was made with names it. R: the largest rank.
+    identity: of its contents; the table that it was made with names it. R: the largest rank. H: the
+    width of what is mapped.
     left: by layer index (see `LayerMaps`).
     """
 
     path: Path
     identity: str
     R: int
+    H: int
     left: dict[int, Tensor]
 
     @classmethod
@@ -119,7 +136,8 @@ class Maps:
                         f"{FORMAT}: install the matching sere or calibrate again"
                     )
                 left = {i: file.get_tensor(f"layers.{i}.left") for i in document["layers"]}
-            return cls(path, document["identity"], document["rank"], left)
+                (_, H) = file.get_slice(f"layers.{document['layers'][0]}.constant").get_shape()
+            return cls(path, document["identity"], document["rank"], H, left)
         except MapsError:
             raise
         except _UNREADABLE as error:

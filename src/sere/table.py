@@ -177,15 +177,6 @@ class Table:
             )
         return self.policy
 
-    def check_served(self, policy: Policy) -> None:
-        """`check_policy` for an engine: raise `PolicyError` for what is only evaluated, too."""
-        self.check_policy(policy)
-        if policy.frees_anywhere:
-            raise PolicyError(
-                'fill="linear" and "constant" are evaluated (`sere evaluate` without --engine and '
-                "--tasks) and not served yet: leave fill out"
-            )
-
     def check_made_for(self, folder: str | Path) -> bool:
         """Raise `TableError` if this table was made for other weights than a local checkpoint's.
 

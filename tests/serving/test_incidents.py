@@ -268,6 +268,7 @@ RAISES = {
         *("wiring.compile_or_warm_up_model", "rust_front_end.__init__"),
         *("admin_key.admin_key", "admin_key._long_enough"),
         *("worker.self_check", "worker._check_runner", "worker._checked", "worker.check_layers"),
+        *("loaded_maps.attach", "loaded_maps.check_finalized"),
         *("model_fit.check_kind", "model_fit.check_model", "prefix_cache.self_check"),
         *("vllm_plugin.__post_init__", "__init__.check_types"),  # the latter in the first pass
         "cuda_variants.__post_init__",  # which forms serve is read when a layer is bound
@@ -282,7 +283,7 @@ RAISES = {
     },
     "the caller of collective_rpc": {
         *("session.check_policy", "worker._session", "worker.sere_policy", "plan.build"),
-        *("remote.answer", "no_table.check_served", "worker.sere_table"),
+        *("remote.answer", "no_table.check_policy", "worker.sere_table"),
     },
     "a step, which survives it": {"incidents.survive", "rows._fill", "layer.run_together"},
     "a caller in Python, never an engine": {"__init__._check", "__init__.reroute"},

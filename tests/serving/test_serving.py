@@ -36,6 +36,7 @@ from sere.serving.worker import self_check, sere_description, sere_layers, sere_
 from sere.table import FILE_NAME, Table
 from tests.engines import EXPERT_MAP, OPTIONS, EngineFailure, environment, run_engine
 from tests.servers import Server
+from tests.serving.harness import check_answers, check_prompt
 
 pytestmark = pytest.mark.engine
 
@@ -45,6 +46,7 @@ GENERATE = ["generate", PROMPTS, TOKENS]
 ALONE = ["generate", PROMPTS[:1], TOKENS]
 PER_LAYER = {"1": {"S": 2}, "2": {"tau": 0.02}}
 S1 = {"S": 1, "rho": 0.0}
+LINEAR = {"S": 1, "min_active": 1, "fill": "linear", "layers": {"2": {"fill": "constant"}}}
 
 
 @pytest.fixture(scope="session")
@@ -209,22 +211,25 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 @pytest.mark.modes
 @pytest.mark.parametrize("mode", MODES)
-def test_engine_modes(mode: str, table_path: Path, without_plugin: list[Any]) -> None:
+def test_engine_modes(mode: str, mapped_path: Path, without_plugin: list[Any]) -> None:
+    """Re-routed, with linear maps in the place of experts, and off again."""
     options, env = MODES[mode]
     if mode == "torch.compile" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++ on the CPU")
     paths: tuple[Path, ...] = (EXPERT_MAP,) if mode == "expert parallel" else ()
     steps = [GENERATE, ["rpc", "sere_stats"], ["rpc", "sere_record", True]]
     steps += [["generate", PROMPTS, 4, ["exact", None] * 12], ["rpc", "sere_recording"]]
-    steps += [["rpc", "sere_telemetry"], ["rpc", "sere_policy", None], GENERATE]
+    steps += [["rpc", "sere_telemetry"], ["rpc", "sere_policy", LINEAR], GENERATE]
+    steps += [["generate", PROMPTS, 4, ["exact", None] * 12]]
+    steps += [["rpc", "sere_policy", {**LINEAR, "rows": "all"}], ["generate", PROMPTS[:1], 1]]
+    steps += [["rpc", "sere_policy", None], GENERATE]
     # Of two ranks that refuse, the second's answer must not be taken for that to the next call.
     steps += [["failing", "rpc", "sere_policy", {"S": 99}], ["rpc", "sere_layers"]]
-    sere: dict[str, Any] = {"table": str(table_path), **S1}
+    sere: dict[str, Any] = {"table": str(mapped_path), **S1, "maps": True}
     if "enforce_eager" not in options:
         sere["shadow"] = {"every": 2, "bound": 1e3}
-    on, stats, _, mixed, recording, told, _, off, refused, bound = run_engine(
-        steps, sere=sere, options=options, env=env, paths=paths
-    )
+    ran = run_engine(steps, sere=sere, options=options, env=env, paths=paths)
+    on, stats, _, mixed, recording, told, _, linear, apart, _, prompt, _, off, refused, bound = ran
     assert "S=99" in refused
     assert bound == [sorted(map(int, rank)) for rank in recording]
     if mode == "pipeline parallel":
@@ -236,9 +241,16 @@ def test_engine_modes(mode: str, table_path: Path, without_plugin: list[Any]) ->
     assert off == stock
     assert on != stock
     # An exact request's tokens, whatever its neighbours get.
-    assert [o[0] for o in mixed[0::2]] == [s[0][:4] for s in stock[0::2]]
+    for beside in (mixed, apart):
+        assert [o[0] for o in beside[0::2]] == [s[0][:4] for s in stock[0::2]]
+    if mode == "multi-process":
+        assert apart[0::2] == [[tokens[:4], said[:4]] for tokens, said in stock[0::2]]
+    if mode != "bfloat16":
+        check_prompt(prompt, PROMPTS[0], mapped_path, LINEAR)
+    if mode == "torch.compile":  # elsewhere requests reach the engine one by one
+        check_answers(linear, PROMPTS, mapped_path, LINEAR)
     layers = _checked_ranks(recording, staged=mode == "pipeline parallel")
-    assert sorted(map(int, layers)) == list(Table.load(table_path).layers)
+    assert sorted(map(int, layers)) == list(Table.load(mapped_path).layers)
     for rank in told:
         # Tensor-parallel ranks find the same, and would fall back together.
         assert rank == told[0] or mode == "pipeline parallel"
@@ -614,7 +626,7 @@ def _runner(**attributes: Any) -> Any:
         ({}, "not bound to model.layers.0"),
         ({"sere": SimpleNamespace(called=True), "is_monolithic": True}, "--moe-backend triton"),
         ({"sere": SimpleNamespace(called=True), "naive": True}, "gathers all data-parallel ranks"),
-        ({"sere": SimpleNamespace(called=False)}, "never called in model.layers.0"),
+        ({"sere": SimpleNamespace(called=False, stand_ins=None)}, "never called in model.layers.0"),
     ],
 )
 def test_the_self_check_refuses_what_is_silently_inert(
@@ -623,7 +635,7 @@ def test_the_self_check_refuses_what_is_silently_inert(
     session = SimpleNamespace(check_bound=lambda config: None)
     with pytest.raises(ServingError, match=reason):
         self_check(_Worker([_runner(**attributes)], session))
-    self_check(_Worker([_runner(sere=SimpleNamespace(called=True))], session))
+    self_check(_Worker([_runner(sere=SimpleNamespace(called=True, stand_ins=None))], session))
 
 
 def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:

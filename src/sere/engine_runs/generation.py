@@ -154,7 +154,8 @@ def run(
         "dtype": dtype,
         **contents(folder, [table]),
     }
-    engine = _engine(folder, table_path, batch, dtype)
+    maps = any(policy.frees_anywhere for policy in chosen.values())
+    engine = _engine(folder, table_path, batch, dtype, maps)
     with Journal(unfinished(output), settings) as journal:
         for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
             if (known := journal.get(str(number))) is None:
@@ -179,7 +180,7 @@ def run(
     return result
 
 
-def _engine(folder: str, table_path: str, batch: int, dtype: str) -> Engine:
+def _engine(folder: str, table_path: str, batch: int, dtype: str, maps: bool) -> Engine:
     """In this process: requests that travel to another reach the engine one by one, so that
     prefill mixes with decoding and who decodes with whom is a matter of timing."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -187,6 +188,7 @@ def _engine(folder: str, table_path: str, batch: int, dtype: str) -> Engine:
         folder,
         Path(table_path).absolute(),
         batch=batch,
+        maps=maps,
         dtype=dtype,
         # compiling for a CPU takes a minute and changes nothing
         enforce_eager=not torch.cuda.is_available(),

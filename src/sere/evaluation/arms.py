@@ -157,7 +157,7 @@ def _served(settings: Mapping[str, Any], table: Table) -> tuple[str, Policy]:
     rest = dict(settings)
     name = rest.pop("name", None)
     policy = Policy.from_dict(rest)
-    table.check_served(policy)
+    table.check_policy(policy)
     return name or policy.brief(), policy
 
 

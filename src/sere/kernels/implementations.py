@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ MODULES = {
     "numba": "sere.kernels.numba_kernel",
     "triton": "sere.kernels.triton_kernel",
     "cuda": "sere.kernels.cuda_kernel",
+}
+# What linear maps answer (see `sere.kernels.answers`), beside which implementation of the operator.
+ANSWERS = {
+    "reference": "sere.kernels.answers",
+    "numba": "sere.kernels.numba_answers",
+    "triton": "sere.kernels.triton_answers",
+    "cuda": "sere.kernels.triton_answers",
 }
 # What an implementation needs besides torch, and the devices it serves.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -75,6 +82,14 @@ def load_vote(name: str) -> Vote:
     """The first half of `load(name)`, for ranks that share what it gives."""
     vote: Vote = import_module(MODULES[name]).vote
     return vote
+
+
+@functools.cache
+def load_answers(name: str) -> Any:
+    """The module with `keep_freed_`, `ask` and `answer_` (see `sere.kernels.answers`) beside an
+    implementation of the operator."""
+    there = name != "cuda" or installed("triton")
+    return import_module(ANSWERS[name if there else "reference"])
 
 
 def installed(name: str) -> bool:

@@ -6,6 +6,7 @@ model's step; one pass over the slots needs none. Same rules, same order, same r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,13 @@ _RESCUED = -1  # the rank of an expert that rule 5 made primary
 _NOWHERE, _APART = -1, -2  # where a slot goes: a freed one, and one that rule 9 leaves alone
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    if function is None:
+        return functools.partial(_compiled, **options)
     try:
-        compiled: Callable[..., Any] = njit(cache=True, nogil=True)(function)
+        compiled: Callable[..., Any] = njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
-        compiled = njit(nogil=True)(function)
+        compiled = njit(nogil=True, **options)(function)
     return compiled
 
 

@@ -19,12 +19,14 @@ from sere import __version__
 from sere.policy import Policy
 from sere.serving import admin_key
 from sere.serving.asking import KEY, given
+from sere.serving.session import maps_of
 
 # Live buffers, or of the front end. A setting that is not named here counts.
 _NOT_COMPILED = {field.name for field in fields(Policy)} | {
     "table",
     "auto",
     "fingerprint",
+    "maps",  # see `maps_of`
     "merge",
     "default",
     "cap",
@@ -50,7 +52,9 @@ def keyed(original: Callable[..., str]) -> Callable[..., str]:
         if settings is None:
             return original(config, *args, **kwargs)
         hashed = copy.copy(config)
-        own = {KEY: compiled(settings)}
+        own: dict[str, object] = {KEY: compiled(settings)}
+        if maps := maps_of(config):  # two calls more in every layer that has them
+            own[f"{KEY} maps"] = maps
         object.__setattr__(hashed, "additional_config", {**config.additional_config, **own})
         return original(hashed, *args, **kwargs)
 

@@ -197,6 +197,29 @@ _SHADOW = Needs(
         )
     },
 )
+_LINEAR = Needs(
+    called={
+        "get_tp_group": (),
+        "RoutedExperts": ("forward_modular",),
+        "MoERunner": ("_fused_output_is_reduced",),
+    },
+    read={
+        SYMBOLS["VllmConfig"]: ("lora_config",),
+        SYMBOLS["MoERunner"]: ("routed_experts", "moe_config"),
+        SYMBOLS["RoutedExperts"]: ("apply_router_weight_on_input",),
+        (f"{_MOE}.config", "FusedMoEConfig"): ("hidden_dim_unpadded", "use_deferred_moe_finalize"),
+        (_PARALLEL, "GroupCoordinator"): ("rank_in_group",),
+        ("vllm.config", "ParallelConfig"): ("rank",),
+    },
+    parameters={
+        (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular"): (
+            "self",
+            "x",
+            "topk_weights",
+            "topk_ids",
+        )
+    },
+)
 _PLACEMENT = Needs(
     called={"determine_expert_map": ()},
     read={
@@ -301,12 +324,14 @@ _DOCTOR = Needs(
 )
 
 REROUTING, PLACEMENT, UNION, CALIBRATION = "re-routing", "placement", "union", "self-calibration"
+LINEAR = "linear stand-ins"
 NEEDS: dict[str, Needs] = {
     REROUTING: _REROUTING,
     "shadow": _SHADOW,
     PLACEMENT: _PLACEMENT,
     UNION: _UNION,
     CALIBRATION: SELF_CALIBRATION,
+    LINEAR: _LINEAR,
     **FRONT_END_NEEDS,
     "prefix cache": PREFIX_CACHE,
     "sleep mode": _SLEEP,

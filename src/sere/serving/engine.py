@@ -42,12 +42,19 @@ class Engine:
     """A vLLM engine with re-routing loaded; greedy decoding."""
 
     def __init__(
-        self, model: str | Path, table: str | Path | None, *, batch: int, **options: Any
+        self,
+        model: str | Path,
+        table: str | Path | None,
+        *,
+        batch: int,
+        maps: bool = False,
+        **options: Any,
     ) -> None:
         """Start the engine with re-routing off.
 
         table: None for stock vLLM, where no policy can be set. batch: requests decoded together at
-        most. options: passed on to `vllm.LLM`.
+        most. maps: load the table's linear maps, which some policies need. options: passed on to
+        `vllm.LLM`.
         """
         prepare(needed=table is not None)
         from vllm import LLM
@@ -60,7 +67,7 @@ class Engine:
             max_num_seqs=batch,
             enable_prefix_caching=False,
             disable_log_stats=False,
-            additional_config={KEY: {"table": str(table)}} if table else {},
+            additional_config={KEY: {"table": str(table), "maps": maps}} if table else {},
             **options,
         )
         if table:

@@ -23,6 +23,7 @@ from sere.serving import second_engine
 from sere.serving.live import Live
 from sere.serving.parallel import share_votes
 from sere.serving.rows import RowClasses
+from sere.serving.stand_ins import StandIns
 
 
 class ReroutedLayer(nn.Module):
@@ -46,6 +47,7 @@ class ReroutedLayer(nn.Module):
         self.rows = rows
         self.live = live
         self.called = False
+        self.stand_ins: StandIns | None = None  # where maps may answer
         self.traced = True  # whether torch.compile may look into the layer's router
         self.recording: list[tuple[Tensor, ...]] | None = None
         live.settings[place].copy_(plan.settings)
@@ -114,6 +116,8 @@ class ReroutedLayer(nn.Module):
             check_types(topk_ids.dtype, topk_weights.dtype)  # in start-up's first pass
             self.called = True
         T = topk_ids.shape[0]
+        if self.stand_ins is not None:
+            self.stand_ins.forget()
         if self.live.idle or (T == 1 and self.live.lone and self.recording is None):
             return topk_ids
         if not self.rows.filled <= T <= self.rows.size:
@@ -134,11 +138,16 @@ class ReroutedLayer(nn.Module):
 
     def _reroute(self, topk_ids: Tensor, topk_weights: Tensor, T: int) -> Tensor:
         if self.recording is None:
-            return self._run(topk_ids, topk_weights, T)
+            return self._routed(topk_ids, topk_weights, T)
         before = [t.detach().cpu().clone() for t in (topk_ids, topk_weights, self.rows.of(T))]
-        ids = self._run(topk_ids, topk_weights, T)
+        ids = self._routed(topk_ids, topk_weights, T)
         self.recording.append((*before, ids.cpu().clone(), topk_weights.cpu().clone()))
         return ids
+
+    def _routed(self, topk_ids: Tensor, topk_weights: Tensor, T: int) -> Tensor:
+        if self.stand_ins is None:
+            return self._run(topk_ids, topk_weights, T)
+        return self.stand_ins.noting(self._run, topk_ids, topk_weights, T)
 
     def stats(self) -> dict[str, int]:
         """Counters by name; copying them waits for the device."""

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from sere.serving import self_calibration
+from sere.serving.loaded_maps import obstacle_to_maps, ranks_to_load
 from sere.serving.model_fit import check_kind, check_model
 from sere.serving.no_table import NoTable
 from sere.serving.parallel import obstacle_to_one_union, obstacle_to_placement
@@ -38,7 +39,9 @@ def check_config(config: Any) -> None:
         table.check_asked(settings.policy)
         self_calibration.check(config, settings)
         return
-    table.check_served(settings.policy)
+    table.check_policy(settings.policy)
+    if ranks_to_load(settings, table) and (reason := obstacle_to_maps(config)):
+        raise ServingError(f"sere cannot let linear maps answer for experts here: {reason}")
     check_model(config, settings, table)
 
 

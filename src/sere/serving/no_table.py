@@ -37,7 +37,7 @@ class NoTable:
     def can_move(self, policy: Policy) -> bool:
         return False
 
-    def check_served(self, policy: Policy) -> None:
+    def check_policy(self, policy: Policy) -> None:
         """Nothing can be switched on."""
         raise PolicyError(self.reason)
 

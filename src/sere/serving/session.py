@@ -18,6 +18,7 @@ from sere.serving.asking import KEY, given
 from sere.serving.inert import inert
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
+from sere.serving.loaded_maps import Answers, ranks_to_load, unloaded
 from sere.serving.model_fit import check_model, model_folder, untold
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
@@ -47,6 +48,7 @@ class Session:
     rows: RowClasses
     live: Live
     tiers: RequestTiers
+    answers: Answers | None = None  # where linear maps are loaded
     layers: dict[int, ReroutedLayer] = field(default_factory=dict)
     placements: dict[int, Placement] = field(default_factory=dict)  # under expert parallelism
     shadow: Shadow | None = field(init=False)
@@ -153,7 +155,11 @@ class Session:
         """Raise `PolicyError` or `ServingError` unless this engine can switch to it."""
         if policy is None:
             return
-        self.table.check_served(policy)
+        self.table.check_policy(policy)
+        if policy.frees_anywhere and not isinstance(self.table, NoTable):
+            loaded = self.answers.ranks if self.answers else {}
+            if reason := unloaded(policy, loaded, self.table):
+                raise ServingError(reason)
         if policy.batches and self.live.together:
             raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
 
@@ -169,6 +175,8 @@ class Session:
         self.switches += 1
         for index, layer in self.layers.items():
             layer.follow(plans[index])
+        if self.answers is not None:
+            self.answers.follow(policy)
         self.live.follow(policy)
         if self.shadow is not None:
             self.shadow.switch(on=policy is not None)
@@ -242,6 +250,9 @@ def open_session(config: Any) -> Session:
         tiers = RequestTiers(settings.default, table.fingerprint.K)
         alone = not together and _decodes_one_row(config)
         session = Session(settings, table, rows, live, tiers, alone=alone)
+        if not isinstance(table, NoTable) and (ranks := ranks_to_load(settings, table)):
+            first = config.parallel_config.rank == 0
+            session.answers = Answers(table, settings.policy, ranks, rows, say=first)
         session.overlapping = bool(config.scheduler_config.async_scheduling)
         object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
     return session
@@ -285,6 +296,18 @@ def settings_of(config: Any) -> Settings:
         model_folder=model_folder(config),
         model_default=_model_default(config),
     )
+
+
+def maps_of(config: Any) -> dict[int, int]:
+    """By layer, of which rank linear maps an engine with this config loads; none where it will be
+    refused anyway."""
+    try:
+        settings = settings_of(config)
+        if settings.maps or settings.policy.frees_anywhere:
+            return ranks_to_load(settings, table_of(config, settings))
+    except ValueError:
+        pass
+    return {}
 
 
 def _model_default(config: Any) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ _OWN_KEYS = (
     "table",
     AUTO,
     "fingerprint",
+    "maps",
     "merge",  # until 0.3, see `merge_is_asked`
     "default",
     "cap",
@@ -55,6 +56,8 @@ class Settings:
     union: whose rows choose the primaries: those of each data-parallel "rank", or "all" ranks'.
     placement: how much less good (see `sere.kernels.plan.Placement`) a stand-in on the same
         expert-parallel rank may be and yet be preferred.
+    maps: load linear maps at the start whatever its policy is, so that one with
+        `fill: "linear"` can be switched to.
     shadow: how often a layer is compared with stock routing, and when to fall back to it; None
         never. Eager mode only.
     auto: how the engine calibrates itself; None where it has a table.
@@ -70,6 +73,7 @@ class Settings:
     placement: float = 0.0
     shadow: ShadowSettings | None = None
     auto: Auto | None = None
+    maps: bool = False
 
     @classmethod
     def parse(
@@ -128,6 +132,7 @@ class Settings:
             placement=_tolerance(merged.get("placement", 0.0)),
             shadow=shadow,
             auto=auto,
+            maps=_flag(merged, "maps"),
             any_version=_flag(merged, "any_version"),
         )
 

@@ -123,7 +123,9 @@ class Shadow:
         """Take hold of a layer. experts: vLLM's `RoutedExperts` of that layer. In forward order."""
         self.figures[index] = Figures()
         layer.forward = functools.partial(self._route, index, layer.forward)  # type: ignore[method-assign]
-        experts.forward_modular = functools.partial(self._mix, index, experts.forward_modular)
+        run = experts.forward_modular
+        *_, alone = getattr(experts, "_sere", (run,))  # without what linear maps add
+        experts.forward_modular = functools.partial(self._mix, index, run, alone)
 
     def _route(
         self, index: int, forward: Callable[..., Tensor], topk_ids: Tensor, topk_weights: Tensor
@@ -161,6 +163,7 @@ class Shadow:
         self,
         index: int,
         run: Callable[..., Any],
+        alone: Callable[..., Any],
         x: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
@@ -170,7 +173,7 @@ class Shadow:
         stock, self._kept = self._kept, None
         if stock is None:
             return run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
-        exact = self._stock_output(run, x, stock, topk_ids.dtype)
+        exact = self._stock_output(alone, x, stock, topk_ids.dtype)
         new = run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
         if exact is None and isinstance(new, Tensor):
             exact = torch.full_like(new, math.nan)  # other ranks wait for this one's part

@@ -37,6 +37,7 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
         "layers": sorted(session.layers),
         "kernels": sorted({serving for serving, _ in pairs}),
         "stock_kernels": sorted({stock for _, stock in pairs}),
+        "maps": session.answers and session.answers.size,
         "operator": implementation_for(session.rows.buffer.device),
     }
 
@@ -54,6 +55,8 @@ def say(workers: Sequence[dict[str, Any]]) -> None:
         f"table {Path(first['table']).name}, layers {layers}, rows: {first['rows']}, "
         f"expert kernel {', '.join(kernels)}, operator {first['operator']}"
     )
+    if maps := max(worker.get("maps") or 0 for worker in workers):
+        what += f", linear maps of {maps / 1e6:.1f} MB on each device"
     if reason := first["inert"]:
         _LOG.warning("%s: stock, NOTHING IS RE-ROUTED: %s (%s)", own, reason, what)
     else:

@@ -234,6 +234,8 @@ def _binding(original: Callable[..., None]) -> Callable[..., None]:
             K=runner.router.top_k,
             ranks=expert_ranks(runner, config),
         )
+        if session.answers is not None:
+            runner.sere.stand_ins = session.answers.attach(runner)
         runner.sere.traced = not config.model_config.enforce_eager
         runner.router._sere = runner.sere
         if session.shadow is not None:
@@ -248,11 +250,17 @@ _LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-unt
 
 
 def _define_operator() -> None:
-    """`torch.ops.sere.reroute`: opaque to torch.compile, which on the CPU traces through routers
-    and would freeze what they saw while tracing."""
+    """`torch.ops.sere.reroute`, and what maps add around the experts: opaque to torch.compile,
+    which on the CPU traces through routers and would freeze what they saw while tracing."""
     _LIBRARY.define("reroute(Tensor topk_ids, Tensor(a!) topk_weights, str layer_name) -> Tensor")
     _LIBRARY.impl("reroute", _reroute, "CompositeExplicitAutograd")
     torch.library.register_fake("sere::reroute", _like_ids, lib=_LIBRARY)
+    _LIBRARY.define("ask(Tensor x, Tensor topk_ids, str layer_name, int rank) -> Tensor")
+    _LIBRARY.impl("ask", _ask, "CompositeExplicitAutograd")
+    torch.library.register_fake("sere::ask", _like_inner, lib=_LIBRARY)
+    _LIBRARY.define("answer(Tensor(a!) output, Tensor inner, str layer_name) -> ()")
+    _LIBRARY.impl("answer", _answer, "CompositeExplicitAutograd")
+    torch.library.register_fake("sere::answer", lambda *_: None, lib=_LIBRARY)
 
 
 def _reroute(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
@@ -260,6 +268,24 @@ def _reroute(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:
     own = topk_ids.clone() if topk_ids.is_cuda else topk_ids  # GPUs may work in place
     ids: Tensor = layers[layer_name].sere.forward(own, topk_weights)
     return ids.clone() if ids is topk_ids else ids  # an operator must not return its input
+
+
+def _ask(x: Tensor, topk_ids: Tensor, layer_name: str, rank: int) -> Tensor:
+    """After the operator, whose choice it is given for the sake of that order."""
+    inner: Tensor = _stand_ins(layer_name).ask(x)
+    return inner
+
+
+def _answer(output: Tensor, inner: Tensor, layer_name: str) -> None:
+    _stand_ins(layer_name).answer_(output, inner)
+
+
+def _stand_ins(layer_name: str) -> Any:
+    return symbol("get_forward_context")().no_compile_layers[layer_name].sere.stand_ins
+
+
+def _like_inner(x: Tensor, topk_ids: Tensor, layer_name: str, rank: int) -> Tensor:
+    return x.new_empty(*topk_ids.shape, rank, dtype=torch.float32)
 
 
 def _like_ids(topk_ids: Tensor, topk_weights: Tensor, layer_name: str) -> Tensor:

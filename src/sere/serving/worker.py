@@ -11,6 +11,7 @@ from typing import Any
 from sere.policy import Policy, PolicyError, in_words
 from sere.serving import drafters, expert_kernels
 from sere.serving.asking import asked_by, given
+from sere.serving.loaded_maps import check_finalized
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
 from sere.serving.reading import read
@@ -161,6 +162,7 @@ def check_layers(config: Any) -> list[Any]:
     session.check_bound(config)
     for runner in runners:
         _check_runner(runner)
+        check_finalized(runner)
     return runners
 
 

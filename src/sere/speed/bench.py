@@ -27,6 +27,8 @@ from sere.speed.setup import (
     Load,
     Subject,
     contenders_of,
+    loads_maps,
+    rank_of_maps,
     subject,
 )
 from sere.speed.turns import WARM_TOKENS, Switchable, gate, timed
@@ -52,7 +54,7 @@ def run(
     The rest: see `sere.speed.setup.subject`. Raises `BenchError` or `GateError` if the gate fails.
     """
     pictures.check_result(output, table, options.get("trace"))
-    with subject(model, table, load, **options) as served:
+    with subject(model, table, load, rank=rank_of_maps(policies), **options) as served:
         contenders = contenders_of(policies, served.table)
         if rates and against == OFF:
             raise BenchError("servers are compared with a stock server: leave out --against off")
@@ -115,7 +117,8 @@ def _measure(
         wanted = [f"{batch}/{turn}" for batch in load.batches for turn in range(load.rounds)]
         if journal.get("machine") and all(journal.get(piece) for piece in wanted):
             return OFF
-        engine = Engine(served.folder, served.table, batch=max(load.batches), **served.options)
+        maps, most = loads_maps(contenders), max(load.batches)
+        engine = Engine(served.folder, served.table, batch=most, maps=maps, **served.options)
         kernels = engine.kernels()
         if against == OFF or kernels["serving"] == kernels["stock"]:
             if not journal.get("machine"):

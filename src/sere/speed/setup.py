@@ -85,17 +85,19 @@ def subject(
     trace: str | None = None,
     dtype: str | None = None,
     eager: bool = False,
+    rank: int | None = None,
 ) -> Iterator[Subject]:
     """A model, or a shape with random weights, which exists as long as the block does.
 
     model: a shape's name, or as for `calibrate`. table: of a shape by default random. layers: cuts
     a shape. skew, trace: how unequally a shape's experts are loaded, see `experts_load`. dtype: by
     default float32 on CPUs, bfloat16 on GPUs. eager: no CUDA graphs.
+    rank: a shape's table gets random linear maps of it; None: no maps.
     """
     on_gpu = torch.cuda.is_available()
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     itemsize = getattr(torch, dtype).itemsize
-    with _served(model, table, layers, load.seed) as (folder, path, shape):
+    with _served(model, table, layers, load.seed, rank) as (folder, path, shape):
         known = Table.load(path)
         E, K = known.fingerprint.E, known.fingerprint.K
         sizes, options = Sizes.of(folder), _options(load, dtype, eager or not on_gpu)
@@ -127,7 +129,7 @@ def subject(
 
 @contextmanager
 def _served(
-    model: str, table: str | None, layers: int | None, seed: int
+    model: str, table: str | None, layers: int | None, seed: int, rank: int | None
 ) -> Iterator[tuple[str, Path, Shape | None]]:
     """Folder and table of what is measured; of a shape they exist as long as this does."""
     shape = shape_named(model)
@@ -142,7 +144,7 @@ def _served(
         shape.write(temporary)
         path = Path(table).absolute() if table else Path(temporary) / FILE_NAME
         if table is None:
-            shape.table(seed).save(path)
+            shape.save_table(path, seed, rank)
         yield temporary, path, shape
 
 
@@ -160,6 +162,19 @@ def contender_of(text: str, table: Path) -> Contender:
     return Contender(name or policy.brief() + (" merge" if merge else ""), policy)
 
 
+def rank_of_maps(policies: Sequence[str]) -> int | None:
+    """The rank that policies as JSON ask of linear maps, 16 where they do not say; None if none
+    has any."""
+    given = (contender_of(text, Path()).policy for text in policies if text != TUNED)
+    each = ((p, *map(p.for_layer, p.layers)) for p in given if p)
+    return max((own.rank or 16 for layers in each for own in layers if own.frees), default=None)
+
+
+def loads_maps(contenders: Sequence[Contender]) -> bool:
+    """Whether an engine has to load linear maps to follow them all."""
+    return any(c.policy and c.policy.frees_anywhere for c in contenders)
+
+
 def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:
     """Stock and what was asked for. Raises `PolicyError` for what cannot be meant."""
     contenders = [Contender("stock", None), *(contender_of(text, table) for text in policies)]
@@ -167,7 +182,7 @@ def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:
     known = Table.load(table)
     for contender in contenders:
         if contender.policy:
-            known.check_served(contender.policy)
+            known.check_policy(contender.policy)
     return contenders
 
 

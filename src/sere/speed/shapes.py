@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sere import demo_model
 from sere.checkpoint import Fingerprint
+from sere.maps import LayerMaps, beside, identity_of
+from sere.maps import save as save_maps
 from sere.table import LayerStatistics, Table
 
 # Where configurations keep the number of experts of a layer.
@@ -75,6 +77,18 @@ class Shape:
         statistics = {index: LayerStatistics.imagined(E, seed + index) for index in layers}
         known = {"seed": seed, "tokens": 0, "text": "none: random"}
         return Table(Fingerprint(architecture, E, K, layers), statistics, "random", known)
+
+    def save_table(self, path: Path, seed: int, rank: int | None) -> None:
+        """`table` in a file; and beside it random linear maps, unless `rank` is None: they take as
+        long as fitted ones."""
+        table = self.table(seed)
+        if rank is not None:
+            E, H = table.fingerprint.E, int(self.config["hidden_size"])
+            made = {index: LayerMaps.imagined(E, H, rank, seed + index) for index in table.layers}
+            save_maps(beside(path), made)
+            known = {"rank": rank, "identity": identity_of(made)}
+            table = replace(table, provenance={**table.provenance, "maps": known})
+        table.save(path)
 
 
 def shape_named(name: str) -> Shape | None:
