@@ -13,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from sere.checkpoint import Fingerprint
+from sere.kernels import reroute
+from sere.policy import Policy, PolicyError
 from sere.serving import table_cache
+from sere.serving.no_table import NoTable
 from sere.serving.table_cache import CacheTrouble, Entry, cache_folder, file_of, table_in
 from sere.table import Table
 
@@ -111,6 +115,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 HOLDER = """
 import sys, time
 from sere.checkpoint import Fingerprint
+from sere.kernels import reroute
+from sere.policy import Policy, PolicyError
 from sere.serving.table_cache import Entry
 fingerprint = Fingerprint(**eval(sys.argv[1]))
 with Entry.of("/models/mine", fingerprint, {"dtype": "bfloat16"}).held(0, print):
@@ -145,3 +151,13 @@ def test_another_engine_is_waited_for_as_long_as_was_stated_and_no_longer_than_i
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_without_a_table_a_plan_moves_nothing_wherever_a_model_is_built() -> None:
+    none = NoTable(Fingerprint("Qwen3MoeForCausalLM", 8, 2, (0, 1)))
+    with torch.device("meta"):  # as `sere doctor` builds it; a worker's default is the accelerator
+        plan = none.plan(0, Policy(S=1)).to("cpu")
+    ids, weights = torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
+    assert torch.equal(reroute(ids, weights, plan, None)[0], ids)
+    with pytest.raises(PolicyError, match="there is no table yet"):
+        none.check_served(Policy(S=1))

@@ -29,7 +29,7 @@ class NoTable:
         return self.fingerprint.layers
 
     def plan(self, index: int, policy: Policy, placement: Placement | None = None) -> Plan:
-        return Plan.off(self.fingerprint.E)
+        return Plan.off(self.fingerprint.E, "cpu")  # vLLM builds models elsewhere by default
 
     def settings(self, index: int, policy: Policy) -> Tensor:
         return SETTINGS_OFF
