@@ -160,4 +160,4 @@ def test_without_a_table_a_plan_moves_nothing_wherever_a_model_is_built() -> Non
     ids, weights = torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
     assert torch.equal(reroute(ids, weights, plan, None)[0], ids)
     with pytest.raises(PolicyError, match="there is no table yet"):
-        none.check_served(Policy(S=1))
+        none.check_policy(Policy(S=1))
