@@ -48,8 +48,10 @@ def test_all_is_well_with_the_bundled_model(
     assert "numba on cpu (not triton: it does not run on cpu" in checks["operator"]
     command = shlex.split(checks["serve"])
     # What the wheel for CPUs starts by; `vllm serve` elsewhere.
-    assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
-    assert command[4:6] == [str(demo_model.PATH), "--additional-config"]
+    assert command[0] == "VLLM_CPU_KVCACHE_SPACE=4"  # GiB, where it would take all memory
+    assert command[1:4] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert "--enforce-eager" in command
+    assert command[-3:-1] == [str(demo_model.PATH), "--additional-config"]
     assert json.loads(command[-1]) == {"sere": {"table": str(table_path)}}
 
 
@@ -151,6 +153,7 @@ def test_broken_tables(table: Table, tmp_path: Path) -> None:
     assert "S=99 exceeds" in failed(str(path))["table"]
     table.save(path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
     assert "no safetensors checkpoint" in failed(str(tmp_path / "empty"), str(path))["table"]
     foreign = failed(str(demo_model.PATH), str(path))["table"]
     assert "experts per layer: the table has 8, the model has 32" in foreign
@@ -193,6 +196,15 @@ def test_a_process_that_dies_in_native_code_is_called_so(
 def test_a_wrong_path_is_called_one(name: str) -> None:
     """And no name of a repository that is malformed, as the hub's own check has it."""
     assert failed(name) == {"model": f"{name}: no such folder"}
+
+
+def test_a_folder_without_a_model_is_called_so(tmp_path: Path) -> None:
+    expected = "expected a model's folder, with config.json, its weights in"
+    assert failed(str(tmp_path))["model"].startswith(f"{tmp_path} is empty: {expected}")
+    (tmp_path / "model.gguf").touch()
+    assert failed(str(tmp_path))["model"].startswith(f"{tmp_path} has no config.json: {expected}")
+    output = str(tmp_path / "t")
+    assert main(["calibrate", str(tmp_path), "--data", "none.txt", "-o", output]) == 1
 
 
 def test_pydantics_words_are_taken_off() -> None:

@@ -149,7 +149,7 @@ def test_the_whole_stored_policy_is_told_and_how_to_serve_it(
     ):
         assert line in told.splitlines()
     command = shlex.split(told.splitlines()[-1])
-    assert command[-2] == "--additional-config" and "vllm" in " ".join(command[:3])
+    assert command[-2] == "--additional-config" and "vllm" in " ".join(command[:4])
     assert json.loads(command[-1])["sere"]["table"] == str(path)
     monkeypatch.setattr("sere.calibration.inspect.distributions", list)  # no wheel for CPUs
     assert serve_line("m", "t") == """vllm serve m --additional-config '{"sere": {"table": "t"}}'"""

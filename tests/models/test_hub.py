@@ -16,6 +16,7 @@ from sere.models.loading import LoadError
 
 
 def test_folders_and_the_bundled_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
     assert located(str(tmp_path)) == str(tmp_path)
     assert located("demo") == str(demo_model.PATH)
 

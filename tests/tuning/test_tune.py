@@ -164,11 +164,11 @@ def test_it_says_what_it_will_take_before_it_starts(
     assert not [path for path in tune.folder.iterdir() if path.name.startswith("dry")]
     assert Table.load(tune.folder / "t").policy == before
     said = capsys.readouterr().err
-    # at 1: stock, 5 halvings of 20 tau; at 4 as well K-1=1 by the paper's rule and 2 thresholds
-    assert f"about {2 * (1 + 5 + 8) + 3} settings on 28 passages each" in said
+    # at both: stock; at 4 also 5 halvings of 20 tau, K-1=1 by the paper's rule and 2 thresholds
+    assert f"about {2 * (1 + 8) + 5 + 3} settings on 28 passages each" in said
     assert "GB of weights" in said and "stock routing took" in said
     tune("kl=0.01", per_layer=False, output=str(tune.folder / "wet.json"))
-    assert re.search(r"setting \d+ of about 31, about \d+ s left", capsys.readouterr().err)
+    assert re.search(r"setting \d+ of about 26, about \d+ s left", capsys.readouterr().err)
 
 
 def test_predictions_name_the_card_that_they_are_of(

@@ -31,7 +31,7 @@ from sere.demo_model.tasks import examples
 from sere.files import check_writable
 from sere.maps import beside, identity_of
 from sere.models.fit import check_stored
-from sere.models.hub import located
+from sere.models.hub import check_name, located
 from sere.models.loading import exceeds_memory, load_tokenizer
 from sere.models.outline import check_outline
 from sere.models.skeleton import load_skeleton
@@ -135,6 +135,7 @@ def _check_method(method: str) -> None:
 def _whole(folder: str, method: str) -> str:
     """The model's folder, looked through before any text is read; a download waits until it was."""
     if Path(folder).is_dir():
+        check_name(folder)
         check_stored(folder)
         check_outline(folder)
         if counts := experts_by_layer(stored_tensors(folder)).values():

@@ -161,14 +161,22 @@ def _engine(made: object) -> list[str]:
     return [f"made by vLLM {made.get('vllm', '?')}: {made.get('dtype', '?')}, {stored}"]
 
 
+_ON_CPUS = (
+    "VLLM_CPU_KVCACHE_SPACE=4 python -m vllm.entrypoints.openai.api_server --enforce-eager --model"
+)
+
+
 def serve_line(model: str, table: str | Path) -> str:
-    """What serves a model with a table, or with the word "auto", ready for a shell. vLLM's wheel
-    for CPUs goes by another name, at which its `vllm serve` fails: there the same server by its
-    module."""
+    """What serves a model with a table, ready for a shell.
+
+    vLLM's wheel for CPUs goes by another name, at which its `vllm serve` fails: there the same
+    server by its module, in eager mode (it compiles for minutes otherwise) and with a bound on its
+    KV cache (which takes nearly all memory otherwise).
+    """
     asked = json.dumps({"sere": "auto" if table == "auto" else {"table": str(table)}})
     names = {distribution.metadata["Name"] for distribution in distributions()}
     on_cpus = "vllm-cpu" in names and "vllm" not in names
-    start = "python -m vllm.entrypoints.openai.api_server --model" if on_cpus else "vllm serve"
+    start = _ON_CPUS if on_cpus else "vllm serve"
     folder = shlex.quote(demo_model.resolve(model))
     return f"{start} {folder} --additional-config {shlex.quote(asked)}"
 

@@ -11,6 +11,7 @@ from sere.models.loading import LoadError
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _UNUSED = ["consolidated*", "original/*"]
+_CONFIGS = ("config.json", "params.json")  # the second is Mistral's own
 _SECONDS = 5.0
 
 
@@ -19,16 +20,23 @@ def located(model: str) -> str:
 
     Raises `LoadError` for what is no such thing, and within seconds where the hub is out of reach.
     """
-    folder = Path(demo_model.resolve(model))
+    folder = Path(named := demo_model.resolve(model))
+    check_name(named)
     if folder.is_dir():
         return str(folder)
-    check_name(model)
     return _downloaded(model)
 
 
 def check_name(model: str) -> None:
-    """Raise `LoadError` for what is no folder and cannot be a name on the hub either."""
+    """Raise `LoadError` for a folder without a model, and for what is no folder and cannot be a
+    name on the hub either."""
     path = Path(model)
+    if path.is_dir() and not any((path / name).is_file() for name in _CONFIGS):
+        held = "is empty" if not any(path.iterdir()) else f"has no {_CONFIGS[0]}"
+        raise LoadError(
+            f"{model} {held}: expected a model's folder, with {_CONFIGS[0]}, its weights in "
+            "*.safetensors and its tokenizer"
+        )
     if path.is_dir():
         return
     if path.is_file():

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sere.policy import Policy
+from sere.policy import Policy, in_full
 from sere.results import pictures, provenance
 from sere.step_cost.cost import Cost
 from sere.tuning.search import BUDGETS, ENOUGH
@@ -22,6 +22,7 @@ def as_text(result: dict[str, Any]) -> str:
     lines = [f"budget: {name} <= {limit:g} ({BUDGETS[name]})", *_choice(result, name)]
     lines += _unmeasured(result) + _few_batches(result)
     lines += ["", "fewer experts for more loss, on the passages of the search:", _fronts(result)]
+    lines += _beaten(result)
     cost = Cost(**result["cost"])
     lines.append(f"predicted: decode speed of {cost.of}, {cost.source}")
     if cost.card:
@@ -49,10 +50,10 @@ def in_place(policy: Policy, batch: int) -> str:
 
 
 def _unmeasured(result: dict[str, Any]) -> list[str]:
-    smallest = min(result["settings"]["batches"])
-    if smallest == 1 or not result["policy"]:
+    smallest = min((b for b in result["settings"]["batches"] if b > 1), default=2)
+    if smallest == 2 or not result["policy"]:
         return []
-    return [f"steps of fewer than {smallest} rows were not measured and get stock: add --batch 1"]
+    return [f"steps of fewer than {smallest} rows were not measured and get stock: add --batch 2"]
 
 
 def _few_batches(result: dict[str, Any]) -> list[str]:
@@ -70,6 +71,8 @@ def _few_batches(result: dict[str, Any]) -> list[str]:
 def _why_not(result: dict[str, Any]) -> str:
     limit = result["settings"]["budget"]["limit"]
     points = [p for found in result["by_batch"] for p in found["points"]]
+    if not points:
+        return "a row that is alone keeps its experts, and no larger batch was asked for"
     if any(point["upper"] <= limit for point in points):
         card = Cost(**result["cost"]).card
         return "what keeps the budget saves no time" + (f" on {card}" if card else "")
@@ -107,7 +110,8 @@ def _choice(result: dict[str, Any], name: str) -> list[str]:
         )
     head = ["batch", "rows a step", "active experts", name, "kept", "predicted", "advice", "policy"]
     head += ["alone, by error", "alone, the paper's"]
-    return [f"chosen: {chosen_policy.brief()}", "", provenance.text_table(head, rows)]
+    stored = [f"  {line}" for line in in_full(chosen_policy)] if chosen_policy.batches else []
+    return [f"chosen: {chosen_policy.brief()}", *stored, "", provenance.text_table(head, rows)]
 
 
 def _loss(point: dict[str, Any]) -> str:
@@ -145,6 +149,27 @@ def _fronts(result: dict[str, Any]) -> str:
     return provenance.text_table(
         ["batch", "active experts", name, "within", "predicted", "policy", "chosen"], rows
     )
+
+
+def _beaten(result: dict[str, Any]) -> list[str]:
+    """Why a chosen row may have a row of the front above it that is better in all columns."""
+    limit = result["settings"]["budget"]["limit"]
+    beaten = [
+        str(found["batch"])
+        for found in result["by_batch"]
+        if (own := found.get("as_chosen"))
+        and any(
+            p["seconds"] < own["seconds"] and p["loss"] <= own["loss"] and p["upper"] <= limit
+            for p in found["points"]
+        )
+    ]
+    if not beaten:
+        return []
+    return [
+        f"batch {', '.join(beaten)}: a row of the front is faster and loses less than what was "
+        "chosen; it holds for steps of any size, and the choice is one policy for all sizes, which "
+        "passages that the search did not see have made more cautious"
+    ]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -30,8 +30,9 @@ class Plan:
         """By the steps of the search: see `tune._search`."""
         paper = (table.fingerprint.K - 1) * (1 + _halvings(len(QUANTILES)))
         layered = min(GROUPS, len(table.layers)) * len(PER_LAYER) + len(SHARES)
-        each = 1 + _halvings(len(TAUS)) + (layered if per_layer else 0) + _TOGETHER
-        return cls(sum(each + (paper if batch > 1 else 0) for batch in batches), passages)
+        searched = _halvings(len(TAUS)) + (layered if per_layer else 0) + paper
+        stock = 1 + _TOGETHER
+        return cls(sum(stock + (searched if batch > 1 else 0) for batch in batches), passages)
 
     def as_text(self, model: Any) -> str:
         """For people. model: in memory, or a `Skeleton`."""

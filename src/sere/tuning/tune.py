@@ -199,8 +199,7 @@ def _search(tuner: Tuner, batch: int, per_layer: bool) -> dict[str, Any]:
     (stock,) = tuner.points([None], batch)
 
     def by_similarity() -> tuple[None, list[Point]]:
-        # The paper's floor leaves a batch of one as it is.
-        return None, tuner.by_similarity(PAPER, batch) if batch > 1 else []
+        return None, tuner.by_similarity(PAPER, batch)
 
     def by_error() -> tuple[Point | None, list[Point]]:
         found, seen = tuner.boldest([replace(ERROR, tau=tau) for tau in TAUS], batch)
@@ -209,7 +208,10 @@ def _search(tuner: Tuner, batch: int, per_layer: bool) -> dict[str, Any]:
             found, seen = better or found, [*seen, *more]
         return found, seen
 
-    (_, paper), (found, seen) = tuner.judge.at_once([by_similarity, by_error])
+    paper: list[Point] = []
+    found, seen = None, paper
+    if batch > 1:  # a row that is alone keeps its experts, whatever the policy
+        (_, paper), (found, seen) = tuner.judge.at_once([by_similarity, by_error])
 
     def fastest(points: Sequence[Point | None]) -> dict[str, Any] | None:
         fit = [p for p in points if p and p.within(tuner.budget) and p.seconds < stock.seconds]
