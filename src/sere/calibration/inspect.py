@@ -167,7 +167,7 @@ _ON_CPUS = (
 
 
 def serve_line(model: str, table: str | Path) -> str:
-    """What serves a model with a table, ready for a shell.
+    """What serves a model with a table, or with the word "auto", ready for a shell.
 
     vLLM's wheel for CPUs goes by another name, at which its `vllm serve` fails: there the same
     server by its module, in eager mode (it compiles for minutes otherwise) and with a bound on its
