@@ -183,7 +183,7 @@ def odd(case: list[Layer]) -> Iterator[Layer]:
         plan = Plan(*(t.clone() for t in vars(layer.plan).values()))
         plan.errors.random_(0, 3000)
         plan.scales.uniform_()
-        settings = [1, 1, 2**31 - 1, 2_000_000 if number == 1 else -1, 1]
+        settings = [1, 1, 2**31 - 1, 2_000_000 if number == 1 else -1, 1, 0, 0]
         plan.settings.copy_(torch.tensor(settings, dtype=torch.int32))
         rows = torch.randint(0, 5, (T,), generator=g).to(torch.int8)
         if number == 2:  # one row has a say

@@ -89,7 +89,7 @@ def run(
         compiled = sizes(E, K)
         _fused[(triton.cdiv(T, compiled["CHOOSING"]),)](
             *(logits, logits.stride(0), renormalize, ids, weights, rows, T, arrived),
-            *(plan.neighbours, plan.errors, plan.scales, plan.settings, out, counters),
+            *(plan.neighbours, plan.errors, plan.scales, plan.settings, plan.pool, out, counters),
             **compiled,
         )
     return weights, out
@@ -128,7 +128,7 @@ def sizes(E: int, K: int) -> dict[str, int]:
 @launched
 def _fused(
     logits, logits_row, renormalize, ids, weights, rows, T, arrived,
-    neighbours, errors, scales, settings, out, counters,
+    neighbours, errors, scales, settings, pool, out, counters,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr, LISTED: tl.constexpr, CHOOSING: tl.constexpr,
 ):  # fmt: skip

@@ -17,6 +17,7 @@ FULL: dict[str, Any] = {
     "tau": None,
     "min_active": 3,
     "max_active": 9,
+    "pool": 0.5,
     "fill": "similar",
     "rank": None,
     "weights": "scale",

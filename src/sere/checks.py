@@ -30,13 +30,24 @@ def is_index(key: Any) -> bool:
     return str(key).isdecimal() and len(str(key)) < 10
 
 
-def check_count(name: str, value: Any, *, optional: bool) -> None:
+def check_count(name: str, value: Any, *, optional: bool, least: int = 1) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise PolicyError(f"{name}={value!r}: expected a whole number >= 1")
-    if value < 1:
-        raise PolicyError(f"{name}={value}: expected a whole number >= 1")
+        raise PolicyError(f"{name}={value!r}: expected a whole number >= {least}")
+    if value < least:
+        hint = "" if value or least == 0 else ", or 0 with a pool" if name == "S" else ""
+        raise PolicyError(f"{name}={value}: expected a whole number >= {least}{hint}")
+
+
+def check_pool(value: Any) -> None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return
+    if not isinstance(value, float) or not 0 < value <= 1:
+        raise PolicyError(
+            f"pool={value!r}: expected a share of the layer's experts, 0 < share <= 1 such as 0.5, "
+            "or how many, a whole number >= 1"
+        )
 
 
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -69,3 +80,39 @@ def checked_rho(value: Any) -> float:
     if not (0 <= value <= sys.float_info.max or value == math.inf):
         raise PolicyError(f"rho={value}: expected a number >= 0, usually between 0 and 1")
     return float(value)
+
+
+def check_sizes(policy: Any, pool: int, K: int, E: int, name: str) -> None:
+    """Raise `PolicyError` where numbers make no sense for K of E experts per token.
+
+    policy: a `Policy`. pool: members of its pool, 0 for none. name: where it was read, or "".
+    """
+    if policy.S > K:
+        raise PolicyError(
+            f"{name}S={policy.S} exceeds the {K} experts per token of this model: "
+            f"choose 1 <= S < {K}, or S={K} to switch re-routing off"
+        )
+    for key, value in (
+        ("min_active", policy.min_active),
+        ("max_active", policy.max_active),
+        ("pool", pool),
+    ):
+        if value is not None and value > E:
+            raise PolicyError(f"{name}{key}={value} exceeds this model's {E} experts")
+    if policy.max_active is not None and policy.max_active < (policy.min_active or K):
+        raise PolicyError(
+            f"{name}max_active={policy.max_active} is below min_active="
+            f"{policy.min_active or K} (default: the model's {K} experts per token): "
+            "raise max_active or set min_active"
+        )
+    given = f"{name}pool={policy.pool} ({pool} of {E} experts)"
+    if policy.S == 0 and pool < K:
+        raise PolicyError(
+            f"{given}: with S=0 a row's {K} experts all come from the pool: it has to hold at "
+            f"least {K}, or give S >= 1"
+        )
+    if pool and policy.max_active is not None and pool > policy.max_active:
+        raise PolicyError(
+            f"{given} exceeds max_active={policy.max_active}, to which the pool counts: raise "
+            "max_active or lower pool"
+        )

@@ -17,7 +17,9 @@ from sere.checks import (
 from sere.checks import (
     check_choice,
     check_count,
+    check_pool,
     check_quantile,
+    check_sizes,
     check_tau,
     checked_rho,
     is_index,
@@ -34,12 +36,13 @@ LAYER_KEYS = (
     "tau",
     "min_active",
     "max_active",
+    "pool",
     "fill",
     "rank",
     "weights",
 )
 # What a batch size may override: all that is read afresh for every batch.
-BATCH_KEYS = ("S", "tau", "min_active", "max_active")
+BATCH_KEYS = ("S", "tau", "min_active", "max_active", "pool")
 _THRESHOLDS = ("rho", "rho_quantile", "tau")
 _FILLS = ("similar", "error", "linear", "constant")
 
@@ -48,7 +51,7 @@ _FILLS = ("similar", "error", "linear", "constant")
 class Policy:
     """Settings of similarity-based expert re-routing (arXiv 2602.07616, section 3).
 
-    S: primaries per token, >= 1. S >= K switches re-routing off.
+    S: primaries per token, >= 1, or 0 with a pool of at least K. S >= K switches re-routing off.
     rho: keep a secondary expert whose best primary is less similar than this, >= 0.
         0 always re-routes; anything above 1 never does.
     rho_quantile: instead of rho, the share of a layer's experts that are not to be replaced by
@@ -62,6 +65,9 @@ class Policy:
         of one token is left exactly as it was.
     max_active: S shrinks (never below 1) until the batch has at most this many primaries.
         None means no ceiling. With tau also the ceiling of what it loads.
+    pool: experts of each layer that are primaries at every step, whoever is in the batch: a share
+        of them such as 0.5, or how many; S and tau add to it. Who they are follows from the table:
+        those that leave the others' stand-ins the least to lose.
     fill: what stands in: the primary that is most "similar" by the table, or that with the least
         expected "error"; or no expert, but a "linear" map of the layer's input or its "constant"
         alone (`sere calibrate --maps`). None means "error" with tau, else "similar".
@@ -70,9 +76,9 @@ class Policy:
         stand-in's output nearest. None means "scale" with tau, else "keep".
     rows: "decode" re-routes only decode rows; "all" also prefill rows, as the paper's code does.
     layers: per decoder layer index, any of the settings above but `rows`.
-    batches: from how many decoded rows on, other values of S, tau, min_active, max_active (also
-        per layer, under "layers"), or None for stock routing; smaller batches follow the settings
-        above. `{8: {"tau": 0.05}, 96: None}` says what to do from 8 and from 96 rows on.
+    batches: from how many decoded rows on, other values of S, tau, min_active, max_active, pool
+        (also per layer, under "layers"), or None for stock routing; smaller batches follow the
+        settings above. `{8: {"tau": 0.05}, 96: None}` says what to do from 8 and from 96 rows on.
     """
 
     S: int = 2
@@ -81,6 +87,7 @@ class Policy:
     tau: float | None = None
     min_active: int | None = None
     max_active: int | None = None
+    pool: float | int | None = None
     fill: Literal["similar", "error", "linear", "constant"] | None = None
     rank: int | None = None
     weights: Literal["keep", "scale"] | None = None
@@ -89,7 +96,8 @@ class Policy:
     batches: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_count("S", self.S, optional=False)
+        check_pool(self.pool)
+        check_count("S", self.S, optional=False, least=1 if self.pool is None else 0)
         check_count("min_active", self.min_active, optional=True)
         check_count("max_active", self.max_active, optional=True)
         object.__setattr__(self, "rho", checked_rho(self.rho))
@@ -126,6 +134,19 @@ class Policy:
             )
         if self.rank is not None and self.fill != "linear":
             raise PolicyError(f'rank={self.rank} is for fill="linear": add it, or leave rank out')
+
+    def pool_of(self, E: int) -> int:
+        """How many of a layer's E experts are primaries at every step."""
+        if isinstance(self.pool, float):
+            return max(1, int(self.pool * E + 0.5))
+        return self.pool or 0
+
+    @property
+    def pools(self) -> bool:
+        """Whether any layer has a pool at any batch size."""
+        owns = (self, *map(self.for_layer, self.layers))
+        by_size = (o is not None and self._with_batch(o).pools for o in self.batches.values())
+        return any(own.pool is not None for own in owns) or any(by_size)
 
     @property
     def frees(self) -> bool:
@@ -263,28 +284,14 @@ class Policy:
             ("", self),
             *((f"layers[{i}]: ", self.for_layer(i)) for i in self.layers),
         ]:
-            if settings.S > K:
-                raise PolicyError(
-                    f"{name}S={settings.S} exceeds the {K} experts per token of this model: "
-                    f"choose 1 <= S < {K}, or S={K} to switch re-routing off"
-                )
-            for key in ("min_active", "max_active"):
-                value = getattr(settings, key)
-                if value is not None and value > E:
-                    raise PolicyError(f"{name}{key}={value} exceeds this model's {E} experts")
-            if settings.max_active is not None and settings.max_active < (settings.min_active or K):
-                raise PolicyError(
-                    f"{name}max_active={settings.max_active} is below min_active="
-                    f"{settings.min_active or K} (default: the model's {K} experts per token): "
-                    "raise max_active or set min_active"
-                )
+            check_sizes(settings, settings.pool_of(E), K, E, name)
 
     def brief(self) -> str:
         """What differs from the defaults, S always: "S=1 tau=0.02"; or "stock"."""
         if self.is_stock:
             return "stock"
         names = [f.name for f in fields(self) if f.name not in ("S", "layers", "batches")]
-        default = Policy(S=self.S)
+        default = Policy()
         given = [f"{n}={v}" for n in names if (v := getattr(self, n)) != getattr(default, n)]
         parts = (["per layer"] if self.layers else []) + (["by batch"] if self.batches else [])
         return " ".join([f"S={self.S}", *given, *parts])

@@ -75,8 +75,9 @@ class Table:
         layer, settings = self.layers[index], self._policy_of(index, policy)
         if is_identity(layer.similarity):
             return Plan.build(layer.similarity, settings, K=self.fingerprint.K)
+        members = self._largest_pool(index, policy)
         if settings.frees:
-            return self._freeing_plan(index, settings)
+            return self._freeing_plan(index, settings, members)
         substitution = layer.substitution(scaled=settings.scales) if layer.tokens else None
         return Plan.build(
             layer.similarity,
@@ -84,9 +85,17 @@ class Table:
             K=self.fingerprint.K,
             substitution=substitution,
             placement=placement,
+            calls=layer.load,
+            pool=members,
         )
 
-    def _freeing_plan(self, index: int, policy: Policy) -> Plan:
+    def _largest_pool(self, index: int, policy: Policy) -> int:
+        """Members that a layer's pool has at most, at any batch size."""
+        by_size = (policy.for_bucket(bucket) for bucket in policy.batches)
+        owns = (self._policy_of(index, own) for own in (policy, *by_size) if own)
+        return max(own.pool_of(self.fingerprint.E) for own in owns)
+
+    def _freeing_plan(self, index: int, policy: Policy, members: int) -> Plan:
         """No expert stands in for another: each is as far as the next one, which loads experts
         alike, and takes over nothing; what is lost is what its own map leaves."""
         layer, E = self.layers[index], self.fingerprint.E
@@ -97,6 +106,8 @@ class Table:
             policy,
             K=self.fingerprint.K,
             substitution=Substitution(lost[:, None].expand(E, E), torch.zeros(E, E)),
+            calls=layer.load,
+            pool=members,
         )
 
     @property
@@ -122,7 +133,7 @@ class Table:
 
     def settings(self, index: int, policy: Policy) -> Tensor:
         """`Plan.settings` of `plan`, without the lists, which take a sort of [E, E]."""
-        return settings_of(self._policy_of(index, policy), self.fingerprint.K)
+        return settings_of(self._policy_of(index, policy), self.fingerprint.K, self.fingerprint.E)
 
     def can_move(self, policy: Policy) -> bool:
         """Whether re-routing under `policy` can move anything, in any layer at any batch size: not
@@ -138,7 +149,7 @@ class Table:
         """The layer's own; where nothing is known of its experts, one that moves nothing."""
         settings = policy.for_layer(index)
         if is_identity(self.layers[index].similarity):
-            return Policy(S=settings.S, rho=2.0, max_active=settings.max_active)
+            return Policy(S=max(settings.S, 1), rho=2.0, max_active=settings.max_active)
         return settings
 
     def check_against(self, model: Fingerprint) -> None:

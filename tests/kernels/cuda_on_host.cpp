@@ -139,9 +139,10 @@ static void launch(int blocks, int threads, Kernel kernel) {
     };                                                                                            \
     const int blocks = share ? (T + share - 1) / share : 1
 
-extern "C" void host_vote(int share, int threads, int* votes, BATCH_PARAMETERS, const int* settings) {
+extern "C" void host_vote(int share, int threads, int* votes, BATCH_PARAMETERS, const int* settings,
+                          const int* pool) {
     ON_BATCH;
-    launch(blocks, threads, batch(reroute_vote, share, votes, settings));
+    launch(blocks, threads, batch(reroute_vote, share, votes, settings, pool));
 }
 
 // given: votes, or null: this batch's own.
@@ -149,7 +150,7 @@ extern "C" void host_reroute(int share, int threads, const int* given, BATCH_PAR
     ON_BATCH;
     if (share == 0) {
         launch(1, threads,
-               batch(reroute_at_once, neighbours, errors, scales, settings, out, counters));
+               batch(reroute_at_once, neighbours, errors, scales, settings, pool, out, counters));
         return;
     }
     std::vector<int> votes(2 * E + 1, NEVER);
@@ -157,16 +158,18 @@ extern "C" void host_reroute(int share, int threads, const int* given, BATCH_PAR
         std::copy(given, given + votes.size(), votes.begin());
     else
         host_vote(share, threads, votes.data(), ids, ids_row, ids_slot, weights, weights_row,
-                  weights_slot, rows, T, K, E, settings);
+                  weights_slot, rows, T, K, E, settings, pool);
     launch(blocks, threads,
-           batch(reroute_move, share, votes.data(), neighbours, errors, scales, settings, out, counters));
+           batch(reroute_move, share, votes.data(), neighbours, errors, scales, settings, pool, out,
+                 counters));
 }
 
 #ifdef RACES
 int main() {
     std::mt19937 random(0);
     const int T = 37, K = 4, E = 32;
-    std::vector<int> neighbours(E * (E - 1)), errors(E * (E - 1)), settings{1, 4, 12, -1, 0};
+    std::vector<int> neighbours(E * (E - 1)), errors(E * (E - 1)), settings{1, 4, 12, -1, 0, 0, 0};
+    std::vector<int> pool(3 * E);
     std::vector<float> scales(E * (E - 1), 0.5f);
     std::vector<ID> ids(T * K), out(T * K);
     std::vector<WEIGHT> weights(T * K);
@@ -176,16 +179,24 @@ int main() {
         for (auto& n : neighbours) n = (int)(random() % (E + 4)) - 4;
         for (auto& n : neighbours) n = n < 0 ? -1 : n;
         for (auto& error : errors) error = random() % FRACTION;
+        for (int e = 0; e < E; ++e) {  // the odd ones, one after the other; the next odd one stands in
+            pool[e] = e % 2 ? e / 2 : E;
+            pool[E + e] = e % 2 ? -1 : 0;
+            pool[2 * E + e] = e % 2 ? 0 : random() % FRACTION;
+            if (e % 2 == 0) neighbours[e * (E - 1)] = e % 8 + 1;
+        }
+        settings[POOL] = round % 4 == 1 ? E / 2 : 0;
+        settings[OWN_POOL] = round % 5 == 1 ? E / 4 : 0;
         settings[TAU] = round % 2 ? FRACTION : -1;
         settings[SCALES] = round % 2;
         settings[MIN_ACTIVE] = round % 3 ? 4 : 1;
         for (auto& id : ids) id = (int)(random() % (E + 2)) - 1;
         for (auto& weight : weights) weight = (random() % 5) / 4.0f;
-        for (auto& row : rows) row = round % 3 ? random() % 3 : VOID;
+        for (auto& row : rows) row = round % 3 ? (int)(random() % 4) - 1 : VOID;
         if (round % 3 == 0) rows[0] = FAST;  // fewer active experts than a row has slots
         for (int share : {0, 8})
             host_reroute(share, 6, nullptr, ids.data(), K, 1, weights.data(), K, 1, rows.data(), T, K, E,
-                         neighbours.data(), errors.data(), scales.data(), settings.data(),
+                         neighbours.data(), errors.data(), scales.data(), settings.data(), pool.data(),
                          out.data(), counters.data());
     }
 }

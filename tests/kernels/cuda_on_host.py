@@ -47,7 +47,7 @@ def vote(batch: Batch, plan: Plan) -> Tensor:
         library(read.ids.dtype, read.weights.dtype).host_vote(
             *(3, _threads(read.ids), _pointer(votes)),
             *_arguments(read, plan),
-            _pointer(plan.settings),
+            *(_pointer(plan.settings), _pointer(plan.pool)),
         )
     return votes
 
@@ -67,7 +67,7 @@ def _run(
             *(rows_per_block, _threads(read.ids), _pointer(votes)),
             *_arguments(read, plan),
             *(_pointer(plan.neighbours), _pointer(plan.errors), _pointer(plan.scales)),
-            *(_pointer(plan.settings), _pointer(out), _pointer(counters)),
+            *map(_pointer, (plan.settings, plan.pool, out, counters)),
         )
     if read.weights is not batch.weights:
         batch.weights.copy_(read.weights)

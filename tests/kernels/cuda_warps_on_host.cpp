@@ -228,14 +228,14 @@ static void launch(int blocks, std::function<void()> kernel) {
 extern "C" void host_launch(int blocks, BATCH_PARAMETERS, int share, int* votes, DECISION_PARAMETERS) {
     launch(blocks, [=] {
         reroute_lanes(ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E, share, votes,
-                      neighbours, errors, scales, settings, out, counters);
+                      neighbours, errors, scales, settings, pool, out, counters);
     });
 }
 #else
 extern "C" void host_launch(int blocks, BATCH_PARAMETERS, DECISION_PARAMETERS) {
     launch(blocks, [=] {
         reroute_at_once(ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E, neighbours,
-                        errors, scales, settings, out, counters);
+                        errors, scales, settings, pool, out, counters);
     });
 }
 #endif

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +51,7 @@ def run(
     scratch = torch.full((2 * E + 2,), NEVER, dtype=torch.int32)
     scratch[-1] = 0
     if variant.short:
-        plan = Plan(plan.neighbours.to(torch.int16), plan.errors, plan.scales, plan.settings)
+        plan = replace(plan, neighbours=plan.neighbours.to(torch.int16))
     with (
         patch.object(cuda_kernel, "_kernels_for", lambda *_: kernels),
         patch.object(cuda_kernel, "_scratch", lambda _: scratch),

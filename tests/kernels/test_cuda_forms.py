@@ -42,18 +42,24 @@ def batch_and_plan(seed: int, E: int = E, K: int = K) -> tuple[Batch, Plan]:
     if seed % 4 == 0:
         ids = torch.randint(-1, E + 1, (T, K), generator=g).to(torch.int32)
     weights = torch.randint(0, 6, (T, K), generator=g) / 5
-    rows = torch.randint(0, 5, (T,), generator=g).to(torch.int8)
+    rows = torch.randint(-1, 5, (T,), generator=g).to(torch.int8)
     if seed % 5 == 0:  # fewer active experts than a row has slots
         rows = torch.zeros(T, dtype=torch.int8)
         rows[0] = 1
     few = 1 + seed % (K + 1)
-    policy = Policy(S=min(1 + seed % 2, K), rho=(0.0, 0.5, 0.97)[seed % 3], min_active=few)
+    pool = K + seed % 8 * 4 if seed % 4 == 2 else None
+    S = min(1 + seed % 2, K) if pool is None else seed // 4 % 2
+    policy = Policy(S=S, pool=pool, rho=(0.0, 0.5, 0.97)[seed % 3], min_active=few)
     plan = Plan.build(torch.rand(E, E, generator=g), policy, K=K)
     plan.errors.copy_(torch.randint(0, 3000, plan.errors.shape, generator=g))
     plan.scales.copy_(torch.rand(plan.scales.shape, generator=g))
+    share = torch.randint(0, 2**15, (E,), generator=g, dtype=torch.int32)
+    plan.pool[2] = torch.where(plan.pool[1] >= 0, share, 0)
+    if seed % 8 == 6:  # INDEPENDENT rows beside others whose batch has no pool
+        plan.settings[0], plan.settings[5] = 1, 0
     ceiling = 6 if seed % 7 == 0 else NO_CEILING
     tau = NO_TOLERANCE if seed % 2 else 2_000_000
-    plan.settings[2:] = torch.tensor([ceiling, tau, seed % 3 == 0])
+    plan.settings[2:5] = torch.tensor([ceiling, tau, seed % 3 == 0])
     if seed % 11 == 0:
         plan.settings[0] = K  # counts, and moves nothing
     return Batch(ids, weights, None if seed % 6 == 0 else rows), plan

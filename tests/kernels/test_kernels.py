@@ -40,7 +40,7 @@ def arguments() -> tuple[Any, ...]:
     "files",
     [
         ("test_reroute.py", "triton_many_programs.py"),
-        ("test_distinct.py",),
+        ("test_distinct.py", "test_pool.py"),
         ("triton_fused_topk.py",),
     ],
     ids=["operator", "distinct experts", "fused with top-k"],
@@ -316,7 +316,7 @@ def test_the_operator_keeps_pytorchs_promises() -> None:
     """Schema, fake kernel, tracing with fixed and with dynamic shapes."""
     ids, weights, plan, rows, counters = arguments()
     operator = torch.ops.sere.route.default
-    parts = (plan.neighbours, plan.errors, plan.scales, plan.settings)
+    parts = (plan.neighbours, plan.errors, plan.scales, plan.settings, plan.pool)
     for more in ((rows, counters), (None, None)):
         torch.library.opcheck(operator, (ids, weights, *parts, *more))
 

@@ -34,7 +34,7 @@ from tests.kernels.row_by_hand import Row, row_by_hand
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARE = 50 if INTERPRETED else 1
 BATCHES = 100 if INTERPRETED else 10_000
-VOID, FAST, EXACT = (int(c) for c in RowClass)
+VOID, FAST, EXACT, INDEPENDENT = (int(c) for c in RowClass)
 
 RUNNERS = {name: load(name) for name in ("reference", "triton" if INTERPRETED else "numba")}
 if not INTERPRETED:
@@ -86,9 +86,15 @@ class Definition:
 
 
 def by_hand(
-    ids: Tensor, weights: Tensor, similarity: Tensor, policy: Policy, rows: list[int]
+    ids: Tensor,
+    weights: Tensor,
+    similarity: Tensor,
+    policy: Policy,
+    rows: list[int],
+    pool: frozenset[int] = frozenset(),
 ) -> Definition:
-    """What becomes of a batch, from the definition, with no tensor tricks.
+    """What becomes of a batch, from the definition, with no tensor tricks. No INDEPENDENT row names
+    an expert twice. pool: the members, for all classes alike.
 
     Whole numbers where the definition has them, so that the result is one and not nearly one.
     """
@@ -98,7 +104,7 @@ def by_hand(
     substitution = losses_of(E, policy.scales)
     merit = -substitution.error if policy.fills_by_error else sim
 
-    def best_of(u: int, among: set[int]) -> int:
+    def best_of(u: int, among: set[int] | frozenset[int]) -> int:
         return max(sorted(among), key=lambda v: merit[u, v].item())  # first of equals
 
     def share(t: int, k: int) -> int:
@@ -113,15 +119,29 @@ def by_hand(
             share(t, k)
             for t in range(len(table))
             for k in range(K)
-            if rows[t] not in (VOID, EXACT) and table[t][k] == u and weight[t][k] != 0
+            if rows[t] not in (VOID, EXACT, INDEPENDENT) and table[t][k] == u and weight[t][k] != 0
         ]
         lost = substitution.error[u, best_of(u, among)].item()
         error = min(round(lost * ERROR_FRACTION), 65535)
         return max(shares, default=0) ** 2 * error // FRACTION
 
+    def stays(t: int, k: int) -> bool:
+        """Of an INDEPENDENT row."""
+        u = table[t][k]
+        if u in pool or sim[u, best_of(u, pool)].item() < policy.rho:
+            return True
+        if policy.tau is None:
+            return False
+        counts = weight[t][k] != 0
+        lost = min(round(substitution.error[u, best_of(u, pool)].item() * ERROR_FRACTION), 65535)
+        lost = (share(t, k) * counts) ** 2 * lost // FRACTION
+        return lost > round(policy.tau * LOSS_FRACTION)
+
     def votes(t: int, s: int) -> set[int]:
         if rows[t] == EXACT:
             return {e for e in table[t] if 0 <= e < E}
+        if rows[t] == INDEPENDENT:
+            return {table[t][k] for k in range(K) if 0 <= table[t][k] < E and stays(t, k)}
         if rows[t] == VOID:
             return set()
         s = max(s, rows[t] - EXACT)  # of a row that keeps some
@@ -129,17 +149,17 @@ def by_hand(
         return {table[t][k] for k in sorted(slots, key=lambda k: (-weight[t][k], k))[:s]}
 
     def union(s: int) -> set[int]:
-        return set().union(*(votes(t, s) for t in range(len(table))), set())
+        return set(pool).union(*(votes(t, s) for t in range(len(table))), set())
 
     s = policy.S
     while s < K and len(union(s)) < (policy.min_active or K):
         s += 1
     s = min(s, K)
-    while s > 1 and policy.max_active and len(union(s)) > policy.max_active:
+    while s > (0 if pool else 1) and policy.max_active and len(union(s)) > policy.max_active:
         s -= 1
     primary = union(s)
     critical = set[int]()
-    if not primary or policy.S >= K:
+    if not primary or (policy.S >= K and INDEPENDENT not in rows):
         return Definition(table, weights, primary, critical, 0, set())
     if policy.tau is not None:
         secondary = {u for row in table for u in row if 0 <= u < E} - primary
@@ -157,15 +177,21 @@ def by_hand(
             else:
                 target[u], scale[u] = best, np.float32(substitution.scale[u, best].float().item())
     wide = np.float64 if weights.dtype == torch.float64 else np.float32
-    made = [
-        Row(table[t], weight[t], set(), set())
-        if rows[t] == EXACT
-        else row_by_hand(
-            *(t, table[t], [wide(w) for w in weight[t]], E, primary | critical, target, scale),
-            fast=rows[t] != VOID,
-        )
-        for t in range(len(table))
-    ]
+
+    def made_of(t: int) -> Row:
+        own = [wide(w) for w in weight[t]]
+        if rows[t] == EXACT or (rows[t] != INDEPENDENT and policy.S >= K):
+            return Row(table[t], weight[t], set(), set())
+        if rows[t] != INDEPENDENT:
+            active = primary | critical
+            fast = rows[t] != VOID
+            return row_by_hand(t, table[t], own, E, active, target, scale, fast=fast)
+        goes = {u: best_of(u, pool) for u in table[t] if 0 <= u < E}
+        factor = {u: np.float32(substitution.scale[u, v].float().item()) for u, v in goes.items()}
+        kept = votes(t, K)
+        return row_by_hand(0, table[t], own, E, pool | kept, goes, factor, fast=True)
+
+    made = [made_of(t) for t in range(len(table))]
     fast = [row for row, kind in zip(made, rows, strict=True) if kind != VOID]
     return Definition(
         [row.ids for row in made],

@@ -13,7 +13,13 @@ from tests.kernels.test_reroute import batch, plan_of
 
 @pytest.mark.parametrize(("E", "K", "T"), [(8, 4, 5), (32, 4, 70), (60, 4, 33), (33, 3, 1)])
 @pytest.mark.parametrize(
-    "policy", [Policy(S=1), Policy(S=1, rho=0.5, min_active=1), Policy(S=1, tau=0.05, min_active=1)]
+    "policy",
+    [
+        Policy(S=1),
+        Policy(S=1, rho=0.5, min_active=1),
+        Policy(S=1, tau=0.05, min_active=1),
+        Policy(S=0, pool=0.625, tau=0.05),
+    ],
 )
 def test_many_programs(
     E: int, K: int, T: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
@@ -22,7 +28,7 @@ def test_many_programs(
     monkeypatch.setattr(triton_kernel, "ONE_PROGRAM", 0)
     ids, weights, similarity = batch(T, T, K, E, coarse=True)
     ids, weights = ids.masked_fill(weights == 0.5, -1), weights.masked_fill(weights == 0.75, 0)
-    rows, plan = torch.arange(T).remainder(3).to(torch.int8), plan_of(similarity, policy, K)
+    rows, plan = torch.arange(T).remainder(4).to(torch.int8) - 1, plan_of(similarity, policy, K)
     short = torch.zeros_like(rows).index_fill_(0, torch.tensor([T // 2]), 1)  # of experts
     for classes in (rows, torch.zeros_like(rows), short, None):
         votes = triton_kernel.vote(Batch(ids, weights, classes), plan)

@@ -69,7 +69,7 @@ def test_layers_see_the_change_and_write_through(table: Table) -> None:
     layer.follow(table.plan(1, Policy(S=1, max_active=3)))
     assert live.settings[1].tolist()[:3] == [1, K, 3]
     assert {name for name, _ in layer.named_buffers()} == {
-        "neighbours", "errors", "scales", "settings", "counters", "row_classes"
+        "neighbours", "errors", "scales", "settings", "pool", "counters", "row_classes"
     }  # fmt: skip
 
 

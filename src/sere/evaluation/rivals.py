@@ -196,7 +196,8 @@ class Rival:
         of = used if self.weights == "renormalise" else batch.chosen
         left = (batch.scores * of).sum(1, keepdim=True)  # 0: all of a token's groups are masked
         scale = batch.weights.sum(1, keepdim=True) / left.clamp(min=1e-37)
-        spare = fillers(ids, values > 0, values <= 0, used.any(0))
+        turn = torch.arange(len(ids), device=ids.device)
+        spare = fillers(ids, values > 0, values <= 0, used.any(0), turn)
         ids = torch.where(values > 0, ids, spare).to(batch.ids.dtype)
         weights = (values * scale).to(batch.weights.dtype)
         same = (used == batch.chosen).all(1, keepdim=True)

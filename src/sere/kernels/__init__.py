@@ -77,6 +77,7 @@ def reroute(
         plan.errors,
         plan.scales,
         plan.settings,
+        plan.pool,
         rows,
         counters,
         votes,
@@ -125,12 +126,13 @@ def _route(
     errors: Tensor,
     scales: Tensor,
     settings: Tensor,
+    pool: Tensor,
     rows: Tensor | None,
     counters: Tensor | None,
     votes: Tensor | None = None,
 ) -> Tensor:
     run = load(implementation_for(topk_ids.device, len(neighbours), topk_ids.shape[1]))
-    plan = Plan(neighbours, errors, scales, settings)
+    plan = Plan(neighbours, errors, scales, settings, pool)
     return run(Batch(topk_ids, topk_weights, rows), plan, counters, votes)
 
 
@@ -141,7 +143,7 @@ def _like_ids(topk_ids: Tensor, *others: Tensor | None) -> Tensor:
 _LIBRARY: Any = torch.library.Library("sere", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "route(Tensor topk_ids, Tensor(a!) topk_weights, Tensor neighbours, Tensor errors, "
-    "Tensor scales, Tensor settings, Tensor? rows, Tensor(b!)? counters, "
+    "Tensor scales, Tensor settings, Tensor pool, Tensor? rows, Tensor(b!)? counters, "
     "Tensor? votes=None) -> Tensor"
 )
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")

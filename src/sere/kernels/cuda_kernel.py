@@ -140,7 +140,7 @@ def _decision(plan: Plan, counters: Tensor | None, out: Tensor) -> tuple[int, ..
     """The arguments of launches that move slots."""
     return (
         *(plan.neighbours.data_ptr(), plan.errors.data_ptr()),
-        *(plan.scales.data_ptr(), plan.settings.data_ptr()),
+        *(plan.scales.data_ptr(), plan.settings.data_ptr(), plan.pool.data_ptr()),
         *(out.data_ptr(), _pointer(counters)),
     )
 
@@ -153,7 +153,7 @@ def vote(batch: Batch, plan: Plan) -> Tensor:
     if T and K:
         read = _readable(batch)
         share, blocks = _split(T, K)
-        shared_out = (share, votes.data_ptr(), plan.settings.data_ptr())
+        shared_out = (share, votes.data_ptr(), plan.settings.data_ptr(), plan.pool.data_ptr())
         kernels, arguments = _kernels_for(read, plan, MEASURED), _arguments(read, plan)
         kernels.launch("reroute_vote", MEASURED, blocks, *arguments, *shared_out)
     return votes

@@ -1,4 +1,4 @@
-// How a row comes to name no expert twice (rules 6 to 8), for some rows at a time, a slot a thread.
+// How a row comes to name no expert twice (rules 6 to 10), for some rows at a time, a slot a thread.
 //
 // Included by reroute.cu. Three steps, a barrier between each (four where experts can run out):
 //   aim     where every slot goes
@@ -14,11 +14,11 @@ enum { SLOTS = 1024, LEAVES = 1 << 12, NOWHERE = LEAVES - 1, FOREIGN = -1 };
 // What the threads of a block share about the rows at hand.
 struct Rows {
     short goes_to[SLOTS];  // an expert or NOWHERE, with LEAVES where that is another; or FOREIGN
-    // Bits of slots, [rows], at least two slots a row: with K = 1 nothing ever moves.
-    unsigned stays[SLOTS / 2];
-    unsigned freed[SLOTS / 2];
+    // Bits of slots, [rows].
+    unsigned stays[SLOTS];
+    unsigned freed[SLOTS];
     // Bits of active experts, from the one on at which the row's fillers start.
-    unsigned named[SLOTS / 2];
+    unsigned named[SLOTS];
 };
 
 __device__ static float product(float weight, float scale) { return __fmul_rn(weight, scale); }
@@ -34,19 +34,23 @@ __device__ static bool ahead(WEIGHT w_j, WEIGHT w_k, int j, int k) {
     return w_j > w_k || (w_j == w_k && j < k);
 }
 
-// The active experts in ascending order, and where each of them stands.
-__device__ static void list_active(Shared& shared, int E) {
+// The experts of a set of bits in ascending order, and where each of them stands; others stand where
+// no filler is looked for.
+__device__ static void list(const unsigned* bits, int E, short* in_order, short* standing) {
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        if (!bit(shared.active, e)) continue;
-        int place = __popc(shared.active[e / 32] & ((1u << e % 32) - 1));
-        for (int word = 0; word < e / 32; ++word) place += __popc(shared.active[word]);
-        shared.in_order[place] = e;
-        shared.standing[e] = place;
+        standing[e] = MAX_K;
+        if (!bit(bits, e)) continue;
+        int place = __popc(bits[e / 32] & ((1u << e % 32) - 1));
+        for (int word = 0; word < e / 32; ++word) place += __popc(bits[word]);
+        in_order[place] = e;
+        standing[e] = place;
     }
 }
 
 // Returns how many of this thread's slots are critical.
-__device__ static int aim(const Batch& batch, const Shared& shared, Rows& rows, int s, int first, int slots) {
+__device__ static int aim(
+    const Batch& batch, const Decision& decision, const Shared& shared, Rows& rows, bool movable, int s, int first,
+    int slots) {
     int critical = 0;
     for (int i = threadIdx.x; i < slots; i += blockDim.x) {
         const int row = i / batch.K, k = i % batch.K, t = first + row, kind = kind_of(batch, t);
@@ -56,8 +60,16 @@ __device__ static int aim(const Batch& batch, const Shared& shared, Rows& rows, 
             rows.goes_to[i] = FOREIGN;
             continue;
         }
-        const bool counts = kind == FAST && weight_at(batch, t, k) != 0;
-        if (bit(shared.active, e)) {
+        const bool counts = kind != VOID && weight_at(batch, t, k) != 0;
+        if (kind == INDEPENDENT) {
+            const int place = decision.pool[batch.E + e];
+            const bool leaves = leaves_pool(batch, decision.pool, t, k);
+            rows.goes_to[i] = !leaves ? (int)e
+                : LEAVES | (counts ? (int)decision.neighbours[e * (batch.E - 1) + place] : (int)NOWHERE);
+            critical += counts && !leaves && !bit(shared.own, e) && decision.settings[OWN_POOL] > 0;
+        } else if (!movable)
+            rows.goes_to[i] = FOREIGN;
+        else if (bit(shared.active, e)) {
             rows.goes_to[i] = e;
             critical += counts && (shared.first_rank[e] == RESCUED || shared.first_rank[e] >= s);
         } else
@@ -66,12 +78,11 @@ __device__ static int aim(const Batch& batch, const Shared& shared, Rows& rows, 
     return critical;
 }
 
-// `stayed`: bits of experts that are active only as a FAST row's slot stays.
-__device__ static void hold(const Batch& batch, Rows& rows, unsigned* stayed, int first, int slots, int active) {
+__device__ static void hold(const Batch& batch, Rows& rows, int first, int slots, int active) {
     for (int i = threadIdx.x; i < slots; i += blockDim.x) {
         const int row = i / batch.K, k = i % batch.K, t = first + row;
         const short* goes_to = &rows.goes_to[row * batch.K];
-        if (goes_to[k] < LEAVES) continue;
+        if (goes_to[k] < LEAVES || kind_of(batch, t) == INDEPENDENT) continue;
         const bool fast = kind_of(batch, t) == FAST;
         const WEIGHT mine = fast ? weight_at(batch, t, k) : 0;
         int before = 0, excess = -active;
@@ -79,10 +90,7 @@ __device__ static void hold(const Batch& batch, Rows& rows, unsigned* stayed, in
             excess += goes_to[j] != FOREIGN;
             before += goes_to[j] >= LEAVES && ahead(fast ? weight_at(batch, t, j) : 0, mine, j, k);
         }
-        if (before >= excess) continue;
-        atomicOr(&rows.stays[row], 1u << k);
-        const int e = (int)expert_at(batch, t, k);
-        if (fast) atomicOr(&stayed[e / 32], 1u << e % 32);
+        if (before < excess) atomicOr(&rows.stays[row], 1u << k);
     }
 }
 
@@ -90,11 +98,13 @@ __device__ static void hold(const Batch& batch, Rows& rows, unsigned* stayed, in
 __device__ static void carry(
     const Batch& batch, const Decision& decision, const Shared& shared, Rows& rows, int first, int slots, int active) {
     const bool scales = decision.settings[SCALES] != 0;
+    const int* own_place = decision.pool + batch.E;
     for (int i = threadIdx.x; i < slots; i += blockDim.x) {
         const int row = i / batch.K, k = i % batch.K, t = first + row;
         const short* goes_to = &rows.goes_to[row * batch.K];
         const int mine = goes_to[k] & NOWHERE;
         if (goes_to[k] == FOREIGN || rows.stays[row] >> k & 1) continue;
+        const int kind = kind_of(batch, t);
         bool moves = false, alone = true;
         WEIGHT carried = 0;
         for (int j = 0; j < batch.K; ++j) {
@@ -107,7 +117,8 @@ __device__ static void carry(
             WEIGHT weight = weight_at(batch, t, j);
             if (leaves && scales) {
                 const int e = (int)expert_at(batch, t, j);
-                weight = product(weight, decision.scales[e * (batch.E - 1) + shared.place[e]]);
+                const int place = kind == INDEPENDENT ? own_place[e] : shared.place[e];
+                weight = product(weight, decision.scales[e * (batch.E - 1) + place]);
             }
             carried = j == k ? weight : sum(carried, weight);
         }
@@ -116,32 +127,38 @@ __device__ static void carry(
             atomicOr(&rows.freed[row], 1u << k);
             continue;
         }
-        if (kind_of(batch, t) == FAST) weight_at(batch, t, k) = carried;
-        int from_start = shared.standing[mine] - t % active;
+        if (kind != VOID) weight_at(batch, t, k) = carried;
+        int from_start = kind == INDEPENDENT ? shared.own_standing[mine] : shared.standing[mine] - t % active;
         if (from_start < 0) from_start += active;
         if (from_start < 32) atomicOr(&rows.named[row], 1u << from_start);
     }
 }
 
-// Returns how many slots of this thread are re-routed.
+// Returns how many slots of this thread are re-routed; notes what is named that was not certain to be.
 __device__ static int fill(
-    const Batch& batch, const Decision& decision, const Shared& shared, const Rows& rows, int first, int slots, int active) {
+    const Batch& batch, const Decision& decision, Shared& shared, const Rows& rows, int first, int slots, int active) {
     int rerouted = 0;
     for (int i = threadIdx.x; i < slots; i += blockDim.x) {
         const int row = i / batch.K, k = i % batch.K, t = first + row;
-        const bool fast = kind_of(batch, t) == FAST;
+        const int kind = kind_of(batch, t);
         long long e = expert_at(batch, t, k);
         if (rows.goes_to[i] >= LEAVES && !(rows.stays[row] >> k & 1)) {
             e = rows.goes_to[i] & NOWHERE;
-            rerouted += fast;
+            rerouted += kind != VOID;
         }
         if (rows.freed[row] >> k & 1) {
             unsigned open = ~rows.named[row];
             for (int taken = __popc(rows.freed[row] & ((1u << k) - 1)); taken > 0; --taken) open &= open - 1;
-            const int place = t % active + __ffs(open) - 1;
-            e = shared.in_order[place < active ? place : place - active];
-            if (fast) weight_at(batch, t, k) = 0;
+            if (kind == INDEPENDENT)
+                e = shared.own_order[__ffs(open) - 1];
+            else {
+                const int place = t % active + __ffs(open) - 1;
+                e = shared.in_order[place < active ? place : place - active];
+            }
+            if (kind != VOID) weight_at(batch, t, k) = 0;
         }
+        if (rows.goes_to[i] != FOREIGN && kind != VOID && !bit(shared.certain, (int)e))
+            atomicOr(&shared.added[e / 32], 1u << e % 32);
         decision.out[(long long)first * batch.K + i] = (ID)e;
     }
     return rerouted;

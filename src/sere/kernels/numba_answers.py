@@ -42,7 +42,7 @@ def _bits(maps: Tensor) -> Tensor:
     return maps.view(torch.int16)
 
 
-@_compiled
+@compiled
 def _keep_freed(weights: Any, ids: Any, new_ids: Any, rows: Any, rank: Any) -> None:
     for t in range(ids.shape[0]):
         for k in range(ids.shape[1]):
@@ -53,7 +53,7 @@ def _keep_freed(weights: Any, ids: Any, new_ids: Any, rows: Any, rank: Any) -> N
                 weights[t, k] = 0
 
 
-@_compiled
+@compiled
 def _by_expert(ids: Any, weights: Any, E: int) -> tuple[Any, Any]:
     """Where each expert's freed slots begin [E + 1], and the slots one after the other."""
     K = ids.shape[1]
@@ -73,14 +73,14 @@ def _by_expert(ids: Any, weights: Any, E: int) -> tuple[Any, Any]:
     return begins, slots
 
 
-@_compiled
+@compiled
 def _widened(bits: Any, row: Any) -> None:
     """A row of bfloat16 as the upper halves of float32."""
     for h in range(len(bits)):
         row[h] = np.int32(bits[h]) << 16
 
 
-@_compiled(fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _ask(
     hidden: Any,  # [T, H or more]
     ids: Any,  # [T, K]
@@ -111,7 +111,7 @@ def _ask(
                 inner[t, k, r] = weights[t, k] * (total - centre[u, r])
 
 
-@_compiled(fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _answer(
     output: Any,  # [T, H or more], added to
     ids: Any,  # [T, K]

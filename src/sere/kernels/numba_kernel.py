@@ -13,10 +13,11 @@ import torch
 from numba import carray, cfunc, types
 from torch import Tensor
 
-from sere.kernels import numba_loops
+from sere.kernels import numba_loops, numba_rows
 from sere.kernels.batch import Batch
-from sere.kernels.numba_loops import FAST, reroute
-from sere.kernels.plan import Plan
+from sere.kernels.numba_loops import reroute
+from sere.kernels.numba_rows import FAST
+from sere.kernels.plan import SETTINGS, Plan
 from sere.kernels.reference import COUNTERS
 
 _TYPES = {
@@ -48,7 +49,7 @@ def vote(batch: Batch, plan: Plan) -> Tensor:
     """[2 E + 1] int32 (see `sere.kernels.reference.vote`); all tensors on the CPU."""
     votes = torch.empty(2 * plan.num_experts + 1, dtype=torch.int32)
     ids, weights, rows = _readable(batch)
-    numba_loops.vote(*(t.numpy() for t in (ids, weights, plan.settings, rows, votes)))
+    numba_loops.vote(*(t.numpy() for t in (ids, weights, plan.settings, plan.pool, rows, votes)))
     return votes
 
 
@@ -100,6 +101,7 @@ def _fixed(
         plan.errors.data_ptr(),
         plan.scales.data_ptr(),
         plan.settings.data_ptr(),
+        plan.pool.data_ptr(),
         None if counters is None else counters.data_ptr(),
         None if votes is None else votes.data_ptr(),
         plan.neighbours.shape[0],
@@ -113,7 +115,7 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     """The compiled loops behind plain pointers: numba takes microseconds to unpack arrays, which
     in an engine, its caches full of weights, become tens of microseconds."""
     batch = [_TYPES[ids], _TYPES[weights], _TYPES[ids], types.int8]
-    layer = [types.int32, types.int32, types.float32, types.int32, types.int64, types.int32]
+    layer = [types.int32, types.int32, types.float32, *[types.int32] * 2, types.int64, types.int32]
     signature = types.void(
         *map(types.CPointer, batch),
         *[types.intp] * 2,
@@ -132,6 +134,7 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
         errors: Any,
         scales: Any,
         settings: Any,
+        pool: Any,
         counters: Any,
         votes: Any,
         E: int,
@@ -148,14 +151,16 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
             carray(neighbours, (E, E - 1)),
             carray(errors, (E, E - 1)),
             carray(scales, (E, E - 1)),
-            carray(settings, (5,)),
+            carray(settings, (len(SETTINGS),)),
+            carray(pool, (3, E)),
             carray(rows, (T,)),
             carray(votes, (V,)),
             carray(counters, (C,)),
         )
 
     # numba takes a cached function for new where its own file is, whatever became of the loops'.
-    entry.__qualname__ += hashlib.sha256(inspect.getsource(numba_loops).encode()).hexdigest()[:8]
+    loops = inspect.getsource(numba_loops) + inspect.getsource(numba_rows)
+    entry.__qualname__ += hashlib.sha256(loops.encode()).hexdigest()[:8]
     try:
         compiled = cfunc(signature, cache=True)(entry)
     except RuntimeError:  # nowhere to keep a cache: a read-only image without a home
@@ -163,5 +168,5 @@ def _entry(ids: torch.dtype, weights: torch.dtype) -> Callable[..., None]:
     _KEPT.append(compiled)  # its machine code lives as long as it does
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     # PYFUNCTYPE: for some microseconds' work, keep the interpreter's lock.
-    called = ctypes.PYFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 6, *[size] * 3)
+    called = ctypes.PYFUNCTYPE(None, *[pointer] * 4, *[size] * 2, *[pointer] * 7, *[size] * 3)
     return called(compiled.address)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from sere.kernels.pool import FRACTION as FRACTION
+from sere.kernels.pool import columns, joining_order, no_pool
 from sere.policy import Policy, PolicyError
 
 NO_CEILING = 2**31 - 1
@@ -19,8 +21,6 @@ NO_CEILING = 2**31 - 1
 OFF = 2**31 - 1
 NO_TOLERANCE = -1
 
-FRACTION = 2**15
-"""Shares are whole numbers of 1 / FRACTION."""
 ERROR_FRACTION = 2**13
 """Errors are whole numbers of 1 / ERROR_FRACTION."""
 LARGEST_ERROR = 8 * ERROR_FRACTION - 1  # keeps a loss within 31 bits, whatever the share
@@ -32,17 +32,27 @@ OUTPUTS_UNKNOWN = (
     "text: calibrate on text, or use S and rho alone"
 )
 
-SETTINGS_OFF = torch.tensor([OFF, 1, NO_CEILING, NO_TOLERANCE, 0], dtype=torch.int32, device="cpu")
+SETTINGS = ("S", "min_active", "max_active", "tau", "scaled", "pool", "own_pool")
+"""What the numbers of `Plan.settings` are."""
+SETTINGS_OFF = torch.tensor(
+    [OFF, 1, NO_CEILING, NO_TOLERANCE, 0, 0, 0], dtype=torch.int32, device="cpu"
+)
 """`Plan.settings` of stock routing."""
 
 
-def settings_of(policy: Policy, K: int) -> Tensor:
-    """`Plan.settings` under a layer's policy, on the CPU; K: experts per token of the model."""
-    tau = NO_TOLERANCE if policy.tau is None else round(policy.tau * LOSS_FRACTION)
+def settings_of(policy: Policy, K: int, E: int) -> Tensor:
+    """`Plan.settings` under a layer's policy, on the CPU; K of E experts per token."""
+    tau, pool = whole_tau(policy), policy.pool_of(E)
     ceiling = policy.max_active or NO_CEILING
     scaled = policy.scales or policy.frees  # a freed slot's weight is scaled to 0
-    settings = [policy.S, policy.min_active or K, ceiling, tau, int(scaled)]
+    own = pool if pool >= K else 0
+    settings = [policy.S, policy.min_active or K, ceiling, tau, int(scaled), pool, own]
     return torch.tensor(settings, dtype=torch.int32, device="cpu")
+
+
+def whole_tau(policy: Policy) -> int:
+    """In units of 1 / LOSS_FRACTION."""
+    return NO_TOLERANCE if policy.tau is None else round(policy.tau * LOSS_FRACTION)
 
 
 @dataclass(frozen=True)
@@ -56,14 +66,19 @@ class Plan:
         `Substitution`, in units of 1 / ERROR_FRACTION.
     scales: [E, E-1] float32, beside `neighbours`: what to multiply a weight with when u's slot goes
         to this neighbour.
-    settings: [5] int32: S, min_active, max_active, tau in units of 1 / LOSS_FRACTION
-        (or NO_TOLERANCE), and whether weights are scaled.
+    settings: [7] int32: S, min_active, max_active, tau in units of 1 / LOSS_FRACTION
+        (or NO_TOLERANCE), whether weights are scaled, how many experts the pool of the step holds,
+        and how many that of INDEPENDENT rows (0: there is none).
+    pool: [3, E] int32 (see `sere.kernels.pool.columns`): when each expert joins the pool; and of
+        INDEPENDENT rows the place of its stand-in in the list, or -1, and the least share at which
+        a slot stays.
     """
 
     neighbours: Tensor
     errors: Tensor
     scales: Tensor
     settings: Tensor
+    pool: Tensor
 
     @property
     def num_experts(self) -> int:
@@ -78,6 +93,8 @@ class Plan:
         K: int,
         substitution: Substitution | None = None,
         placement: Placement | None = None,
+        calls: Tensor | None = None,
+        pool: int | None = None,
     ) -> Plan:
         """Plan of one layer.
 
@@ -87,9 +104,12 @@ class Plan:
         substitution: what is lost when one expert stands in for another; needed by a policy with
             `tau`, `fill="error"` or `weights="scale"` (`PolicyError` without).
         placement: which expert is held where; None where it does not matter, or is not known.
+        calls: [E], the share of the router's choices that goes to each expert; None: all alike.
+        pool: members of the largest pool that the plan is to know of; None: the policy's.
         """
         E = similarity.shape[0]
         policy.check_against(K, E)
+        known = substitution
         if substitution is None:
             if policy.needs_errors:
                 raise PolicyError(OUTPUTS_UNKNOWN)
@@ -101,13 +121,19 @@ class Plan:
             excluded = merit < _threshold(merit, policy)
         order = _order(merit, excluded, placement)[:, : E - 1]
         neighbours = order.masked_fill(excluded.gather(1, order), -1)
-        errors = (substitution.error.gather(1, order) * ERROR_FRACTION).round()
+        errors = _whole(substitution.error).gather(1, order)
         scales = substitution.scale.gather(1, order)
+        settings, members = settings_of(policy, K, E), policy.pool_of(E) if pool is None else pool
+        lost = _whole(known.error if known else 1 - similarity)
+        joins = joining_order(merit, lost, calls, members)
         return cls(
             neighbours.to(torch.int32).contiguous(),
-            errors.clamp(0, LARGEST_ERROR).to(torch.int32).contiguous(),
+            errors.to(torch.int32).contiguous(),
             scales.float().contiguous(),
-            settings_of(policy, K).to(similarity.device),
+            settings.to(similarity.device),
+            columns(joins, neighbours, errors, int(settings[-1]), whole_tau(policy)).to(
+                similarity.device
+            ),
         )
 
     @classmethod
@@ -119,6 +145,7 @@ class Plan:
             torch.zeros(shape, dtype=torch.int32, device=device),
             torch.ones(shape, dtype=torch.float32, device=device),
             SETTINGS_OFF.to(device or "cpu", copy=True),
+            no_pool(num_experts).to(device or "cpu"),
         )
 
     def to(self, device: torch.device | str) -> Plan:
@@ -181,12 +208,17 @@ def can_move(similarity: Tensor, policy: Policy, K: int) -> bool:
     similarity, policy, K: as for `Plan.build`.
     """
     E = len(similarity)
-    if policy.S >= K or (policy.min_active or K) >= E:
+    if policy.S >= K or (policy.min_active or K) >= E or policy.pool_of(E) == E:
         return False
     if policy.tau is not None or policy.fills_by_error:
         return True
     merit = similarity.double().clone().fill_diagonal_(-torch.inf)
     return bool((merit >= _threshold(merit, policy)).any())
+
+
+def _whole(error: Tensor) -> Tensor:
+    """[E, E] int64, in units of 1 / ERROR_FRACTION."""
+    return (error.double() * ERROR_FRACTION).round().clamp(0, LARGEST_ERROR).long()
 
 
 def _order(merit: Tensor, excluded: Tensor, placement: Placement | None) -> Tensor:

@@ -9,18 +9,22 @@ token. A row has a class (`RowClass`):
   their experts are read anyway, so they are free primaries for the others;
 * VOID rows (graph padding, dummy runs) do not vote and add no expert;
 * `keeping(n)` makes a FAST row whose own n best slots are primary whatever S is, n >= 1: a request
-  that asked for more than the batch gets.
+  that asked for more than the batch gets;
+* INDEPENDENT rows are re-routed by a rule of their own (10), so that what becomes of them is the
+  same whoever else is in the batch.
 
 The rules, in the order in which they apply:
 
 1. A slot *counts* if its id is in [0, E) and its weight is not 0. A slot whose id is outside
    (padding marked -1, fused shared experts) is never changed and never votes.
 2. In each row the counting slots are ranked by weight, largest first; ties: lower slot first.
-3. `first_rank[e]` = the lowest rank at which any FAST row chose e, or 0 if an EXACT row chose it or
-   a row that keeps n chose it at a rank below n.
-   The primaries for a given s are the experts with `first_rank < s`.
+3. `first_rank[e]` = the lowest rank at which any FAST row chose e, or -1 if an EXACT row chose it,
+   a row that keeps n chose it at a rank below n, or an INDEPENDENT row chose it and stays with it.
+   The primaries for a given s are the experts with `first_rank < s`, and the members of the *pool*:
+   those that join it first (`Plan.pool`), as many as the settings say, and if there is an
+   INDEPENDENT row at least as many as the pool of those holds.
 4. s starts at S, grows until there are `min_active` primaries (at most to K), then shrinks (not
-   below 1) while there are more than `max_active`.
+   below 1, or 0 where there is a pool) while there are more than `max_active`.
 5. If the plan has a tolerance tau: the *share* of a FAST row's counting slot is its weight over the
    row's sum. The *loss* of an expert u that is chosen and not primary is the largest share of any
    row, squared, times the error of the first primary in u's neighbour list. The experts that would
@@ -43,6 +47,13 @@ The rules, in the order in which they apply:
    and that the row does not name. Fillers are the active experts in ascending order, from position
    (row of this call mod their number) on, wrapping, without those that the row carries; freed slots
    take them in slot order. VOID rows likewise, but their weights are left alone.
+10. An INDEPENDENT row knows one set of experts, the members of its pool, in every batch. A slot in
+   [0, E) stays with its expert if its share (0 if it does not count) is at least what the plan
+   says: always with members and with experts that none of them can stand in for, else if it would
+   lose more than tau. Any other slot leaves, if it counts for the first member in its expert's
+   list, its weight scaled as in rule 6. If one leaves, rule 9 holds for all slots of the row in
+   [0, E), but fillers are members, the lowest first. The pool holds K members or more; without one
+   (0) the row is left alone.
 
 Only a row that named an expert twice when it came may still do so, if it is left as it was or its
 slots stay. Ids outside [0, E) are never written, and nothing becomes -1.
@@ -68,6 +79,7 @@ from torch import Tensor
 
 from sere.kernels.batch import Batch
 from sere.kernels.distinct import NOWHERE, distinct
+from sere.kernels.independent import Slots, independent
 from sere.kernels.plan import FRACTION, OFF, Plan
 
 
@@ -77,6 +89,7 @@ class RowClass(IntEnum):
     VOID = 0
     FAST = 1
     EXACT = 2
+    INDEPENDENT = -1
 
 
 def keeping(n: int) -> int:
@@ -94,13 +107,17 @@ COUNTERS = (
     "rows_fast",
     "rows_exact",
     "rows_void",
+    "rows_independent",
 )
 
 
-NAMED, NEVER = 2**20, 2**30
-"""`first_rank` of an expert that nobody votes for: named by a real row, or by none."""
+NAMED, LEFT, NEVER = 2**20, 2**20 + 1, 2**30
+"""`first_rank` of an expert that nobody votes for: named by a real row; by INDEPENDENT ones only,
+whose slots leave it; or by none."""
 WEIGHT_FRACTION = 2**20
 """A weight as a whole number is this many times the weight, rounded down."""
+ALWAYS = -1
+"""`first_rank` of an expert that is primary whatever s is: of EXACT rows, of the pool."""
 LARGEST_WEIGHT = 2.0**15
 """Larger ones, and what is not a number, count as this much towards shares."""
 
@@ -110,8 +127,8 @@ class Routing(NamedTuple):
 
     ids: Tensor  # [T, K], dtype of the input
     weights: Tensor  # [T, K], dtype of the input
-    primary: Tensor  # [E] bool, those of rule 5 included
-    moved: Tensor  # [T, K] bool: slots that left their expert, by rule 6 or 7
+    primary: Tensor  # [E] bool, those of rule 5 and the pool's included
+    moved: Tensor  # [T, K] bool: slots that left their expert, by rule 6, 7 or 10
     critical: Tensor  # [T, K] bool: slots kept because no primary could stand in for their expert
     before: Tensor  # scalar: distinct experts that the real rows name
     after: Tensor  # scalar: distinct experts that they name afterwards
@@ -135,8 +152,8 @@ def run(batch: Batch, plan: Plan, counters: Tensor | None, votes: Tensor | None 
 def vote(batch: Batch, plan: Plan) -> Tensor:
     """[2 E + 1] int32, the smaller the stronger; NEVER where there is nothing to say.
 
-    First E: `first_rank`, or NAMED. Then 0 if a row is FAST. Then, where the plan has a tolerance,
-    minus the largest share of each expert.
+    First E: `first_rank`, NAMED or LEFT. Then 0 if a row is FAST, -1 if one is INDEPENDENT. Then,
+    where the plan has a tolerance, minus the largest share of each expert in FAST rows.
     """
     E, rows = plan.num_experts, _rows(batch)
     fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
@@ -144,17 +161,20 @@ def vote(batch: Batch, plan: Plan) -> Tensor:
     valid, counts, expert = _slots(batch, E)
 
     ranks = _ranks(batch.weights, counts, counts)
-    ranks = ranks.masked_fill(ranks < (rows - int(RowClass.EXACT))[:, None], 0)
-    ranks = (
-        ranks.masked_fill(~counts, NAMED).masked_fill(exact, 0).masked_fill(~(valid & real), NEVER)
-    )
+    ranks = ranks.masked_fill(ranks < (rows - int(RowClass.EXACT))[:, None], ALWAYS)
+    own = (rows == RowClass.INDEPENDENT)[:, None]
+    shares = _shares(batch.weights, counts)
+    own_ranks = torch.where(shares < plan.pool[2][expert], LEFT, ALWAYS)
+    ranks = ranks.masked_fill(~counts, NAMED).masked_fill(exact, ALWAYS)
+    ranks = torch.where(own, own_ranks, ranks)
+    ranks = ranks.masked_fill(~(valid & real), NEVER)
     never = torch.full((E,), NEVER, device=expert.device)
     first_rank = never.scatter_reduce(0, expert.reshape(-1), ranks.reshape(-1), "amin")
 
-    any_fast = torch.where(fast.any(), 0, NEVER)[None]
-    shares = _largest_shares(batch.weights, expert, counts & fast, E)
-    told = (shares > 0) & (plan.settings[3] >= 0)
-    return torch.cat([first_rank, any_fast, torch.where(told, -shares, NEVER)]).to(torch.int32)
+    movable = torch.where(own.any(), -1, torch.where(fast.any(), 0, NEVER))[None]
+    largest = _largest(shares.masked_fill(~fast, 0), expert, E)
+    told = (largest > 0) & (plan.settings[3] >= 0)
+    return torch.cat([first_rank, movable, torch.where(told, -largest, NEVER)]).to(torch.int32)
 
 
 def route(batch: Batch, plan: Plan, votes: Tensor | None = None) -> Routing:
@@ -162,13 +182,16 @@ def route(batch: Batch, plan: Plan, votes: Tensor | None = None) -> Routing:
     if votes is None:
         votes = vote(batch, plan)
     K, E = batch.ids.shape[1], plan.num_experts
-    S, min_active, max_active, tau, scaling = plan.settings.unbind()
+    S, min_active, max_active, tau, scaling, pool, own_pool = plan.settings.unbind()
     rows = _rows(batch)
-    fast, exact = _fast(rows)[:, None], (rows == RowClass.EXACT)[:, None]
+    fast, void = _fast(rows)[:, None], (rows == RowClass.VOID)[:, None]
     valid, counts, expert = _slots(batch, E)
 
-    first_rank, shares = votes[:E].long(), (-votes[E + 1 :].long()).clamp(min=0)
-    s = _choose_s(first_rank, S, min_active, max_active, K)
+    named, shares = votes[:E].long(), (-votes[E + 1 :].long()).clamp(min=0)
+    members = torch.where(votes[E] < 0, torch.maximum(pool, own_pool), pool)
+    first_rank = torch.where(plan.pool[0] < members, ALWAYS, named)
+    least = torch.where(members > 0, 0, 1)
+    s = _choose_s(first_rank, S, min_active, max_active, least, K)
     elected = first_rank < s
     kept = _kept(shares, elected, max_active, tau, plan) & (S < K)
     primary = elected | kept
@@ -178,7 +201,7 @@ def route(batch: Batch, plan: Plan, votes: Tensor | None = None) -> Routing:
     lonely = target == torch.arange(E, device=target.device)
     active = primary | (lonely & (first_rank < NAMED))
     carries = counts & fast
-    leaves = valid & ~exact & ~active[expert] & works
+    leaves = valid & (fast | void) & ~active[expert] & works
     surplus = valid.sum(1, keepdim=True) - active.sum()
     stays = leaves & (_ranks(batch.weights, carries, leaves) < surplus)
     moved = leaves & ~stays
@@ -188,16 +211,24 @@ def route(batch: Batch, plan: Plan, votes: Tensor | None = None) -> Routing:
     weights = _wide(batch.weights)
     scaled = moved & carries & (scaling != 0)
     weights = torch.where(scaled, _scaled(weights, plan, place[expert], expert), weights)
-    ids, weights = distinct(goes, weights, joins, active)
-    ids = torch.where(joins, ids, batch.ids.long()).to(batch.ids.dtype)
+    start = torch.arange(len(rows), device=expert.device)
+    ids, weights = distinct(goes, weights, joins, active, start)
+    ids = torch.where(joins, ids, batch.ids.long())
     weights = torch.where(joins & fast, weights.to(batch.weights.dtype), batch.weights)
-
     critical = carries & works & (kept | (active & ~primary))[expert]
-    before = (first_rank < NEVER).sum()
-    added = torch.zeros(E, dtype=torch.int64, device=expert.device)
-    added = added.scatter_reduce(0, expert.reshape(-1), (stays & fast).long().reshape(-1), "amax")
-    after = torch.where(works, active.sum() + added.sum(), before)
-    return Routing(ids, weights, primary, moved & fast, critical, before, after)
+
+    own_rows, shares = (rows == RowClass.INDEPENDENT)[:, None], _shares(batch.weights, counts)
+    own = independent(_wide(batch.weights), plan, own_rows, Slots(valid, counts, expert, shares))
+    ids = torch.where(own.joins, own.ids, ids)
+    weights = torch.where(own.joins, own.weights.to(batch.weights.dtype), weights)
+    critical, moved = critical | own.rescued, (moved & fast) | own.leaves
+
+    before, after = (named < NEVER).sum(), (named <= NAMED) & (active | ~works)
+    real = valid & (fast | own.joins)  # who may name what nobody named before
+    after = after.long().scatter_reduce(
+        0, ids.clamp(0, E - 1).reshape(-1), real.long().reshape(-1), "amax"
+    )
+    return Routing(ids.to(batch.ids.dtype), weights, primary, moved, critical, before, after.sum())
 
 
 def _rows(batch: Batch) -> Tensor:
@@ -235,23 +266,27 @@ def _ranks(weights: Tensor, counts: Tensor, among: Tensor) -> Tensor:
 
 
 def _choose_s(
-    first_rank: Tensor, S: Tensor, min_active: Tensor, max_active: Tensor, K: int
+    first_rank: Tensor, S: Tensor, min_active: Tensor, max_active: Tensor, least: Tensor, K: int
 ) -> Tensor:
     """Scalar s of rule 4. All union sizes come from one pass over `first_rank`."""
-    s = torch.arange(1, K + 1, device=first_rank.device)
-    sizes = (first_rank[None, :] < s[:, None]).sum(1)  # [K], never decreasing
-    grown = ((sizes < min_active).sum() + 1).clamp(max=K)  # smallest s with enough primaries
-    capped = (sizes <= max_active).sum().clamp(min=1)  # largest s within the ceiling
+    s = torch.arange(K + 1, device=first_rank.device)
+    sizes = (first_rank[None, :] < s[:, None]).sum(1)  # [K + 1], never decreasing
+    grown = (sizes < min_active).sum().clamp(max=K)  # smallest s with enough primaries
+    capped = torch.maximum((sizes <= max_active).sum() - 1, least)  # largest s within the ceiling
     return torch.minimum(torch.maximum(S.long(), grown), capped)
 
 
-def _largest_shares(weights: Tensor, expert: Tensor, votes: Tensor, E: int) -> Tensor:
-    """[E] int64 in units of 1 / FRACTION: the largest share of any voting row; 0 for no vote."""
+def _shares(weights: Tensor, counts: Tensor) -> Tensor:
+    """[T, K] int64 in units of 1 / FRACTION: of each counting slot in its row; 0 of the others."""
     magnitude = _wide(weights).abs()
     magnitude = torch.where(magnitude < LARGEST_WEIGHT, magnitude, LARGEST_WEIGHT)
-    whole = (magnitude * WEIGHT_FRACTION).long().masked_fill(~votes, 0)
-    shares = whole * FRACTION // whole.sum(1, keepdim=True).clamp(min=1)
-    largest = torch.zeros(E, dtype=torch.int64, device=weights.device)
+    whole = (magnitude * WEIGHT_FRACTION).long().masked_fill(~counts, 0)
+    return whole * FRACTION // whole.sum(1, keepdim=True).clamp(min=1)
+
+
+def _largest(shares: Tensor, expert: Tensor, E: int) -> Tensor:
+    """[E] int64: the largest share of any row; 0 for none."""
+    largest = torch.zeros(E, dtype=torch.int64, device=shares.device)
     return largest.scatter_reduce(0, expert.reshape(-1), shares.reshape(-1), "amax")
 
 
@@ -306,13 +341,14 @@ def count(counters: Tensor, batch: Batch, routing: Routing, plan: Plan, votes: T
     if not len(batch.ids):
         return
     rows = _rows(batch)
-    decoding = (votes[plan.num_experts] == 0).long()
+    decoding = (votes[plan.num_experts] <= 0).long()
     figures = [
         decoding,
         decoding * routing.before,
         decoding * routing.after,
         routing.moved.sum(),
         routing.critical.sum(),
-        *(of.sum() for of in (_fast(rows), rows == RowClass.EXACT, rows == RowClass.VOID)),
+        _fast(rows).sum(),
+        *((rows == kind).sum() for kind in (RowClass.EXACT, RowClass.VOID, RowClass.INDEPENDENT)),
     ]
-    counters.add_(torch.stack(figures) * (plan.settings[0] != OFF))
+    counters.add_(torch.stack(figures) * ((plan.settings[0] != OFF) | (plan.settings[6] > 0)))

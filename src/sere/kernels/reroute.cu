@@ -35,15 +35,18 @@
 #define SHARED(type, name) __shared__ type name
 #endif
 
-enum RowClass { VOID = 0, FAST = 1, EXACT = 2 };  // EXACT + n: a FAST row that keeps n slots
-// first_rank of an expert that rule 5 made primary, and of those that nobody voted for: named by a
-// real row, or by none.
-enum { RESCUED = -1, NAMED = 1 << 20, NEVER = 1 << 30 };
+// EXACT + n: a FAST row that keeps n slots.
+enum RowClass { INDEPENDENT = -1, VOID = 0, FAST = 1, EXACT = 2 };
+// first_rank of an expert that rule 5 made primary, of one that always is, and of those that nobody
+// voted for: named by a real row, by INDEPENDENT ones that leave it, or by none.
+enum { RESCUED = -2, ALWAYS = -1, NAMED = 1 << 20, LEFT, NEVER = 1 << 30 };
 enum { OFF = 0x7fffffff, MAX_K = 32, MAX_E = 1024, GROUP = 4096 / THREADS };
 // As in plan.py and reference.py.
 enum { FRACTION = 1 << 15, WEIGHT_FRACTION = 1 << 20, LARGEST_WEIGHT = 1 << 15 };
-enum Setting { SETTING_S, MIN_ACTIVE, MAX_ACTIVE, TAU, SCALES };
-enum Counter { STEPS, BEFORE, AFTER, REROUTED, CRITICAL, ROWS_FAST, ROWS_EXACT, ROWS_VOID, COUNTERS };
+enum Setting { SETTING_S, MIN_ACTIVE, MAX_ACTIVE, TAU, SCALES, POOL, OWN_POOL };
+enum Counter {
+    STEPS, BEFORE, AFTER, REROUTED, CRITICAL, ROWS_FAST, ROWS_EXACT, ROWS_VOID, ROWS_INDEPENDENT, COUNTERS
+};
 
 struct Batch {
     const ID* ids;
@@ -59,6 +62,7 @@ struct Decision {
     const int* errors;            // [E, E - 1]
     const float* scales;          // [E, E - 1]
     const int* settings;          // see Setting
+    const int* pool;              // [3, E]: when an expert joins; of INDEPENDENT rows place and limit
     ID* out;                      // [T, K]; may be the ids themselves, where they have no gaps
     unsigned long long* counters;  // or null
 };
@@ -70,11 +74,16 @@ struct Shared {
     int place[MAX_E];  // of the stand-in in the expert's list, or -1
     int target[MAX_E];
     int loss[MAX_E];
-    int tally[MAX_K + 1];  // experts by first_rank; the last: named, but without a vote
+    int tally[MAX_K + 2];  // experts by first_rank + 1; the last: all that are named
+    unsigned independent;  // whether a row is
+    unsigned own[MAX_E / 32];      // bits of the members of their pool
+    unsigned certain[MAX_E / 32];  // bits of what is named afterwards, whatever becomes of each row
     unsigned active[MAX_E / 32];  // bits of primaries and critical experts
-    unsigned stayed[MAX_E / 32];  // bits of what FAST rows name besides, being short of experts
+    unsigned added[MAX_E / 32];   // bits of what re-routed rows name besides
     short in_order[MAX_E];        // the active experts, ascending
     short standing[MAX_E];        // where an active expert stands among them
+    short own_order[MAX_E];       // the same of members
+    short own_standing[MAX_E];
     int counts[COUNTERS];
 };
 
@@ -123,6 +132,12 @@ __device__ static int share_of(const Batch& batch, int t, int k) {
     return total ? (int)(whole_at(batch, t, k) * FRACTION / total) : 0;
 }
 
+// Whether a slot of an INDEPENDENT row, naming an expert, leaves it (rule 10).
+__device__ static bool leaves_pool(const Batch& batch, const int* pool, int t, int k) {
+    const int limit = pool[2 * batch.E + expert_at(batch, t, k)];
+    return limit > 0 && share_of(batch, t, k) < limit;
+}
+
 __device__ static void clear(Shared& shared, int E) {
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
         shared.first_rank[e] = NEVER;
@@ -130,47 +145,67 @@ __device__ static void clear(Shared& shared, int E) {
         shared.place[e] = -1;
         shared.loss[e] = -1;
     }
-    for (int i = threadIdx.x; i <= MAX_K; i += blockDim.x) shared.tally[i] = 0;
+    for (int i = threadIdx.x; i < MAX_K + 2; i += blockDim.x) shared.tally[i] = 0;
     for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x) shared.counts[i] = 0;
-    for (int i = threadIdx.x; i < MAX_E / 32; i += blockDim.x) shared.active[i] = shared.stayed[i] = 0;
+    for (int i = threadIdx.x; i < MAX_E / 32; i += blockDim.x)
+        shared.active[i] = shared.added[i] = shared.own[i] = shared.certain[i] = 0;
+    if (threadIdx.x == 0) shared.independent = 0;
 }
 
 __device__ static void vote(
-    const Batch& batch, const int* settings, Shared& shared, int start, int stop) {
+    const Batch& batch, const int* settings, const int* pool, Shared& shared, int start, int stop) {
     const bool tolerates = settings[TAU] >= 0;
     for (int slot = start * batch.K + threadIdx.x; slot < stop * batch.K; slot += blockDim.x) {
         const int t = slot / batch.K, k = slot % batch.K, kind = kind_of(batch, t);
         const long long e = expert_at(batch, t, k);
         if (kind == VOID || !in_range(batch, e)) continue;
         const bool counts = weight_at(batch, t, k) != 0;
-        int value = kind == EXACT ? 0 : counts ? rank_of(batch, t, k) : (int)NAMED;
-        if (value < keeps(batch, t)) value = 0;
+        int value = kind == EXACT ? (int)ALWAYS : counts ? rank_of(batch, t, k) : (int)NAMED;
+        if (value < keeps(batch, t)) value = ALWAYS;
+        if (kind == INDEPENDENT) {
+            value = leaves_pool(batch, pool, t, k) ? (int)LEFT : (int)ALWAYS;
+            atomicOr(&shared.independent, 1u);
+        }
         atomicMin(&shared.first_rank[e], value);
         if (tolerates && kind == FAST && counts) atomicMax(&shared.share[e], share_of(batch, t, k));
     }
 }
 
-__device__ static void tally(const Batch& batch, Shared& shared) {
+// How many members the pool of this step has.
+__device__ static int members_of(const int* settings, bool independent) {
+    return independent && settings[OWN_POOL] > settings[POOL] ? settings[OWN_POOL] : settings[POOL];
+}
+
+// The end of rule 3, and what rule 4 asks for.
+__device__ static void tally(const Batch& batch, Shared& shared, const int* pool, int members, int own_pool) {
     for (int e = threadIdx.x; e < batch.E; e += blockDim.x) {
-        const int rank = shared.first_rank[e];
-        if (rank < NEVER) atomicAdd(&shared.tally[rank < batch.K ? rank : batch.K], 1);
+        int rank = shared.first_rank[e];
+        if (rank < NEVER) atomicAdd(&shared.tally[MAX_K + 1], 1);
+        if (rank <= NAMED) atomicOr(&shared.certain[e / 32], 1u << e % 32);
+        if (members > 0) {
+            const int joins = pool[e];
+            if (joins < own_pool) atomicOr(&shared.own[e / 32], 1u << e % 32);
+            if (joins < members) shared.first_rank[e] = rank = ALWAYS;
+        }
+        if (rank < batch.K) atomicAdd(&shared.tally[rank + 1], 1);
     }
 }
 
 // Rule 4. Every thread finds the same s, and the number of primaries.
-__device__ static int choose_s(const Shared& shared, const int* settings, int K, int* primaries) {
+__device__ static int choose_s(
+    const Shared& shared, const int* settings, int K, int least, int* primaries) {
     const int S = settings[SETTING_S], min_active = settings[MIN_ACTIVE], max_active = settings[MAX_ACTIVE];
     int size = 0, too_few = 0, within = 0;
-    for (int s = 1; s <= K; ++s) {
-        size += shared.tally[s - 1];
+    for (int s = 0; s <= K; ++s) {
+        size += shared.tally[s];
         too_few += size < min_active;
         within += size <= max_active;
     }
-    const int grown = too_few + 1 < K ? too_few + 1 : K, capped = within > 1 ? within : 1;
+    const int grown = too_few < K ? too_few : K, capped = within - 1 > least ? within - 1 : least;
     int s = S > grown ? S : grown;
     s = s < capped ? s : capped;
     *primaries = 0;
-    for (int rank = 0; rank < s && rank < K; ++rank) *primaries += shared.tally[rank];
+    for (int at = 0; at <= s && at <= K; ++at) *primaries += shared.tally[at];
     return s;
 }
 
@@ -248,17 +283,20 @@ __device__ static void rescue(const Batch& batch, const Decision& decision, Shar
 #include "distinct.cuh"
 
 __device__ static void move(
-    const Batch& batch, const Decision& decision, Shared& shared, int s, int active, int start, int stop) {
+    const Batch& batch, const Decision& decision, Shared& shared, bool movable, int s, int active, int start,
+    int stop) {
     SHARED(Rows, rows);
     int rerouted = 0, critical = 0;
     const int turn = blockDim.x > batch.K ? blockDim.x / batch.K : 1;
-    list_active(shared, batch.E);
+    list(shared.active, batch.E, shared.in_order, shared.standing);
+    if (shared.independent) list(shared.own, batch.E, shared.own_order, shared.own_standing);
+    for (int i = threadIdx.x; movable && i < MAX_E / 32; i += blockDim.x) shared.certain[i] &= shared.active[i];
     for (int first = start; first < stop; first += turn) {
         const int slots = (first + turn < stop ? turn : stop - first) * batch.K;
-        critical += aim(batch, shared, rows, s, first, slots);
+        critical += aim(batch, decision, shared, rows, movable, s, first, slots);
         __syncthreads();
         if (active < batch.K) {
-            hold(batch, rows, shared.stayed, first, slots, active);
+            hold(batch, rows, first, slots, active);
             __syncthreads();
         }
         carry(batch, decision, shared, rows, first, slots, active);
@@ -278,29 +316,38 @@ __device__ static void copy(const Batch& batch, ID* out, int start, int stop) {
 __device__ static void count_rows(const Batch& batch, Shared& shared, int start, int stop) {
     for (int t = start + threadIdx.x; t < stop; t += blockDim.x) {
         const int kind = kind_of(batch, t);
-        atomicAdd(&shared.counts[kind == FAST ? ROWS_FAST : kind == EXACT ? ROWS_EXACT : ROWS_VOID], 1);
+        const Counter counter =
+            kind == FAST ? ROWS_FAST : kind == EXACT ? ROWS_EXACT : kind == VOID ? ROWS_VOID : ROWS_INDEPENDENT;
+        atomicAdd(&shared.counts[counter], 1);
     }
 }
 
-// What stayed is active, too: each expert counts once, in the block that is the first to say so.
+// What was added is named, too: each expert counts once, in the block that is the first to say so.
 // Nobody else needs this bit of a vote (see `share_in`).
-__device__ static void count_stayed(const Batch& batch, Shared& shared, int* votes) {
+__device__ static void count_added(const Batch& batch, Shared& shared, int* votes) {
     for (int e = threadIdx.x; e < batch.E; e += blockDim.x)
-        if (bit(shared.stayed, e) && (!votes || atomicAnd(&votes[batch.E + 1 + e], ~NEVER) & NEVER))
+        if (bit(shared.added, e) && (!votes || atomicAnd(&votes[batch.E + 1 + e], ~NEVER) & NEVER))
             atomicAdd(&shared.counts[AFTER], 1);
 }
 
 // The largest share that a vote tells of: negative so that the least is wanted everywhere.
 __device__ static int share_in(int vote) { return vote < 0 ? -(vote | NEVER) : 0; }
 
+// Whether steps under these settings are not even counted: stock routing of all rows.
+__device__ static bool is_off(const int* settings) {
+    return settings[SETTING_S] == OFF && settings[OWN_POOL] == 0;
+}
+
 // Everything after the vote. `votes` is null where this block sees all rows.
 __device__ static void decide_and_move(
     const Batch& batch, const Decision& decision, Shared& shared, int (&listed)[GROUP], int start,
     int stop, int* votes) {
-    tally(batch, shared);
+    const bool independent = shared.independent && decision.settings[OWN_POOL] > 0;
+    const int members = members_of(decision.settings, shared.independent);
+    tally(batch, shared, decision.pool, members, decision.settings[OWN_POOL]);
     __syncthreads();
     int primaries, active = 0;
-    const int s = choose_s(shared, decision.settings, batch.K, &primaries);
+    const int s = choose_s(shared, decision.settings, batch.K, members > 0 ? 0 : 1, &primaries);
     const bool movable = decision.settings[SETTING_S] < batch.K && primaries > 0;
     if (movable) look_up(batch, decision.neighbours, shared, s, listed);
     __syncthreads();
@@ -311,20 +358,21 @@ __device__ static void decide_and_move(
         __syncthreads();
     }
     for (int word = 0; word < MAX_E / 32; ++word) active += __popc(shared.active[word]);
-    if (movable)
-        move(batch, decision, shared, s, active, start, stop);
+    if (movable || independent)
+        move(batch, decision, shared, movable, s, active, start, stop);
     else if (decision.out != batch.ids)
         copy(batch, decision.out, start, stop);
-    if (!decision.counters || decision.settings[SETTING_S] == OFF) return;
+    if (!decision.counters || is_off(decision.settings)) return;
     count_rows(batch, shared, start, stop);
     __syncthreads();
-    count_stayed(batch, shared, votes);
-    if (threadIdx.x == 0 && blockIdx.x == 0 && (votes ? votes[batch.E] == 0 : shared.counts[ROWS_FAST] > 0)) {
-        int before = 0;
-        for (int rank = 0; rank <= batch.K; ++rank) before += shared.tally[rank];
+    count_added(batch, shared, votes);
+    const int decoded = shared.counts[ROWS_FAST] + shared.counts[ROWS_INDEPENDENT];
+    if (threadIdx.x == 0 && blockIdx.x == 0 && (votes ? votes[batch.E] <= 0 : decoded > 0)) {
+        int after = 0;
+        for (int word = 0; word < MAX_E / 32; ++word) after += __popc(shared.certain[word]);
         shared.counts[STEPS] = 1;
-        shared.counts[BEFORE] = before;
-        atomicAdd(&shared.counts[AFTER], movable ? active : before);
+        shared.counts[BEFORE] = shared.tally[MAX_K + 1];
+        atomicAdd(&shared.counts[AFTER], after);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < COUNTERS; i += blockDim.x)
@@ -338,43 +386,43 @@ __device__ static void decide_and_move(
     SLOTS_K ? Batch{ids, SLOTS_K, 1, weights, SLOTS_K, 1, rows, T, SLOTS_K, EXPERTS}              \
             : Batch{ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, K, E}
 #define DECISION_PARAMETERS \
-    const NEIGHBOUR *neighbours, const int *errors, const float *scales, const int *settings, ID *out, \
-        unsigned long long *counters
+    const NEIGHBOUR *neighbours, const int *errors, const float *scales, const int *settings, \
+        const int *pool, ID *out, unsigned long long *counters
 #define DECISION \
-    Decision { neighbours, errors, scales, settings, out, counters }
+    Decision { neighbours, errors, scales, settings, pool, out, counters }
 
 KERNEL reroute_at_once(BATCH_PARAMETERS, DECISION_PARAMETERS) {
     // In place, off is one load.
-    if (out == ids && settings[SETTING_S] >= (counters ? (int)OFF : K)) return;
+    if (out == ids && settings[SETTING_S] >= (counters ? (int)OFF : K) && settings[OWN_POOL] == 0) return;
     SHARED(Shared, shared);
     const Batch batch = BATCH;
     int listed[GROUP];
     prefetch(batch, neighbours, threadIdx.x / LANES, listed);
     clear(shared, batch.E);
     __syncthreads();
-    vote(batch, settings, shared, 0, T);
+    vote(batch, settings, pool, shared, 0, T);
     __syncthreads();
     decide_and_move(batch, DECISION, shared, listed, 0, T, nullptr);
 }
 
-// votes: [2 E + 1], filled with NEVER: first ranks, then 0 if there is a FAST row, then the largest
-// shares, negative so that the least is wanted everywhere.
+// votes: [2 E + 1], filled with NEVER: first ranks, then 0 if there is a FAST row, -1 if an INDEPENDENT
+// one, then the largest shares, negative so that the least is wanted everywhere.
 KERNEL reroute_vote(
-    BATCH_PARAMETERS, int share, int* votes, const int* settings) {
+    BATCH_PARAMETERS, int share, int* votes, const int* settings, const int* pool) {
     SHARED(Shared, shared);
     const Batch batch = BATCH;
     const int start = blockIdx.x * share, stop = start + share < T ? start + share : T;
     clear(shared, E);
     __syncthreads();
-    vote(batch, settings, shared, start, stop);
-    for (int t = start + threadIdx.x; t < stop; t += blockDim.x)
-        if (kind_of(batch, t) == FAST) atomicAdd(&shared.counts[ROWS_FAST], 1);
+    vote(batch, settings, pool, shared, start, stop);
+    count_rows(batch, shared, start, stop);
     __syncthreads();
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
         if (shared.first_rank[e] < NEVER) atomicMin(&votes[e], shared.first_rank[e]);
         if (shared.share[e]) atomicMin(&votes[E + 1 + e], -shared.share[e]);
     }
     if (threadIdx.x == 0 && shared.counts[ROWS_FAST]) atomicMin(&votes[E], 0);
+    if (threadIdx.x == 0 && shared.counts[ROWS_INDEPENDENT]) atomicMin(&votes[E], -1);
 }
 
 KERNEL reroute_move(
@@ -390,6 +438,7 @@ KERNEL reroute_move(
         shared.first_rank[e] = votes[e];
         shared.share[e] = share_in(votes[E + 1 + e]);
     }
+    if (threadIdx.x == 0) shared.independent = votes[E] < 0;
     __syncthreads();
     decide_and_move(batch, DECISION, shared, listed, start, stop, votes);
 }

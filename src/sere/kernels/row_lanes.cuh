@@ -23,15 +23,15 @@ struct Known {
     int share[EXPERTS];
     short target[EXPERTS], place[EXPERTS];
     int loss[EXPERTS];
-    unsigned critical[WORDS], stayed[WORDS];
-    int any_fast, last;
+    unsigned critical[WORDS], added[WORDS];
+    int any_fast, independent, last;
 };
 
 struct Slot {
     int e;  // or FOREIGN
     WEIGHT weight;
     int kind;
-    bool fast, counts;
+    bool fast, own, counts;  // own: of an INDEPENDENT row
 };
 
 #ifndef ON_HOST
@@ -71,11 +71,12 @@ __device__ static unsigned of_row(unsigned bits) {
 }
 
 __device__ static Slot slot_at(const Batch& batch, int t, int stop) {
-    Slot slot{FOREIGN, 0, VOID, false, false};
+    Slot slot{FOREIGN, 0, VOID, false, false, false};
     const int k = slot_id();
     if (t >= stop) return slot;
     slot.kind = batch.rows ? batch.rows[t] : FAST;
     slot.fast = slot.kind == FAST || slot.kind > EXACT;
+    slot.own = slot.kind == INDEPENDENT;
     if (k >= SLOTS_K) return slot;
     const long long e = expert_at(batch, t, k);
     slot.weight = weight_at(batch, t, k);
@@ -89,29 +90,40 @@ __device__ static void clear(Known& known) {
         known.first_rank[e] = NEVER;
         known.share[e] = 0;
     }
-    for (int i = threadIdx.x; i < WORDS; i += THREADS) known.critical[i] = known.stayed[i] = 0;
-    if (threadIdx.x == 0) known.any_fast = 0;
+    for (int i = threadIdx.x; i < WORDS; i += THREADS) known.critical[i] = known.added[i] = 0;
+    if (threadIdx.x == 0) known.any_fast = known.independent = 0;
 }
 
-__device__ static void vote(const Slot& slot, Known& known, bool tolerates) {
+// Of this slot in its row, in units of 1 / FRACTION. Every lane of the warp takes part.
+__device__ static int share_of(const Slot& slot) {
+    const WEIGHT size = slot.weight < 0 ? -slot.weight : slot.weight;
+    const long long whole =
+        slot.e < 0 ? 0 : (long long)((size < LARGEST_WEIGHT ? size : LARGEST_WEIGHT) * WEIGHT_FRACTION);
+    long long total = whole;
+    for (int step = 1; step < ROW; step *= 2) total += __shfl_xor_sync(ALL, total, step, ROW);
+    return total ? (int)(whole * FRACTION / total) : 0;
+}
+
+// Whether a slot of an INDEPENDENT row, of that share, leaves its expert (rule 10).
+__device__ static bool leaves_pool(const Slot& slot, const int* pool, int share) {
+    return slot.own && slot.e >= 0 && share < pool[2 * EXPERTS + slot.e];
+}
+
+__device__ static void vote(const Slot& slot, const int* pool, Known& known, bool tolerates, bool pooled) {
     const unsigned counting = of_row(__ballot_sync(ALL, slot.counts));
     int rank = 0;
     for (int j = 0; j < SLOTS_K; ++j) {
         const WEIGHT other = __shfl_sync(ALL, slot.weight, j, ROW);
         rank += counting >> j & (other > slot.weight || (other == slot.weight && j < slot_id()));
     }
-    int value = slot.kind == EXACT ? 0 : slot.counts ? rank : (int)NAMED;
-    if (value < slot.kind - EXACT) value = 0;  // what the row keeps
+    int value = slot.kind == EXACT ? (int)ALWAYS : slot.counts ? rank : (int)NAMED;
+    if (value < slot.kind - EXACT) value = ALWAYS;  // what the row keeps
+    const int share = tolerates || pooled ? share_of(slot) : 0;
+    if (slot.own) value = leaves_pool(slot, pool, share) ? (int)LEFT : (int)ALWAYS;
     if (slot.kind != VOID && slot.e >= 0) atomicMin(&known.first_rank[slot.e], value);
     if (slot.fast && slot_id() == 0) known.any_fast = 1;
-    if (!tolerates) return;
-    const WEIGHT size = slot.weight < 0 ? -slot.weight : slot.weight;
-    const long long whole =
-        slot.e < 0 ? 0 : (long long)((size < LARGEST_WEIGHT ? size : LARGEST_WEIGHT) * WEIGHT_FRACTION);
-    long long total = whole;
-    for (int step = 1; step < ROW; step *= 2) total += __shfl_xor_sync(ALL, total, step, ROW);
-    if (slot.fast && slot.counts && total)
-        atomicMax(&known.share[slot.e], (int)(whole * FRACTION / total));
+    if (slot.own && slot_id() == 0) known.independent = 1;
+    if (tolerates && slot.fast && slot.counts && share) atomicMax(&known.share[slot.e], share);
 }
 
 // How many experts have a first rank below s, found by every warp for itself.
@@ -125,18 +137,18 @@ __device__ static int below(const Known& known, int s) {
 }
 
 // Rule 4; most steps keep S.
-__device__ static int choose_s(const Known& known, const int* settings, int* primaries) {
+__device__ static int choose_s(const Known& known, const int* settings, int least, int* primaries) {
     const int S = settings[SETTING_S], min_active = settings[MIN_ACTIVE], max_active = settings[MAX_ACTIVE];
     *primaries = below(known, S);
     if (*primaries >= min_active && *primaries <= max_active) return S;
     int too_few = 0, within = 0;
 #pragma unroll 1
-    for (int s = 1; s <= SLOTS_K; ++s) {
+    for (int s = 0; s <= SLOTS_K; ++s) {
         const int size = below(known, s);
         too_few += size < min_active;
         within += size <= max_active;
     }
-    const int grown = too_few + 1 < SLOTS_K ? too_few + 1 : SLOTS_K, capped = within > 1 ? within : 1;
+    const int grown = too_few < SLOTS_K ? too_few : SLOTS_K, capped = within - 1 > least ? within - 1 : least;
     int s = S > grown ? S : grown;
     s = s < capped ? s : capped;
     *primaries = below(known, s);
@@ -220,7 +232,8 @@ __device__ static void rescue(
     __syncthreads();
 }
 
-// The active experts: lane i of every warp holds word i of their bits, and how many come before.
+// A set of experts, the active ones above all: lane i of every warp holds word i of their bits, and how
+// many come before.
 struct Active {
     unsigned word;
     int before, total;
@@ -250,13 +263,9 @@ struct Active {
     }
 };
 
-__device__ static Active active_of(const Known& known, int s) {
-    Active active{0, 0, 0};
-    for (int word = 0; word < WORDS; ++word) {
-        const int e = word * 32 + lane_id();
-        const unsigned bits = __ballot_sync(ALL, e < EXPERTS && known.first_rank[e] < s);
-        if (lane_id() == word) active.word = bits | known.critical[word];
-    }
+// lane i: word i.
+__device__ static Active counted(unsigned word) {
+    Active active{word, 0, 0};
     int sum = __popc(active.word);
     for (int step = 1; step < 32; step *= 2) {
         const int other = __shfl_sync(ALL, sum, lane_id() - step, 32);
@@ -265,4 +274,36 @@ __device__ static Active active_of(const Known& known, int s) {
     active.before = sum - __popc(active.word);
     active.total = __shfl_sync(ALL, sum, 31, 32);
     return active;
+}
+
+__device__ static Active active_of(const Known& known, int s) {
+    Active active{0, 0, 0};
+    for (int word = 0; word < WORDS; ++word) {
+        const int e = word * 32 + lane_id();
+        const unsigned bits = __ballot_sync(ALL, e < EXPERTS && known.first_rank[e] < s);
+        if (lane_id() == word) active.word = bits | known.critical[word];
+    }
+    return counted(active.word);
+}
+
+// The first members to join.
+__device__ static Active joined(const int* joins, int members) {
+    unsigned mine = 0;
+    for (int word = 0; word < WORDS; ++word) {
+        const int e = word * 32 + lane_id();
+        const unsigned bits = __ballot_sync(ALL, e < EXPERTS && joins[e] < members);
+        if (lane_id() == word) mine = bits;
+    }
+    return counted(mine);
+}
+
+// Those with a first rank of at most `rank`, before the pool counts.
+__device__ static unsigned up_to(const Known& known, int rank) {
+    unsigned mine = 0;
+    for (int word = 0; word < WORDS; ++word) {
+        const int e = word * 32 + lane_id();
+        const unsigned bits = __ballot_sync(ALL, e < EXPERTS && known.first_rank[e] <= rank);
+        if (lane_id() == word) mine = bits;
+    }
+    return mine;
 }

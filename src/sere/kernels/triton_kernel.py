@@ -31,7 +31,7 @@ def run(batch: Batch, plan: Plan, counters: Tensor | None, votes: Tensor | None 
     sizes = _sizes(plan.num_experts, K)
     _prepare(batch, plan, counters)
     arguments = _arguments(batch)
-    decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, out, counters)
+    decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, plan.pool, out, counters)
     if votes is None and T * sizes["K_PADDED"] * sizes["E_PADDED"] <= ONE_PROGRAM:
         _all_at_once[(1,)](*arguments, *decision, **sizes)
         return out
@@ -51,7 +51,7 @@ def vote(batch: Batch, plan: Plan) -> Tensor:
     if T and K:
         sizes = _sizes(E, K)
         share, grid = _split(T, sizes["ROWS"])
-        _vote[grid](*_arguments(batch), votes, share, plan.settings, **sizes)
+        _vote[grid](*_arguments(batch), votes, share, plan.settings, plan.pool, **sizes)
     return votes
 
 
@@ -71,9 +71,9 @@ def _prepare(batch: Batch, plan: Plan, counters: Tensor | None) -> None:
     _PREPARED.add(key)
     sizes, grid, votes = _sizes(E, K), (1,), torch.int32
     arguments = _arguments(batch)
-    decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, ids, counters)
+    decision = (plan.neighbours, plan.errors, plan.scales, plan.settings, plan.pool, ids, counters)
     _all_at_once.warmup(*arguments, *decision, grid=grid, **sizes)
-    _vote.warmup(*arguments, votes, 1, plan.settings, grid=grid, **sizes)
+    _vote.warmup(*arguments, votes, 1, plan.settings, plan.pool, grid=grid, **sizes)
     _decide_and_move.warmup(*arguments, votes, 1, *decision, grid=grid, **sizes)
 
 

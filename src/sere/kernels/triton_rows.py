@@ -1,4 +1,4 @@
-"""Rules 6 to 9 for a program of `triton_programs`: where slots go, no row to one expert twice.
+"""Rules 6 to 10 for a program of `triton_programs`: where slots go, no row to one expert twice.
 
 A row is compared with itself, slot by slot, in tensors of [rows, slots, slots].
 """
@@ -8,70 +8,113 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sere.kernels.triton_votes import _OFF, EXACT, FAST, RESCUED, VOID, _load
+from sere.kernels.triton_votes import (
+    _OFF,
+    EXACT,
+    FAST,
+    INDEPENDENT,
+    RESCUED,
+    VOID,
+    _in_order,
+    _load,
+    _shares,
+)
 
 
 @triton.jit
 def _move(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
-    first_rank, s, target, place, active, in_order, scales, settings, out, counters,
+    first_rank, s, target, place, active, in_order, certain,
+    neighbours, scales, settings, pool, out, counters,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rules 6 to 9 for some rows, and their part of the counters. Returns [E_PADDED]: 1 where an
-    expert is active only as a FAST row's slot stays with it."""
+    """Rules 6 to 10 for some rows, and their part of the counters. Returns [E_PADDED]: 1 where a
+    row names an expert that is not `certain` to be named."""
     S, scaling = tl.load(settings), tl.load(settings + 4) != 0
-    m = tl.sum(active)
+    m, pooled = tl.sum(active), tl.load(settings + 5) + tl.load(settings + 6) > 0
     standing = tl.cumsum(active, 0) - 1
     experts = tl.arange(0, E_PADDED)
-    stayed = tl.zeros([E_PADDED], tl.int32)
-    moved, critical, fast_rows, exact_rows, void_rows = 0, 0, 0, 0, 0
+    named = tl.zeros([E_PADDED], tl.int32)
+    moved, critical, fast_rows, exact_rows, void_rows, own_rows = 0, 0, 0, 0, 0, 0
+
+    own_pool = tl.load(settings + 6)
+    joins = tl.load(pool + experts, mask=experts < E, other=E)
+    own_place = tl.load(pool + E + experts, mask=experts < E, other=-1)
+    limit = tl.load(pool + 2 * E + experts, mask=experts < E, other=0)
+    listed = experts * (E - 1) + own_place
+    own_target = tl.load(neighbours + listed, mask=own_place >= 0, other=-1).to(tl.int32)
+    member = ((joins < own_pool) & (experts < E)).to(tl.int32)
+    own_standing = tl.where(member != 0, tl.cumsum(member, 0) - 1, K_PADDED)  # others: nowhere
+    own_order = _in_order(member, E_PADDED)
     for begin in range(start, tl.minimum(stop, T), ROWS):
         t, k, inside, chosen, weight, kind, _, valid, counts = _load(
             ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
             E, K, K_PADDED, ROWS,
         )  # fmt: skip
-        fast, valid = (kind == FAST)[:, None], valid & (kind != EXACT)[:, None]
-        counts = counts & fast
+        fast, own = (kind == FAST)[:, None], (kind == INDEPENDENT)[:, None]
+        valid, mine = valid & (kind != EXACT)[:, None], valid
+        counts = counts & (fast | own)
         flat = tl.reshape(tl.where(valid, chosen, 0).to(tl.int32), [ROWS * K_PADDED])
         expert = tl.reshape(flat, [ROWS, K_PADDED])
         leaves = valid & (tl.reshape(tl.gather(active, flat, 0), [ROWS, K_PADDED]) == 0)
+        least = tl.reshape(tl.gather(limit, flat, 0), [ROWS, K_PADDED])
+        if own_pool > 0:
+            leaves = tl.where(own, valid & (_shares(weight, counts) < least), leaves)
+        else:
+            leaves = leaves & (own == 0)
         if m < K:
-            stays = _stays(leaves, valid, counts, weight, k, m)
+            stays = _stays(leaves, valid, counts, weight, k, m) & (own == 0)
             leaves, valid = leaves & (stays == 0), valid & (stays == 0)
-            here = tl.reshape((stays & fast).to(tl.int32), [ROWS * K_PADDED])
-            named = (flat[:, None] == experts[None, :]) & (here != 0)[:, None]
-            stayed = tl.maximum(stayed, tl.max(named.to(tl.int32), 0))
         new = chosen
         if tl.max(leaves.to(tl.int32)) > 0:
             goes_to = tl.reshape(tl.gather(target, flat, 0), [ROWS, K_PADDED])
+            own_goes = tl.reshape(tl.gather(own_target, flat, 0), [ROWS, K_PADDED])
+            goes_to = tl.where(own, own_goes, goes_to)
             goes_to = tl.where(leaves, tl.where(counts, goes_to, -1), expert)
             if scaling:
                 at = tl.reshape(tl.gather(place, flat, 0), [ROWS, K_PADDED])
+                own_at = tl.reshape(tl.gather(own_place, flat, 0), [ROWS, K_PADDED])
+                at = tl.where(own, own_at, at)
                 at = expert * (E - 1) + tl.maximum(at, 0)
                 weight *= tl.load(scales + at, mask=leaves & counts, other=1.0)
             new, carried, freed, carries = _distinct(
-                goes_to, leaves, valid, weight, t, k, m, standing, in_order, K, K_PADDED, ROWS
-            )
+                goes_to, leaves, valid, weight, t, k, m, standing, in_order,
+                own, own_pool, own_standing, own_order, K, K_PADDED, ROWS,
+            )  # fmt: skip
             new = tl.where(freed | carries, new.to(chosen.dtype), chosen)
             slot = t.to(tl.int64)[:, None] * weights_row + k[None, :] * weights_slot
-            tl.store(weights + slot, carried, mask=(freed | carries) & fast)
+            tl.store(weights + slot, carried, mask=(freed | carries) & (fast | own))
         tl.store(out + t.to(tl.int64)[:, None] * K + k[None, :], new, mask=inside)
-        moved += tl.sum((leaves & fast).to(tl.int32))
+        if pooled | (m < K):
+            now = tl.reshape(tl.where(mine & (fast | own), new, -1).to(tl.int32), [ROWS * K_PADDED])
+            here = (now[:, None] == experts[None, :]).to(tl.int32)
+            named = tl.maximum(named, tl.max(here, 0))
+        moved += tl.sum((leaves & (fast | own)).to(tl.int32))
         rank = tl.reshape(tl.gather(first_rank, flat, 0), [ROWS, K_PADDED])
-        outside = valid & counts & (leaves == 0) & ((rank == RESCUED) | (rank >= s)) & (S < K)
-        critical += tl.sum(outside.to(tl.int32))
+        outside = ((rank == RESCUED) | (rank >= s)) & (S < K)
+        spared = tl.reshape(tl.gather(member, flat, 0), [ROWS, K_PADDED]) == 0
+        outside = tl.where(own, spared & (own_pool > 0), outside)
+        critical += tl.sum((outside & valid & counts & (leaves == 0)).to(tl.int32))
         fast_rows += tl.sum((kind == FAST).to(tl.int32))
+        own_rows += tl.sum((kind == INDEPENDENT).to(tl.int32))
         exact_rows += tl.sum((kind == EXACT).to(tl.int32))
         void_rows += tl.sum(((kind == VOID) & (t < T)).to(tl.int32))
     if counters is not None:  # noqa: SIM102 (known when compiled)
-        if S != _OFF:
+        if _counts(settings):
             tl.atomic_add(counters + 3, moved.to(tl.int64))
             tl.atomic_add(counters + 4, critical.to(tl.int64))
             tl.atomic_add(counters + 5, fast_rows.to(tl.int64))
             tl.atomic_add(counters + 6, exact_rows.to(tl.int64))
             tl.atomic_add(counters + 7, void_rows.to(tl.int64))
-    return stayed
+            tl.atomic_add(counters + 8, own_rows.to(tl.int64))
+    return tl.where(certain, 0, named)
+
+
+@triton.jit
+def _counts(settings):
+    """Whether steps under these settings are counted: stock routing of all rows is not."""
+    return (tl.load(settings) != _OFF) | (tl.load(settings + 6) > 0)
 
 
 @triton.jit
@@ -90,10 +133,12 @@ def _stays(leaves, valid, counts, weight, k, m):
 @triton.jit
 def _distinct(
     goes_to, leaves, valid, weight, t, k, m, standing, in_order,
+    own, own_pool, own_standing, own_order,
     K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, K_PADDED] each: ids and weights of a row that names no expert twice, and of which
-    slots: those that are freed and those that carry. goes_to: an expert, or -1 for none."""
+    slots: those that are freed and those that carry. goes_to: an expert, or -1 for none. own:
+    [ROWS, 1], INDEPENDENT rows, whose fillers are the members of their pool, lowest first."""
     takes_part = valid & (tl.max(leaves.to(tl.int32), 1) > 0)[:, None]
     goes_to = tl.where(takes_part, goes_to, -1)
     earlier = (k[:, None] < k[None, :])[None, :, :]
@@ -115,17 +160,22 @@ def _distinct(
     carried = tl.where(freed, 0.0, carried)
 
     # A row needs no more experts than it has slots: fillers are among the first K from `start` on.
-    start = (t % m)[:, None]
+    start = tl.where(own, 0, (t % tl.maximum(m, 1))[:, None])
+    m = tl.where(own, own_pool, m)
     flat = tl.reshape(tl.maximum(goes_to, 0), [ROWS * K_PADDED])
     distance = tl.reshape(tl.gather(standing, flat, 0), [ROWS, K_PADDED]) - start
     distance = tl.where(distance < 0, distance + m, distance)
+    own_distance = tl.reshape(tl.gather(own_standing, flat, 0), [ROWS, K_PADDED])
+    distance = tl.where(own, own_distance, distance)
     named = (distance[:, :, None] == k[None, None, :]) & carries[:, :, None]
-    open = (tl.max(named.to(tl.int32), 1) == 0) & (k < m)[None, :]
+    open = (tl.max(named.to(tl.int32), 1) == 0) & (k[None, :] < m)
     nth_open = tl.sum((open[:, :, None] & earlier).to(tl.int32), 1)
     nth_freed = tl.sum((freed[:, :, None] & earlier).to(tl.int32), 1)
     fits = open[:, :, None] & (nth_open[:, :, None] == nth_freed[:, None, :])
     at = start + tl.sum(tl.where(fits, k[None, :, None], 0), 1)
     at = tl.where(freed, tl.where(at < m, at, at - m), 0)
-    filler = tl.gather(in_order, tl.reshape(at, [ROWS * K_PADDED]), 0)
-    new = tl.where(freed, tl.reshape(filler, [ROWS, K_PADDED]), goes_to)
+    at = tl.reshape(at, [ROWS * K_PADDED])
+    filler = tl.reshape(tl.gather(in_order, at, 0), [ROWS, K_PADDED])
+    filler = tl.where(own, tl.reshape(tl.gather(own_order, at, 0), [ROWS, K_PADDED]), filler)
+    new = tl.where(freed, filler, goes_to)
     return new, carried, freed, carries

@@ -15,9 +15,11 @@ from sere.kernels.reference import LARGEST_WEIGHT, WEIGHT_FRACTION, RowClass
 
 VOID, FAST = tl.constexpr(int(RowClass.VOID)), tl.constexpr(int(RowClass.FAST))
 EXACT = tl.constexpr(int(RowClass.EXACT))
+INDEPENDENT = tl.constexpr(int(RowClass.INDEPENDENT))
 _OFF = tl.constexpr(OFF)
 NAMED, NEVER = tl.constexpr(reference.NAMED), tl.constexpr(reference.NEVER)
-RESCUED = tl.constexpr(-1)  # `first_rank` of an expert that rule 5 made primary
+LEFT, ALWAYS = tl.constexpr(reference.LEFT), tl.constexpr(reference.ALWAYS)
+RESCUED = tl.constexpr(-2)  # `first_rank` of an expert that rule 5 made primary
 _FRACTION = tl.constexpr(FRACTION)
 _WEIGHT_FRACTION, _LARGEST_WEIGHT = tl.constexpr(WEIGHT_FRACTION), tl.constexpr(LARGEST_WEIGHT)
 
@@ -53,16 +55,18 @@ def _load(
 @triton.jit
 def _votes(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop, settings,
+    pool,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """[E_PADDED] each: rules 1 to 3 over some rows, and the largest shares of rule 5 (0 where the
-    plan has no tolerance); and how many of the rows are FAST."""
-    tolerates = tl.load(settings + 3) >= 0
+    plan has no tolerance); and how many of the rows are FAST, and how many INDEPENDENT."""
+    tolerates, owned = tl.load(settings + 3) >= 0, tl.load(settings + 6) > 0
     largest = tl.zeros([E_PADDED], tl.int32)
     experts = tl.arange(0, E_PADDED)
     first_rank = tl.full([E_PADDED], NEVER, tl.int32)
-    fast_rows = 0
+    limit = tl.load(pool + 2 * E + experts, mask=experts < E, other=0)
+    fast_rows, own_rows = 0, 0
     for begin in range(start, tl.minimum(stop, T), ROWS):
         _, k, _, chosen, weight, kind, keeps, valid, counts = _load(
             ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
@@ -71,44 +75,62 @@ def _votes(
         tie = (weight[:, :, None] == weight[:, None, :]) & (k[:, None] < k[None, :])[None, :, :]
         ahead = ((weight[:, :, None] > weight[:, None, :]) | tie) & counts[:, :, None]
         rank = tl.sum(ahead.to(tl.int32), 1)
-        vote = tl.where(counts, tl.where(rank < keeps[:, None], 0, rank), NAMED)
-        vote = tl.where((kind == EXACT)[:, None], 0, vote)
-        vote = tl.where(valid & (kind != VOID)[:, None], vote, NEVER)
+        vote = tl.where(counts, tl.where(rank < keeps[:, None], ALWAYS, rank), NAMED)
+        vote = tl.where((kind == EXACT)[:, None], ALWAYS, vote)
         expert = tl.where(valid, chosen, 0).to(tl.int32)
-        flat_vote = tl.reshape(vote, [ROWS * K_PADDED])
         flat_expert = tl.reshape(expert, [ROWS * K_PADDED])
+        share = tl.zeros([ROWS, K_PADDED], tl.int32)
+        if tolerates | owned:
+            share = _shares(weight, counts)
+        least = tl.reshape(tl.gather(limit, flat_expert, 0), [ROWS, K_PADDED])
+        own_vote = tl.where(share < least, LEFT, ALWAYS)
+        vote = tl.where((kind == INDEPENDENT)[:, None], own_vote, vote)
+        vote = tl.where(valid & (kind != VOID)[:, None], vote, NEVER)
+        flat_vote = tl.reshape(vote, [ROWS * K_PADDED])
         here = flat_expert[:, None] == experts[None, :]
         first_rank = tl.minimum(first_rank, tl.min(tl.where(here, flat_vote[:, None], NEVER), 0))
         fast_rows += tl.sum((kind == FAST).to(tl.int32))
+        own_rows += tl.sum((kind == INDEPENDENT).to(tl.int32))
         if tolerates:
-            size = tl.minimum(tl.abs(weight), _LARGEST_WEIGHT) * _WEIGHT_FRACTION
-            whole = tl.where(counts & (kind == FAST)[:, None], size.to(tl.int64), 0)
-            total = tl.maximum(tl.sum(whole, 1), 1)
-            share = (whole * _FRACTION // total[:, None]).to(tl.int32)
-            flat_share = tl.reshape(share, [ROWS * K_PADDED])
+            told = tl.where((kind == FAST)[:, None], share, 0)
+            flat_share = tl.reshape(told, [ROWS * K_PADDED])
             largest = tl.maximum(largest, tl.max(tl.where(here, flat_share[:, None], 0), 0))
-    return first_rank, largest, fast_rows
+    return first_rank, largest, fast_rows, own_rows
+
+
+@triton.jit
+def _shares(weight, counts):
+    """[rows, slots] int32: of each counting slot in its row, in units of 1 / FRACTION."""
+    size = tl.minimum(tl.abs(weight), _LARGEST_WEIGHT) * _WEIGHT_FRACTION
+    whole = tl.where(counts, size.to(tl.int64), 0)
+    total = tl.maximum(tl.sum(whole, 1), 1)
+    return (whole * _FRACTION // total[:, None]).to(tl.int32)
 
 
 @triton.jit
 def _decide(
-    first_rank, largest, neighbours, errors, settings,
+    first_rank, largest, own_rows, neighbours, errors, settings, pool,
     E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
-    """`first_rank` with what rule 5 adds; s of rule 4; each expert's target [E_PADDED] (-1: none)
-    and its place in the list, of rule 6; which experts are active [E_PADDED], and in what order;
-    distinct experts named before and after."""
+    """`first_rank` with the pool and what rule 5 adds; s of rule 4; each expert's target [E_PADDED]
+    (-1: none) and its place in the list, of rule 6; which experts are active [E_PADDED], and in
+    what order; how many are named before, and which are afterwards whatever becomes of each row."""
+    experts = tl.arange(0, E_PADDED)
+    before, certain = tl.sum((first_rank < NEVER).to(tl.int32)), first_rank <= NAMED
+    members = tl.load(settings + 5)
+    members = tl.where(own_rows > 0, tl.maximum(members, tl.load(settings + 6)), members)
+    joins = tl.load(pool + experts, mask=experts < E, other=E)
+    first_rank = tl.where((joins < members) & (experts < E), ALWAYS, first_rank)
+
     S, min_active = tl.load(settings), tl.load(settings + 1)
     max_active = tl.load(settings + 2)
-    level = tl.arange(0, K_PADDED)
-    sizes = tl.sum((first_rank[None, :] <= level[:, None]).to(tl.int32), 1)
-    grown = tl.minimum(tl.sum(((sizes < min_active) & (level < K)).to(tl.int32)) + 1, K)
-    capped = tl.maximum(tl.sum(((sizes <= max_active) & (level < K)).to(tl.int32)), 1)
+    level = tl.arange(0, 2 * K_PADDED)
+    sizes = tl.sum((first_rank[None, :] < level[:, None]).to(tl.int32), 1)
+    grown = tl.minimum(tl.sum(((sizes < min_active) & (level <= K)).to(tl.int32)), K)
+    within = tl.sum(((sizes <= max_active) & (level <= K)).to(tl.int32))
+    capped = tl.maximum(within - 1, tl.where(members > 0, 0, 1))
     s = tl.minimum(tl.maximum(S, grown), capped)
-
-    experts = tl.arange(0, E_PADDED)
-    before = tl.sum((first_rank < NEVER).to(tl.int32))
     movable = (S < K) & (tl.sum((first_rank < s).to(tl.int32)) > 0)
     target, place = _look_up(first_rank, s, movable, neighbours, E, E_PADDED, LISTED)
     tau = tl.load(settings + 3)
@@ -120,8 +142,8 @@ def _decide(
     critical = (first_rank >= s) & (first_rank < NAMED) & (target < 0)
     # Where nothing may move, every expert is active.
     active = (((first_rank < s) | critical | (movable == 0)) & (experts < E)).to(tl.int32)
-    after = tl.where(movable, tl.sum(active), before)
-    return first_rank, s, target, place, active, _in_order(active, E_PADDED), before, after
+    certain = certain & (active != 0)
+    return first_rank, s, target, place, active, _in_order(active, E_PADDED), before, certain
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def inert(policy: Policy | None, table: Table | NoTable, *, alone: bool = False)
             "of `sere tune` in the table, and settings of yours replace it)"
         )
     if table.can_move(policy):
-        return _ALONE if alone and policy.rows == "decode" else None
+        return _ALONE if alone and policy.rows == "decode" and not policy.pools else None
     K, own = table.fingerprint.K, [policy.for_layer(index) for index in table.layers]
     if all(settings.S >= K for settings in own):
         return f"S={K} keeps all of a token's {K} experts; choose 1 <= S < {K}"

@@ -38,6 +38,7 @@ class ReroutedLayer(nn.Module):
     errors: Tensor
     scales: Tensor
     settings: Tensor
+    pool: Tensor
     counters: Tensor
 
     def __init__(self, name: str, plan: Plan, rows: RowClasses, live: Live, place: int) -> None:
@@ -61,7 +62,7 @@ class ReroutedLayer(nn.Module):
     @cached_property
     def plan(self) -> Plan:
         """The buffers as a plan: looked up once, as a module's attributes cost microseconds."""
-        return Plan(self.neighbours, self.errors, self.scales, self.settings)
+        return Plan(self.neighbours, self.errors, self.scales, self.settings, self.pool)
 
     @cached_property
     def _run(self) -> Callable[[Tensor, Tensor, int], Tensor]:

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from sere.kernels import COUNTERS
-from sere.kernels.plan import OFF, SETTINGS_OFF
+from sere.kernels.plan import OFF, SETTINGS, SETTINGS_OFF
 from sere.policy import Policy
 from sere.serving.no_table import NoTable
 from sere.table import Table
 
-MIN_ACTIVE = 1  # its place in a plan's settings
+# Places in a plan's settings.
+MIN_ACTIVE, POOL, OWN_POOL = (SETTINGS.index(n) for n in ("min_active", "pool", "own_pool"))
 
 
 @dataclass(frozen=True)
 class _Setting:
     """All layers' settings for one batch size.
 
-    values: [L, 5] int32 on the host, pinned where the device is another.
+    values: [L, 7] int32 on the host, pinned where the device is another.
     off: stock routing. spares_one: a batch of one FAST row is left as it is in every layer.
     """
 
@@ -37,15 +38,16 @@ class _Setting:
 class Live:
     """Settings that all layers' operators read, and counters that they add to.
 
-    settings: [L, 5] int32, row i are the `Plan.settings` of the i-th layer; its address never
+    settings: [L, 7] int32, row i are the `Plan.settings` of the i-th layer; its address never
         changes. counters: [L, len(COUNTERS)] int64. K: experts a token.
     idle: whether the coming pass needs no operator. Decided on the host, hence only on CPUs, where
         no graph can freeze it.
     dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
     together: the operator runs in every pass, as other ranks wait for this one's votes.
     lone: a layer that sees one row alone launches nothing, and its graph holds nothing: no policy
-        moves a slot of it (every active expert is one that it names: rule 8). Such steps are
-        counted here, but for critical slots, which only the operator sees.
+        without a pool moves a slot of it (every active expert is one that it names: rule 8), and
+        one with a pool is refused. Such steps are counted here, but for critical slots, which only
+        the operator sees.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Live:
         """Take the settings of a policy, for every batch size; None is stock routing."""
         buckets = [0, *policy.batches] if policy else [0]
         self._policy = policy
+        self._own_pools = self._values(policy)[:, OWN_POOL]
         self._bank = {b: self._setting(policy.for_bucket(b) if policy else None) for b in buckets}
         self._use(0)
         self._settle()
@@ -101,15 +104,17 @@ class Live:
         return self._on_host and not self._watched and not self.together
 
     def _setting(self, policy: Policy | None) -> _Setting:
-        K = self._table.fingerprint.K
-        values = torch.stack(
+        values = self._values(policy)
+        values[:, OWN_POOL] = self._own_pools  # of INDEPENDENT rows, whatever the others get
+        pooled = values[:, [POOL, OWN_POOL]].any()
+        spares_one = bool((values[:, MIN_ACTIVE] >= self.K).all() and not pooled)
+        off = bool((values[:, 0] == OFF).all() and not self._own_pools.any())
+        return _Setting(values if self._on_host else values.pin_memory(), off, spares_one)
+
+    def _values(self, policy: Policy | None) -> Tensor:
+        """[L, 7] int32 on the host: the layers' `Plan.settings`."""
+        return torch.stack(
             [self._table.settings(i, policy) if policy else SETTINGS_OFF for i in self._places]
-        )
-        spares_one = bool((values[:, MIN_ACTIVE] >= K).all())
-        return _Setting(
-            values if self._on_host else values.pin_memory(),
-            bool((values[:, 0] == OFF).all()),
-            spares_one,
         )
 
     def _use(self, bucket: int) -> None:

@@ -162,6 +162,12 @@ class Session:
                 raise ServingError(reason)
         if policy.batches and self.live.together:
             raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
+        if policy.pools and self.live.lone:
+            raise ServingError(
+                "sere cannot take a pool here: this engine started without one, and steps of one "
+                "row launch nothing in it, which a pool would re-route; start with a policy that "
+                'has a pool at some batch size, e.g. "batches": {"128": {"S": 0, "pool": 0.5}}'
+            )
 
     def set_policy(self, policy: Policy | None) -> None:
         """Write a new policy into the live buffers; None switches re-routing off. Raises what
@@ -244,7 +250,8 @@ def open_session(config: Any) -> Session:
             settings.policy.rows,
         )
         table = table_of(config, settings)
-        together, lone = settings.union == "all", sees_lone_rows(config)
+        together = settings.union == "all"
+        lone = sees_lone_rows(config) and not settings.policy.pools
         live = Live(table, rows.buffer.device, together=together, lone=lone)
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
