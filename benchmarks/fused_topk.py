@@ -140,7 +140,7 @@ def _fused(
         tl.store(arrived, 0)
         _all_at_once(
             ids, K, 1, weights, K, 1, rows, T,
-            neighbours, errors, scales, settings, out, counters,
+            neighbours, errors, scales, settings, pool, out, counters,
             E, K, E_PADDED, K_PADDED, ROWS, LISTED,
         )  # fmt: skip
 

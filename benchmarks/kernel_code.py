@@ -34,7 +34,7 @@ LAUNCHES = {
 }
 
 POINTERS = dict.fromkeys(
-    ("ids", "out", "votes", "neighbours", "errors", "settings", "arrived"), "*i32"
+    ("ids", "out", "votes", "neighbours", "errors", "settings", "pool", "arrived"), "*i32"
 )
 POINTERS |= {"weights": "*fp32", "scales": "*fp32", "logits": "*bf16"}
 POINTERS |= {"rows": "*i8", "counters": "*i64"}

@@ -1,6 +1,7 @@
 """Quality on real text: all policies, stand-ins and rivals on the text model, for prose and code.
 
     python benchmarks/text_model.py -o benchmarks/results/text_model.json
+    python benchmarks/text_model.py --pool -o out/pool.json     pools alone, on fewer tokens
 
 Each seed draws its own calibration text and its own passages to judge on, of documents that the
 model has never seen: of every two one may calibrate, the other judges. Every token of a passage but
@@ -50,6 +51,7 @@ RANK = 32  # of the maps that are fitted; the served 16 and fewer are their firs
 CHARACTERS = 900  # of a document's pieces
 # (batch sizes, passages, their tokens): every token but the first is decoded
 SIZES = (((8, 32), 32, 96), ((128, 256), 256, 20))
+POOL_SIZES = (((8, 32), 32, 24), ((128, 256), 256, 8))
 CALIBRATION = (112, 128)  # texts of each table, tokens of each
 
 Settings = dict[str, Any]
@@ -89,6 +91,18 @@ MAIN: list[Settings] = [
     *({**LINEAR, "tau": t} for t in (0.02, 0.01)),
     *FAMILIES["OEA"],
     {"rival": "xshare", "budget": 32},
+]
+# A half and three eighths of the experts, and what reads about as much.
+POOL: list[Settings] = [
+    *({"S": S, "pool": p} for p in (32, 24) for S in (0, 1)),
+    *({"S": S, "pool": p, **SCALE} for p in (32, 24) for S in (0, 1)),
+    *({"S": 0, "pool": p, "fill": "linear", "rank": 16} for p in (32, 24)),
+    *({"S": 0, "pool": p, "tau": 0.02} for p in (32, 24)),
+    *({"S": 0, "pool": p, "tau": 0.02, "tier": "independent"} for p in (32, 24)),
+    *FAMILIES["paper"][:2],
+    *FAMILIES["scale"],
+    {**ONE, "tau": 0.02},
+    *({"rival": "frequency", "budget": m} for m in (32, 24)),
 ]
 # Judged on the text that they were not calibrated on, too.
 FOREIGN = [
@@ -272,14 +286,16 @@ def arm(settings: Settings, paths: dict[str, Path], table: Table, known: Pairs |
     kinds = {"drop": Dropped, "own": Own, "affine": Affine}
     kind = Renormalised if renormalise else kinds.get(by, Arm)
     made = arm_of({**own, "name": str(settings)}, table)
-    found = kind(made.name, made.rule, made.table)
+    found = kind(made.name, made.rule, made.table, made.independent)
     if isinstance(found, Affine):
         assert known is not None
         found.pairs = known
     return found
 
 
-def one_seed(seed: int, folder: Path, texts: dict[str, Text], done: Journal) -> dict[str, Any]:
+def one_seed(
+    seed: int, folder: Path, texts: dict[str, Text], done: Journal, *, pool: bool = False
+) -> dict[str, Any]:
     """By domain and "batch/from": figures by arm. from: the domain of the table."""
     model, layers = load(str(MODEL))
     encode = encoder(load_tokenizer(str(MODEL)))
@@ -289,8 +305,10 @@ def one_seed(seed: int, folder: Path, texts: dict[str, Text], done: Journal) -> 
         for origin in (domain, *(other for other in DOMAINS if other != domain)):
             table = Table.load(made[origin][""])
             known: Pairs | None = None
-            for batches, count, length in SIZES:
+            for batches, count, length in POOL_SIZES if pool else SIZES:
                 chosen = _chosen(batches, foreign=origin != domain)
+                if pool:
+                    chosen = POOL if origin == domain else []
                 piece = f"{seed}/{domain}/{origin}/{batches[0]}"
                 if (result := done.get(piece)) is None:
                     if known is None and any(s.get("by") == "affine" for s in chosen):
@@ -345,7 +363,8 @@ def measure(
 def summary(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for every arm, domain, batch size and origin of the table: figures with intervals over
     seeds; `loss` is paired, nats over stock."""
-    family = {str(s): name for name, members in FAMILIES.items() for s in members}
+    family = {str(s): "pool" for s in POOL}
+    family |= {str(s): name for name, members in FAMILIES.items() for s in members}
     rows = []
     for domain in DOMAINS:
         for place, arms in seeds[0][domain].items():
@@ -450,6 +469,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", default="text_model.json")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pool", action="store_true", help="pools alone, on fewer tokens")
     parser.add_argument("--work", default="out/text_model", help="where tables are kept")
     arguments = parser.parse_args()
     check_writable(arguments.output)
@@ -458,17 +478,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {d: Text.read(MODEL.parent / f"held_{d}.jsonl.xz") for d in DOMAINS}
     numbers = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
-    with Journal(f"{arguments.output}.unfinished", {"sizes": str(SIZES)}) as done:
-        seeds = [one_seed(seed, folder, texts, done) for seed in numbers]
+    pool, sizes = arguments.pool, POOL_SIZES if arguments.pool else SIZES
+    with Journal(f"{arguments.output}.unfinished", {"sizes": str(sizes)}) as done:
+        seeds = [one_seed(seed, folder, texts, done, pool=pool) for seed in numbers]
     rows = summary(seeds)
     result = {
         "provenance": provenance.provenance(),
-        "sizes": {"passages": [list(s) for s in SIZES], "calibration": list(CALIBRATION)},
+        "sizes": {"passages": [list(s) for s in sizes], "calibration": list(CALIBRATION)},
         "seeds": len(seeds),
         "rows": rows,
     }
     provenance.save_json(arguments.output, result)
-    plot(rows, Path(arguments.output).with_suffix(".png"))
+    if not pool:
+        plot(rows, Path(arguments.output).with_suffix(".png"))
     for batch in sorted({row["batch"] for row in rows}):
         for domain in DOMAINS:
             print(as_text(rows, batch, domain), "\n")

@@ -72,7 +72,7 @@ def examine(
         ("plug-in registered", _registered),
         ("plug-in allowed", _allowed),
         ("only re-router", _alone),
-        ("batch invariance", _not_invariant),
+        ("batch invariance", _invariant),
         ("device", _device),
         ("operator", _operator),
     ]
@@ -183,11 +183,11 @@ def _alone() -> str:
     return "no other known one"
 
 
-def _not_invariant() -> str:
+def _invariant() -> str:
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        raise RuntimeError(
-            "VLLM_BATCH_INVARIANT promises results that do not depend on the batch, re-routing "
-            "makes them depend on it, and would be refused: unset it"
+        return (
+            "VLLM_BATCH_INVARIANT is set: a server needs "
+            '"default": "exact" or "independent", and refuses requests for other tiers'
         )
     return "not asked for"
 

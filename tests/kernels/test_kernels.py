@@ -205,9 +205,9 @@ def test_cuda_has_no_data_race(tmp_path: Path) -> None:
 
 # The last lines before a barrier.
 BARRIERS = (
-    "    vote(batch, settings, shared, 0, T);\n",
-    "        critical += aim(batch, shared, rows, s, first, slots);\n",
-    "            hold(batch, rows, shared.stayed, first, slots, active);\n    ",
+    "    vote(batch, settings, pool, shared, 0, T);\n",
+    "        critical += aim(batch, decision, shared, rows, movable, s, first, slots);\n",
+    "            hold(batch, rows, first, slots, active);\n    ",
     "        carry(batch, decision, shared, rows, first, slots, active);\n",
 )
 

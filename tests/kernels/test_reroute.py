@@ -736,6 +736,7 @@ def test_counters_tell_what_happened() -> None:
         "rows_fast": 4,
         "rows_exact": 3,
         "rows_void": 5,
+        "rows_independent": 0,
     }
 
 

@@ -24,12 +24,12 @@ from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
 from sere.kernels import RowClass, reroute
 from sere.models.loading import load_tokenizer
-from sere.policy import Policy
+from sere.policy import Policy, PolicyError
 from sere.serving import contract, symbols, vllm_plugin
 from sere.serving.contract import REROUTING
 from sere.serving.engine import check_plugin_allowed, prepare
 from sere.serving.may_start import check_config
-from sere.serving.session import ServingError, stage_of
+from sere.serving.session import ServingError, check_request, stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.wiring import install, install_in_worker
 from sere.serving.worker import self_check, sere_description, sere_layers, sere_merge
@@ -428,10 +428,24 @@ def test_merge_is_what_every_row_has_and_one_version_still_takes_the_word(table_
     assert all("merge does nothing any more" in message for message in messages)
 
 
-def test_batch_invariance_is_refused(table_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariance_is_kept_by_whoever_does_not_look_at_others(
+    table_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, and by what each request may ask for."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(ServingError, match="VLLM_BATCH_INVARIANT promises"):
-        configure(table=str(table_path))
+    table = str(table_path)
+    with pytest.raises(ServingError, match=r'promises .* "default": "fast" makes them'):
+        configure(table=table)
+    with pytest.raises(ServingError, match="it has no pool: start with"):
+        configure(table=table, S=1, default="independent")
+    config = configure(table=table, S=0, pool=0.5, default="independent")
+    for asked in (None, "exact", "independent"):
+        check_request(config, asked)
+    for asked in ("fast", "S=2"):
+        with pytest.raises(PolicyError, match=f'promises .*, "{asked}" depends on it: ask for'):
+            check_request(config, asked)
+    with pytest.raises(PolicyError, match=r'"independent" is not to be had here: .* no pool'):
+        check_request(configure(table=table, S=1, default="exact"), "independent")
 
 
 def test_broken_tables_are_refused_before_loading(table_path: Path, tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ TOKENS = 12
 K = 4
 # Every second request is exact; the others ask for nothing.
 MIXED = ["exact", None] * 8
+POOL = {"S": 1, "pool": 0.375}
 
 
 # --- what may be written --------------------------------------------------------------------------
 
 
 def test_tiers_are_ordered_and_print_as_written() -> None:
-    written = ["fast", "S=1", "S=2", "exact"]
+    written = ["independent", "fast", "S=1", "S=2", "exact"]
     tiers = [Tier.parse(one) for one in written]
     assert tiers == sorted(tiers)
     assert [str(tier) for tier in tiers] == written
@@ -94,7 +95,7 @@ def test_bad_settings_name_what_was_expected(
 
 @pytest.fixture(scope="module")
 def engine(table_path: Path) -> dict[str, Any]:
-    """One engine with S=1; every run has the same sixteen prompts."""
+    """One engine, whose policy is switched; every run has the same sixteen prompts."""
     generate = ["generate", PROMPTS, TOKENS]
     beams, beams_online = (["beam" + kind, PROMPTS[:3], 2, 5] for kind in ("", "_online"))
     steps: dict[str, list[Any]] = {
@@ -126,12 +127,20 @@ def engine(table_path: Path) -> dict[str, Any]:
         "record": ["rpc", "sere_record", True],
         "keeping": [*generate, ["S=2", None, {"S": 4}, "fast"] * 4],
         "recording": ["rpc", "sere_recording"],
+        "pool": ["rpc", "sere_policy", POOL],
+        "independent": [*generate, ["independent", None] * 8],
+        "independent, among others": [*generate, ["independent", "exact"] * 8],
+        "alone": ["generate", PROMPTS[:1], TOKENS, ["independent"]],
+        "pool for few": ["rpc", "sere_policy", {**POOL, "batches": {"1": None}}],
+        "reset 3": ["rpc", "sere_reset"],
+        "independent, among stock": [*generate, ["independent", None] * 8],
+        "independent stats": ["rpc", "sere_stats"],
         "malformed": ["refused", "fastest"],
         "made elsewhere": ["made_elsewhere", "fastest"],
         "above the cap": ["refused", "exact"],
         "within the cap": ["refused", "S=3"],
     }
-    settings = {"table": str(table_path), "S": 1, "cap": "exact"}
+    settings = {"table": str(table_path), **POOL, "cap": "exact"}
     return dict(zip(steps, run_engine(list(steps.values()), sere=settings), strict=True))
 
 
@@ -141,7 +150,8 @@ def test_an_engine_says_once_what_it_re_routes(engine: dict[str, Any]) -> None:
     ((level, line),) = [one for one in ours if one[1].startswith("sere ")]
     assert level == "INFO"
     for part in (
-        f"sere {sere.__version__} on vLLM 0.32.0: S=1, table demo.safetensors, layers 0-3",
+        f"sere {sere.__version__} on vLLM 0.32.0: S=1 pool=0.375, table demo.safetensors",
+        "layers 0-3",
         "rows: decode, expert kernel CPUUnquantizedExperts",
         "operator numba",
     ):
@@ -193,6 +203,24 @@ def test_a_request_keeps_at_least_its_own_best_experts(engine: dict[str, Any]) -
                 if kind == RowClass.EXACT:
                     assert all(same)
     assert kept_two > 100 and moved > 20
+
+
+@pytest.mark.engine
+def test_an_independent_request_does_not_depend_on_its_neighbours(engine: dict[str, Any]) -> None:
+    """Tokens and logprobs, bit for bit, beside fast and exact requests and whatever the policy has
+    for the others; alone but for what the CPU's matrix products make of another number of rows."""
+    answers = engine["independent"][0::2]
+    assert answers == engine["independent, among others"][0::2]
+    assert answers == engine["independent, among stock"][0::2]
+    assert answers != engine["stock"][0::2]
+    assert engine["independent"][1::2] != engine["independent, among stock"][1::2]
+    ((tokens, logprobs),) = engine["alone"]
+    assert tokens == answers[0][0]
+    for one, other in zip(logprobs, answers[0][1], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    for layer in engine["independent stats"][0].values():
+        assert layer["rows_independent"] == sum(len(tokens) for tokens, _ in answers) - 8
+        assert layer["slots_rerouted"] > 0
 
 
 @pytest.mark.engine

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sere.evaluation.decoding import RouterOutput
 from sere.evaluation.rivals import Rival, Routed
-from sere.kernels import Plan, freed_weights, reroute
+from sere.kernels import Plan, RowClass, freed_weights, reroute
 from sere.maps import LayerMaps
 from sere.models.adapters import Changed
 from sere.models.moe import MoELayer
@@ -26,12 +26,13 @@ class Arm:
     """A named rule and the table it reads.
 
     rule: None is stock routing. Raises `PolicyError` for a policy that re-routes prompts, which a
-    teacher-forced pass leaves alone.
+    teacher-forced pass leaves alone. independent: decoded rows are INDEPENDENT ones, not FAST.
     """
 
     name: str
     rule: Policy | Rival | None
     table: Table
+    independent: bool = False
     _plans: dict[tuple[int, int], Plan] = field(default_factory=dict)
     _maps: dict[int, LayerMaps] = field(default_factory=dict)
 
@@ -71,7 +72,11 @@ class Arm:
             )
         if isinstance(self.rule, Policy):
             plan = self._plan(self.rule, layer, ids)
-            new = reroute(ids, weights, plan, counters=counters)
+            rows = None
+            if self.independent:
+                kind = int(RowClass.INDEPENDENT)
+                rows = torch.full((len(ids),), kind, dtype=torch.int8, device=ids.device)
+            new = reroute(ids, weights, plan, rows, counters)
             if not self.rule.for_layer(layer.index).frees:
                 return Changed(*new)
             assert hidden is not None
@@ -132,7 +137,8 @@ def spelt_out(texts: Sequence[str], table: Table) -> list[str]:
 
 def parse_arm(text: str, table: Table) -> Arm:
     """An arm from JSON: a policy such as {"tau": 0.02}, or {"rival": "oea", "k0": 1}; either may
-    have a "name", and a "table" of its own. Raises `PolicyError` for anything else."""
+    have a "name", and a "table" of its own; a policy with a pool also "tier": "independent". Raises
+    `PolicyError` for anything else."""
     return arm_of(settings_from_json(text), table)
 
 
@@ -165,16 +171,31 @@ def arm_of(settings: Mapping[str, Any], table: Table) -> Arm:
     """See `parse_arm`."""
     rest = dict(settings)
     name, path = rest.pop("name", None), rest.pop("table", None)
+    tier = rest.pop("tier", "fast")
     own = table if path is None else Table.load(path)
     own.check_against(table.fingerprint)
     rule = Rival.from_dict(rest) if "rival" in rest else Policy.from_dict(rest)
     if isinstance(rule, Policy):
         own.check_policy(rule)
+        _check_tier(tier, rule, own)
+    elif tier != "fast":
+        raise PolicyError(f'"tier": {tier!r}: a rival knows no tiers; leave it out')
     else:
         rule.check_against(own.fingerprint.K, own.fingerprint.E)
-    return Arm(name or _name(rule, path), rule, own)
+    return Arm(name or _name(rule, path, tier), rule, own, tier == "independent")
 
 
-def _name(rule: Policy | Rival, path: str | None) -> str:
+def _check_tier(tier: Any, policy: Policy, table: Table) -> None:
+    if tier not in ("fast", "independent"):
+        raise PolicyError(f'"tier": {tier!r}: expected "fast" or "independent"')
+    if tier == "independent" and policy.pool_of(table.fingerprint.E) < table.fingerprint.K:
+        raise PolicyError(
+            f'"tier": "independent" needs a pool of at least {table.fingerprint.K} experts: add '
+            '"pool": 0.5'
+        )
+
+
+def _name(rule: Policy | Rival, path: str | None, tier: str) -> str:
     name = str(rule) if isinstance(rule, Rival) else rule.brief()
+    name = name if tier == "fast" else f"{name}, {tier}"
     return name if path is None else f"{name} ({path})"

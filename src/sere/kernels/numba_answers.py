@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sere.kernels.numba_loops import VOID, _compiled
+from sere.kernels.numba_rows import VOID, compiled
 
 
 def keep_freed_(weights: Tensor, ids: Tensor, new_ids: Tensor, rows: Tensor, rank: Tensor) -> None:

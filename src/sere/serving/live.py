@@ -7,6 +7,7 @@ copy, queued like the step's inputs: no sync, and captured graphs of any kind se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -126,11 +127,10 @@ class Live:
         """Whether the pass under way counts its rows: stock routing does not."""
         return not self._now.off
 
-    def retract(self, fast: int, exact: int) -> None:
-        """Count so many rows less in every layer."""
-        for name, rows in (("rows_fast", fast), ("rows_exact", exact)):
-            if rows:
-                self.counters[:, COUNTERS.index(name)] -= rows
+    def retract(self, rows: Mapping[str, int]) -> None:
+        """Count so many rows less in every layer, by counter."""
+        for name, number in rows.items():
+            self.counters[:, COUNTERS.index(name)] -= number
 
     def choose(self, fast: int, exact: int) -> None:
         """Prepare a pass over so many rows that may be re-routed, and rows that may not."""

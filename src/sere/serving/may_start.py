@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from sere.serving import self_calibration
+from sere.serving.invariance import check_default
 from sere.serving.loaded_maps import obstacle_to_maps, ranks_to_load
 from sere.serving.model_fit import check_kind, check_model
 from sere.serving.no_table import NoTable
@@ -19,11 +19,6 @@ from sere.serving.symbols import lacking
 
 def check_config(config: Any) -> None:
     """Refuse, in the first process and before weights are loaded, what cannot work."""
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        raise ServingError(
-            "sere cannot re-route: VLLM_BATCH_INVARIANT promises results that do not depend on "
-            "the batch, and re-routing makes them depend on it; unset one of the two"
-        )
     check_kind(config)
     _check_rows_are_known(config)
     if reason := obstacle_to_reuse(config):
@@ -35,6 +30,7 @@ def check_config(config: Any) -> None:
     if settings.shadow is not None:
         _check_shadow(config)
     table = table_of(config, settings)
+    check_default(config, settings, table.fingerprint)
     if isinstance(table, NoTable):
         table.check_asked(settings.policy)
         self_calibration.check(config, settings)

@@ -29,6 +29,7 @@ _COUNTERS: dict[str, tuple[str, dict[str, str], str]] = {
     "rows_fast": ("sere_rows", {"row_class": "fast"}, "Rows by class"),
     "rows_exact": ("sere_rows", {"row_class": "exact"}, "Rows by class"),
     "rows_void": ("sere_rows", {"row_class": "void"}, "Rows by class"),
+    "rows_independent": ("sere_rows", {"row_class": "independent"}, "Rows by class"),
 }
 _SWITCHES = ("sere_policy_switches", "Switches of the policy, by an operator or the shadow check")
 _SLOTS = ("sere_slots", "Slots of re-routable rows: what sere_slots_rerouted is a share of")
@@ -111,7 +112,8 @@ def _layer(found: _Families, labels: dict[str, str], index: int, snapshot: Snaps
     for counter, value in counters.items():
         name, more, about = _COUNTERS.get(counter, (f"sere_{counter}", {}, counter))
         found.counter(name, about, value, {**labels, **more})
-    found.counter(*_SLOTS, counters["rows_fast"] * snapshot["K"], labels)
+    rows = counters["rows_fast"] + counters["rows_independent"]
+    found.counter(*_SLOTS, rows * snapshot["K"], labels)
     checked = snapshot["shadow"].get(index)
     if checked and checked["checks"]:
         for figure, (name, about) in _SHADOW_COUNTERS.items():

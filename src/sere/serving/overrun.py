@@ -7,12 +7,15 @@ take it out any more, but it is no row of an answer, and is not to stay counted 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from sere.kernels import RowClass
+
+_COUNTERS = {int(RowClass.EXACT): "rows_exact", int(RowClass.INDEPENDENT): "rows_independent"}
 
 
 class LatestPass:
@@ -36,14 +39,14 @@ class LatestPass:
         self._requests, self._prefilling = requests, prefilling
         self._lengths, self._classes = lengths, classes
 
-    def of(self, ended: Collection[str]) -> tuple[int, int]:
-        """How many decode rows of these requests it had that may be re-routed, and others."""
+    def of(self, ended: Collection[str]) -> Counter[str]:
+        """How many decode rows of these requests it had, by the counter of their class."""
+        found = Counter[str]()
         if not self._requests:
-            return 0, 0
+            return found
         classes = np.broadcast_to(self._classes, len(self._requests))
-        found = {True: 0, False: 0}
         for i, request in enumerate(self._requests):
             if request in ended and not self._prefilling[i]:
                 rows = 1 if self._lengths is None else int(self._lengths[i])
-                found[bool(classes[i] == RowClass.EXACT)] += rows
-        return found[False], found[True]
+                found[_COUNTERS.get(int(classes[i]), "rows_fast")] += rows
+        return found

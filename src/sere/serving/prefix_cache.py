@@ -34,7 +34,7 @@ from sere.serving.reuse import caches
 from sere.serving.session import settings_of
 from sere.serving.settings import Settings
 from sere.serving.symbols import here, module_of, symbol, wrap
-from sere.serving.tiers import EXACT, Tier
+from sere.serving.tiers import EXACT, INDEPENDENT, Tier
 
 Hashes = list[bytes]
 Hasher = Callable[[Any], Hashes]
@@ -86,11 +86,21 @@ class Prefixes:
             usable = (request.num_prompt_tokens - 1) // block_size
             self._meet(request.block_hashes[:usable], block_size)
         if not self.is_exact(request.sampling_params):
-            self.key(request, 0 if self.all_rows else len(request.block_hashes))
+            alone = self.is_independent(request.sampling_params)
+            self.key(request, 0 if self.all_rows else len(request.block_hashes), alone=alone)
 
-    def key(self, request: Any, first: int) -> None:
-        """Key the request's blocks from index `first` on, those to come included."""
-        key = self._shared_key if self._shares else secrets.token_bytes(16)
+    def is_independent(self, params: Any) -> bool:
+        """Whether no other request may have a say in its answer: nor may blocks that one wrote."""
+        asked = asked_by(params)
+        try:
+            return (self._default if asked is None else Tier.parse(asked)) == INDEPENDENT
+        except PolicyError:
+            return False
+
+    def key(self, request: Any, first: int, *, alone: bool = False) -> None:
+        """Key the request's blocks from index `first` on, those to come included; alone: by a key
+        that no other request has, whatever the policy."""
+        key = self._shared_key if self._shares and not alone else secrets.token_bytes(16)
         request._block_hasher = Keyed(request, first, key, self._write)
         del request.block_hashes[first:]
         request.update_block_hashes()
@@ -233,8 +243,10 @@ def _continuing(original: Callable[..., None]) -> Callable[..., None]:
             original(scheduler, session, update)
             return
         exact = prefixes.is_exact(update.sampling_params)
+        alone = prefixes.is_independent(update.sampling_params)
         if not exact and not keyed:
-            prefixes.key(session, session.num_computed_tokens // scheduler.hash_block_size)
+            first = session.num_computed_tokens // scheduler.hash_block_size
+            prefixes.key(session, first, alone=alone)
         original(scheduler, session, update)
         if exact and keyed:
             _start_over(scheduler, session, keyed.plain)

@@ -21,7 +21,10 @@ _EXACT, _FAST = np.int8(RowClass.EXACT), np.int8(RowClass.FAST)
 
 
 def row_class(kept: int, K: int) -> int:
-    """The class of a decode row that keeps its `kept` best of K experts, whatever the policy."""
+    """The class of a decode row that keeps its `kept` best of K experts, whatever the policy;
+    below 0: of an INDEPENDENT one."""
+    if kept < 0:
+        return int(RowClass.INDEPENDENT)
     if kept >= K:
         return int(RowClass.EXACT)
     return keeping(kept) if kept else int(RowClass.FAST)

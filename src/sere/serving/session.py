@@ -16,6 +16,7 @@ from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
 from sere.serving.asking import KEY, given
 from sere.serving.inert import inert
+from sere.serving.invariance import check_tier
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.loaded_maps import Answers, ranks_to_load, unloaded
@@ -134,9 +135,8 @@ class Session:
 
     def end(self, requests: Collection[str]) -> None:
         """Requests have ended: what the latest pass has of them is counted no longer."""
-        fast, exact = self.latest.of(requests)
-        if fast or exact:
-            self.live.retract(fast, exact)
+        if rows := self.latest.of(requests):
+            self.live.retract(rows)
 
     def begin_dummy(self) -> None:
         """A pass without a real row follows."""
@@ -292,8 +292,14 @@ def check_request(config: Any, asked: Any) -> None:
         cap = cap_of({**_model_default(config), **own})
         object.__setattr__(config.compilation_config, _CAP, cap)
     tier = Tier.parse(asked)
+    check_tier(config, tier, lambda: _started_with(config))
     if tier > cap:
         raise PolicyError(f'this server gives at most "{cap}", "{tier}" was asked for')
+
+
+def _started_with(config: Any) -> tuple[Policy, Fingerprint]:
+    settings = settings_of(config)
+    return settings.policy, table_of(config, settings).fingerprint
 
 
 def settings_of(config: Any) -> Settings:

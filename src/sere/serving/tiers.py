@@ -4,6 +4,7 @@
 
 * "exact": stock routing, whatever the others in the batch get;
 * "fast": what the engine's policy says;
+* "independent": what the engine's pool says, whoever else is in the batch;
 * {"S": n}, or "S=n" where a value must be a string: at least its own n best experts a token.
 """
 
@@ -22,20 +23,23 @@ from sere.policy import PolicyError
 from sere.serving.rows import row_class
 
 _ALL = 100  # experts a token; no model has as many, and an int8 has room for it
-_EXPECTED = 'expected "exact", "fast", {"S": n} or "S=n", n a whole number >= 1'
+_EXPECTED = 'expected "exact", "fast", "independent", {"S": n} or "S=n", n a whole number >= 1'
 
 
 @dataclass(frozen=True, order=True)
 class Tier:
-    """How many of its own best experts each token of a request keeps; a larger tier is better."""
+    """How many of its own best experts each token of a request keeps; a larger tier is better.
+
+    "independent" is below all others: it promises no more experts than the pool.
+    """
 
     kept: int
 
     @classmethod
     def parse(cls, asked: Any) -> Tier:
         """The tier that a user wrote; `PolicyError` if it is none."""
-        if asked in ("fast", "exact"):
-            return EXACT if asked == "exact" else FAST
+        if isinstance(asked, str) and asked in _NAMED:
+            return _NAMED[asked]
         kept = asked.get("S") if isinstance(asked, Mapping) and set(asked) == {"S"} else None
         if isinstance(asked, str) and (match := re.fullmatch(r"S=([0-9]{1,9})", asked)):
             kept = int(match[1])
@@ -44,10 +48,12 @@ class Tier:
         return cls(min(kept, _ALL))
 
     def __str__(self) -> str:
-        return {0: "fast", _ALL: "exact"}.get(self.kept, f"S={self.kept}")
+        names = {tier: name for name, tier in _NAMED.items()}
+        return names.get(self, f"S={self.kept}")
 
 
-FAST, EXACT = Tier(0), Tier(_ALL)
+INDEPENDENT, FAST, EXACT = Tier(-1), Tier(0), Tier(_ALL)
+_NAMED = {"independent": INDEPENDENT, "fast": FAST, "exact": EXACT}
 
 
 def _admitted(asked: Any) -> Tier:
