@@ -155,7 +155,8 @@ def run(
         **contents(folder, [table]),
     }
     maps = any(policy.frees_anywhere for policy in chosen.values())
-    engine = _engine(folder, table_path, batch, dtype, maps)
+    pools = any(policy.pools for policy in chosen.values())
+    engine = _engine(folder, table_path, batch, dtype, maps, pools=pools)
     with Journal(unfinished(output), settings) as journal:
         for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
             if (known := journal.get(str(number))) is None:
@@ -180,7 +181,9 @@ def run(
     return result
 
 
-def _engine(folder: str, table_path: str, batch: int, dtype: str, maps: bool) -> Engine:
+def _engine(
+    folder: str, table_path: str, batch: int, dtype: str, maps: bool, *, pools: bool
+) -> Engine:
     """In this process: requests that travel to another reach the engine one by one, so that
     prefill mixes with decoding and who decodes with whom is a matter of timing."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -189,6 +192,7 @@ def _engine(folder: str, table_path: str, batch: int, dtype: str, maps: bool) ->
         Path(table_path).absolute(),
         batch=batch,
         maps=maps,
+        pools=pools,
         dtype=dtype,
         # compiling for a CPU takes a minute and changes nothing
         enforce_eager=not torch.cuda.is_available(),

@@ -33,34 +33,23 @@ def _move(
     row names an expert that is not `certain` to be named."""
     S, scaling = tl.load(settings), tl.load(settings + 4) != 0
     m, pooled = tl.sum(active), tl.load(settings + 5) + tl.load(settings + 6) > 0
-    standing = tl.cumsum(active, 0) - 1
-    experts = tl.arange(0, E_PADDED)
-    named = tl.zeros([E_PADDED], tl.int32)
-    moved, critical, fast_rows, exact_rows, void_rows, own_rows = 0, 0, 0, 0, 0, 0
-
-    own_pool = tl.load(settings + 6)
-    joins = tl.load(pool + experts, mask=experts < E, other=E)
-    own_place = tl.load(pool + E + experts, mask=experts < E, other=-1)
-    limit = tl.load(pool + 2 * E + experts, mask=experts < E, other=0)
-    listed = experts * (E - 1) + own_place
-    own_target = tl.load(neighbours + listed, mask=own_place >= 0, other=-1).to(tl.int32)
-    member = ((joins < own_pool) & (experts < E)).to(tl.int32)
-    own_standing = tl.where(member != 0, tl.cumsum(member, 0) - 1, K_PADDED)  # others: nowhere
-    own_order = _in_order(member, E_PADDED)
+    standing, named = tl.cumsum(active, 0) - 1, tl.zeros([E_PADDED], tl.int32)
+    own_pool, own_place, limit, own_target, member, own_standing, own_order = _own(
+        neighbours, settings, pool, E, E_PADDED, K_PADDED
+    )
     for begin in range(start, tl.minimum(stop, T), ROWS):
         t, k, inside, chosen, weight, kind, _, valid, counts = _load(
             ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, begin,
             E, K, K_PADDED, ROWS,
         )  # fmt: skip
         fast, own = (kind == FAST)[:, None], (kind == INDEPENDENT)[:, None]
-        valid, mine = valid & (kind != EXACT)[:, None], valid
-        counts = counts & (fast | own)
+        valid, mine, counts = valid & (kind != EXACT)[:, None], valid, counts & (fast | own)
         flat = tl.reshape(tl.where(valid, chosen, 0).to(tl.int32), [ROWS * K_PADDED])
         expert = tl.reshape(flat, [ROWS, K_PADDED])
-        leaves = valid & (tl.reshape(tl.gather(active, flat, 0), [ROWS, K_PADDED]) == 0)
-        least = tl.reshape(tl.gather(limit, flat, 0), [ROWS, K_PADDED])
+        leaves = valid & (_of(active, flat, K_PADDED, ROWS) == 0)
         if own_pool > 0:
-            leaves = tl.where(own, valid & (_shares(weight, counts) < least), leaves)
+            kept = _shares(weight, counts) >= _of(limit, flat, K_PADDED, ROWS)
+            leaves = tl.where(own, valid & (kept == 0), leaves)
         else:
             leaves = leaves & (own == 0)
         if m < K:
@@ -68,14 +57,12 @@ def _move(
             leaves, valid = leaves & (stays == 0), valid & (stays == 0)
         new = chosen
         if tl.max(leaves.to(tl.int32)) > 0:
-            goes_to = tl.reshape(tl.gather(target, flat, 0), [ROWS, K_PADDED])
-            own_goes = tl.reshape(tl.gather(own_target, flat, 0), [ROWS, K_PADDED])
-            goes_to = tl.where(own, own_goes, goes_to)
+            goes_to = _of(target, flat, K_PADDED, ROWS)
+            goes_to = tl.where(own, _of(own_target, flat, K_PADDED, ROWS), goes_to)
             goes_to = tl.where(leaves, tl.where(counts, goes_to, -1), expert)
             if scaling:
-                at = tl.reshape(tl.gather(place, flat, 0), [ROWS, K_PADDED])
-                own_at = tl.reshape(tl.gather(own_place, flat, 0), [ROWS, K_PADDED])
-                at = tl.where(own, own_at, at)
+                at = _of(place, flat, K_PADDED, ROWS)
+                at = tl.where(own, _of(own_place, flat, K_PADDED, ROWS), at)
                 at = expert * (E - 1) + tl.maximum(at, 0)
                 weight *= tl.load(scales + at, mask=leaves & counts, other=1.0)
             new, carried, freed, carries = _distinct(
@@ -87,28 +74,59 @@ def _move(
             tl.store(weights + slot, carried, mask=(freed | carries) & (fast | own))
         tl.store(out + t.to(tl.int64)[:, None] * K + k[None, :], new, mask=inside)
         if pooled | (m < K):
-            now = tl.reshape(tl.where(mine & (fast | own), new, -1).to(tl.int32), [ROWS * K_PADDED])
-            here = (now[:, None] == experts[None, :]).to(tl.int32)
-            named = tl.maximum(named, tl.max(here, 0))
-        moved += tl.sum((leaves & (fast | own)).to(tl.int32))
-        rank = tl.reshape(tl.gather(first_rank, flat, 0), [ROWS, K_PADDED])
-        outside = ((rank == RESCUED) | (rank >= s)) & (S < K)
-        spared = tl.reshape(tl.gather(member, flat, 0), [ROWS, K_PADDED]) == 0
-        outside = tl.where(own, spared & (own_pool > 0), outside)
-        critical += tl.sum((outside & valid & counts & (leaves == 0)).to(tl.int32))
-        fast_rows += tl.sum((kind == FAST).to(tl.int32))
-        own_rows += tl.sum((kind == INDEPENDENT).to(tl.int32))
-        exact_rows += tl.sum((kind == EXACT).to(tl.int32))
-        void_rows += tl.sum(((kind == VOID) & (t < T)).to(tl.int32))
-    if counters is not None:  # noqa: SIM102 (known when compiled)
-        if _counts(settings):
-            tl.atomic_add(counters + 3, moved.to(tl.int64))
-            tl.atomic_add(counters + 4, critical.to(tl.int64))
-            tl.atomic_add(counters + 5, fast_rows.to(tl.int64))
-            tl.atomic_add(counters + 6, exact_rows.to(tl.int64))
-            tl.atomic_add(counters + 7, void_rows.to(tl.int64))
-            tl.atomic_add(counters + 8, own_rows.to(tl.int64))
+            now = tl.where(mine & (fast | own), new, -1).to(tl.int32)
+            named = _also(named, now, E_PADDED, K_PADDED, ROWS)
+        if counters is not None:
+            rank = _of(first_rank, flat, K_PADDED, ROWS)
+            spared = (_of(member, flat, K_PADDED, ROWS) == 0) & (own_pool > 0)
+            outside = tl.where(own, spared, ((rank == RESCUED) | (rank >= s)) & (S < K))
+            critical = outside & valid & counts & (leaves == 0)
+            _count_turn(counters, settings, leaves & (fast | own), critical, kind, t < T)
     return tl.where(certain, 0, named)
+
+
+@triton.jit
+def _own(
+    neighbours, settings, pool, E: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr
+):
+    """What INDEPENDENT rows know: the size of their pool; [E_PADDED] each: place of the stand-in,
+    least share of a slot that stays, stand-in, whether a member, where it stands; the members."""
+    experts, own_pool = tl.arange(0, E_PADDED), tl.load(settings + 6)
+    joins = tl.load(pool + experts, mask=experts < E, other=E)
+    place = tl.load(pool + E + experts, mask=experts < E, other=-1)
+    limit = tl.load(pool + 2 * E + experts, mask=experts < E, other=0)
+    listed = experts * (E - 1) + place
+    target = tl.load(neighbours + listed, mask=place >= 0, other=-1).to(tl.int32)
+    member = ((joins < own_pool) & (experts < E)).to(tl.int32)
+    standing = tl.where(member != 0, tl.cumsum(member, 0) - 1, K_PADDED)  # others: nowhere
+    return own_pool, place, limit, target, member, standing, _in_order(member, E_PADDED)
+
+
+@triton.jit
+def _also(named, ids, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """`named` [E_PADDED], and 1 where one of the ids [ROWS, K_PADDED] is."""
+    flat = tl.reshape(ids, [ROWS * K_PADDED])
+    here = (flat[:, None] == tl.arange(0, E_PADDED)[None, :]).to(tl.int32)
+    return tl.maximum(named, tl.max(here, 0))
+
+
+@triton.jit
+def _of(values, flat, K_PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, K_PADDED]: the values [E_PADDED] of each slot's expert."""
+    return tl.reshape(tl.gather(values, flat, 0), [ROWS, K_PADDED])
+
+
+@triton.jit
+def _count_turn(counters, settings, moved, critical, kind, real):
+    """The part of the counters that belongs to rows. moved, critical: [ROWS, K_PADDED]. kind, real:
+    [ROWS], the class of each and whether there is such a row."""
+    if _counts(settings):
+        tl.atomic_add(counters + 3, tl.sum(moved.to(tl.int64)))
+        tl.atomic_add(counters + 4, tl.sum(critical.to(tl.int64)))
+        tl.atomic_add(counters + 5, tl.sum((kind == FAST).to(tl.int64)))
+        tl.atomic_add(counters + 6, tl.sum((kind == EXACT).to(tl.int64)))
+        tl.atomic_add(counters + 7, tl.sum(((kind == VOID) & real).to(tl.int64)))
+        tl.atomic_add(counters + 8, tl.sum((kind == INDEPENDENT).to(tl.int64)))
 
 
 @triton.jit

@@ -48,17 +48,20 @@ class Engine:
         *,
         batch: int,
         maps: bool = False,
+        pools: bool = False,
         **options: Any,
     ) -> None:
         """Start the engine with re-routing off.
 
         table: None for stock vLLM, where no policy can be set. batch: requests decoded together at
-        most. maps: load the table's linear maps, which some policies need. options: passed on to
+        most. maps: load the table's linear maps, which some policies need. pools: policies with
+        a pool will be set (graphs have to know). options: passed on to
         `vllm.LLM`.
         """
         prepare(needed=table is not None)
         from vllm import LLM
 
+        start = {"S": 1, "pool": 1} if pools else {}
         if reason := lacking("bench"):
             raise RuntimeError(f"no engine to measure with: {reason}")
 
@@ -67,7 +70,7 @@ class Engine:
             max_num_seqs=batch,
             enable_prefix_caching=False,
             disable_log_stats=False,
-            additional_config={KEY: {"table": str(table), "maps": maps}} if table else {},
+            additional_config={KEY: {"table": str(table), "maps": maps, **start}} if table else {},
             **options,
         )
         if table:

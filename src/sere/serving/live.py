@@ -46,9 +46,10 @@ class Live:
     dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
     together: the operator runs in every pass, as other ranks wait for this one's votes.
     lone: a layer that sees one row alone launches nothing, and its graph holds nothing: no policy
-        without a pool moves a slot of it (every active expert is one that it names: rule 8), and
-        one with a pool is refused. Such steps are counted here, but for critical slots, which only
-        the operator sees.
+        without a pool moves a slot of it (every active expert is one that it names: rule 8);
+        under one with a pool it launches again, or where graphs hold nothing (frozen) such a policy
+        is refused. Such steps are counted here, but for critical slots, which only the operator
+        sees.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Live:
         *,
         together: bool = False,
         lone: bool = False,
+        frozen: bool = False,
     ) -> None:
         self._table = table
         self.K = table.fingerprint.K
@@ -69,7 +71,8 @@ class Live:
         self._on_host = self.settings.device.type == "cpu"
         self.idle = self.dormant = self._watched = False
         self.together = together
-        self.lone = lone and not together
+        self.lone = self._sees_lone = lone and not together
+        self.frozen = frozen
         alone = [self._figures(steps=1, active_before=self.K, active_after=self.K, rows_fast=1)]
         alone.insert(0, self._figures(rows_exact=1))
         self._alone = torch.stack(alone).to(device)  # by whether the row is FAST
@@ -87,6 +90,8 @@ class Live:
         """Take the settings of a policy, for every batch size; None is stock routing."""
         buckets = [0, *policy.batches] if policy else [0]
         self._policy = policy
+        if not self.frozen:
+            self.lone = self._sees_lone and not (policy and policy.pools)
         self._own_pools = self._values(policy)[:, OWN_POOL]
         self._bank = {b: self._setting(policy.for_bucket(b) if policy else None) for b in buckets}
         self._use(0)

@@ -162,11 +162,11 @@ class Session:
                 raise ServingError(reason)
         if policy.batches and self.live.together:
             raise ServingError(f'sere cannot take "batches" here: {BATCHES_DISAGREE}')
-        if policy.pools and self.live.lone:
+        if policy.pools and self.live.lone and self.live.frozen:
             raise ServingError(
-                "sere cannot take a pool here: this engine started without one, and steps of one "
-                "row launch nothing in it, which a pool would re-route; start with a policy that "
-                'has a pool at some batch size, e.g. "batches": {"128": {"S": 0, "pool": 0.5}}'
+                "sere cannot take a pool here: this engine captured its graphs without one, and "
+                "those of one row launch nothing, where a pool would re-route; start with a policy "
+                'that has a pool at some batch size, e.g. "batches": {"128": {"S": 0, "pool": 0.5}}'
             )
 
     def set_policy(self, policy: Policy | None) -> None:
@@ -251,8 +251,9 @@ def open_session(config: Any) -> Session:
         )
         table = table_of(config, settings)
         together = settings.union == "all"
-        lone = sees_lone_rows(config) and not settings.policy.pools
-        live = Live(table, rows.buffer.device, together=together, lone=lone)
+        frozen = not config.model_config.enforce_eager
+        lone = sees_lone_rows(config) and not (frozen and settings.policy.pools)
+        live = Live(table, rows.buffer.device, together=together, lone=lone, frozen=frozen)
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
         alone = not together and _decodes_one_row(config)

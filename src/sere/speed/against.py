@@ -73,7 +73,10 @@ def _in_a_process(
     job = {
         "folder": served.folder,
         "table": str(served.table) if rerouting else None,
-        "options": served.options,
+        "options": {
+            **served.options,
+            **({"pools": True} if any(a.policy and a.policy.pools for a in arms) else {}),
+        },
         "arms": [[a.name, a.policy.to_dict() if a.policy else None] for a in arms],
         "load": vars(load),
         "turn": turn,

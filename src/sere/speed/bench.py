@@ -118,7 +118,10 @@ def _measure(
         if journal.get("machine") and all(journal.get(piece) for piece in wanted):
             return OFF
         maps, most = loads_maps(contenders), max(load.batches)
-        engine = Engine(served.folder, served.table, batch=most, maps=maps, **served.options)
+        pools = any(c.policy and c.policy.pools for c in contenders)
+        engine = Engine(
+            served.folder, served.table, batch=most, maps=maps, pools=pools, **served.options
+        )
         kernels = engine.kernels()
         if against == OFF or kernels["serving"] == kernels["stock"]:
             if not journal.get("machine"):
