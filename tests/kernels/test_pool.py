@@ -54,7 +54,7 @@ def pooled(draw: st.DrawFn) -> Case:
 
 def plan_with_pool(similarity: Tensor, policy: Policy, K: int) -> Plan:
     calls = torch.rand(len(similarity), generator=torch.Generator().manual_seed(K))
-    losses = losses_of(similarity, policy)
+    losses = losses_of(len(similarity), policy.scales)
     return Plan.build(similarity, policy, K=K, substitution=losses, calls=calls / calls.sum())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from sere.checkpoint import Fingerprint
 from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
