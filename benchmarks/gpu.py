@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+POOLS = ["--policy", '{"S": 0, "pool": 0.5}', "--policy", '{"S": 0, "pool": 0.375}']
 QWEN = ["qwen3-30b-a3b", "--policy", '{"S": 1}', "--policy", '{"S": 2}', "--policy", '{"S": 8}']
 
 
@@ -71,6 +72,7 @@ STEPS = (
     Step("linear", 6, "bench", ["qwen3-30b-a3b", "--policy", '{"S": 1}', "--policy",
                                 '{"S": 1, "fill": "linear", "rank": 16}', *_batches(1, 8, 32, 128)],
          speed=True),
+    Step("pool", 6, "bench", [QWEN[0], *POOLS, *_batches(32, 64, 128, 256)], speed=True),
     Step("configs", 5, "gpu_configs.py", ["--folder", "{folder}/configs"], speed=True),
     Step("engine-best-for-stock", 5, "bench", [*QWEN, *TUNED], speed=True, configs="stock"),
     Step("engine-best-for-S=1", 5, "bench", [*QWEN, *TUNED], speed=True, configs="S=1"),
