@@ -26,7 +26,7 @@ from sere.serving.tiers import FAST, RequestTiers
 from sere.table import Table
 from tests.conftest import E, K
 
-VOID, FAST_ROW, EXACT_ROW = map(int, RowClass)
+VOID, FAST_ROW, EXACT_ROW, _ = map(int, RowClass)
 MOST = 32  # rows of a step at most
 
 

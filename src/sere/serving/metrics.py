@@ -112,7 +112,7 @@ def _layer(found: _Families, labels: dict[str, str], index: int, snapshot: Snaps
     for counter, value in counters.items():
         name, more, about = _COUNTERS.get(counter, (f"sere_{counter}", {}, counter))
         found.counter(name, about, value, {**labels, **more})
-    rows = counters["rows_fast"] + counters["rows_independent"]
+    rows = counters["rows_fast"] + counters.get("rows_independent", 0)
     found.counter(*_SLOTS, rows * snapshot["K"], labels)
     checked = snapshot["shadow"].get(index)
     if checked and checked["checks"]:
