@@ -262,7 +262,7 @@ RAISES = {
             "settings._tier",
             "settings._tolerance",
         ),
-        *("settings._find_table", "shadow.parse"),
+        *("settings._find_table", "shadow.parse", "invariance.check_default"),
         *("wiring.admit", "wiring._admit", "wiring.install", "wiring.install_in_worker"),
         "wiring._rerouting",
         *("wiring.compile_or_warm_up_model", "rust_front_end.__init__"),
@@ -278,7 +278,7 @@ RAISES = {
         ),  # the self-check runs the operator
     },
     "the front end, as an error of the request": {
-        *("session.check_request", "tiers.parse", "admission.check"),
+        *("session.check_request", "tiers.parse", "admission.check", "invariance.check_tier"),
         *("switch._admit", "switch._answer", "switch._ask", "switch._asked", "switch._body"),
     },
     "the caller of collective_rpc": {

@@ -24,10 +24,9 @@ from sere.kernels.triton_votes import (
 @triton.jit
 def _move(
     ids, ids_row, ids_slot, weights, weights_row, weights_slot, rows, T, start, stop,
-    first_rank, s, target, place, active, in_order, certain,
-    neighbours, scales, settings, pool, out, counters,
-    E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr, K_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
+    first_rank, s, target, place, active, in_order, certain, neighbours, scales, settings, pool,
+    out, counters, E: tl.constexpr, K: tl.constexpr, E_PADDED: tl.constexpr,
+    K_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rules 6 to 10 for some rows, and their part of the counters. Returns [E_PADDED]: 1 where a
     row names an expert that is not `certain` to be named."""
