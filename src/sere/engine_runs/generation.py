@@ -12,9 +12,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,9 +153,7 @@ def run(
         "dtype": dtype,
         **contents(folder, [table]),
     }
-    maps = any(policy.frees_anywhere for policy in chosen.values())
-    pools = any(policy.pools for policy in chosen.values())
-    engine = _engine(folder, table_path, batch, dtype, maps, pools=pools)
+    engine = _engine(folder, table_path, batch, dtype, chosen.values())
     with Journal(unfinished(output), settings) as journal:
         for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
             if (known := journal.get(str(number))) is None:
@@ -182,17 +179,16 @@ def run(
 
 
 def _engine(
-    folder: str, table_path: str, batch: int, dtype: str, maps: bool, *, pools: bool
+    folder: str, table_path: str, batch: int, dtype: str, policies: Iterable[Policy]
 ) -> Engine:
     """In this process: requests that travel to another reach the engine one by one, so that
     prefill mixes with decoding and who decodes with whom is a matter of timing."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return Engine(
         folder,
-        Path(table_path).absolute(),
+        table_path,
         batch=batch,
-        maps=maps,
-        pools=pools,
+        policies=policies,
         dtype=dtype,
         # compiling for a CPU takes a minute and changes nothing
         enforce_eager=not torch.cuda.is_available(),

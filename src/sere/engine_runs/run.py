@@ -62,7 +62,7 @@ def run(
     if chat:
         _check_template(model_name, folder)
     arms: Vllm | Transformers = (
-        Vllm(folder, table_path, batch, dtype or "auto", seed)
+        Vllm(folder, table_path, batch, dtype or "auto", seed, chosen.values())
         if backend == "vllm"
         else Transformers(folder, table, batch, score_as_decode=score_as_decode)
     )

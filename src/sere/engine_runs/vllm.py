@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 from sere.policy import Policy
 from sere.serving.asking import KEY
-from sere.serving.engine import prepare
+from sere.serving.engine import prepare, to_follow
 
 
 class Vllm:
-    """lm: the harness's model. Batches are the engine's own, of at most `batch` requests."""
+    """lm: the harness's model. Batches are the engine's own, of at most `batch` requests. policies:
+    those that will be set."""
 
-    def __init__(self, folder: str, table: str, batch: int, dtype: str, seed: int) -> None:
+    def __init__(
+        self,
+        folder: str,
+        table: str,
+        batch: int,
+        dtype: str,
+        seed: int,
+        policies: Iterable[Policy | None],
+    ) -> None:
         prepare()
         from lm_eval.api.registry import get_model
 
@@ -28,7 +36,7 @@ class Vllm:
             batch_size="auto",  # all requests at once: the engine makes the batches
             max_num_seqs=batch,
             enable_prefix_caching=False,
-            additional_config={KEY: {"table": str(Path(table).absolute())}},
+            additional_config={KEY: to_follow(table, policies)},
         )
 
     @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,15 @@ class Batch:
     decode_s: float
 
 
+def to_follow(table: str | Path, policies: Iterable[Policy | None]) -> dict[str, Any]:
+    """Settings of an engine that can be switched to all of these: linear maps are loaded, and
+    graphs know of pools, where one asks for them."""
+    given = [policy for policy in policies if policy]
+    maps = any(policy.frees_anywhere for policy in given)
+    pool = {"S": 1, "pool": 1} if any(policy.pools for policy in given) else {}
+    return {"table": str(Path(table).absolute()), "maps": maps, **pool}
+
+
 class Engine:
     """A vLLM engine with re-routing loaded; greedy decoding."""
 
@@ -47,21 +56,17 @@ class Engine:
         table: str | Path | None,
         *,
         batch: int,
-        maps: bool = False,
-        pools: bool = False,
+        policies: Iterable[Policy | None] = (),
         **options: Any,
     ) -> None:
         """Start the engine with re-routing off.
 
         table: None for stock vLLM, where no policy can be set. batch: requests decoded together at
-        most. maps: load the table's linear maps, which some policies need. pools: policies with
-        a pool will be set (graphs have to know). options: passed on to
-        `vllm.LLM`.
+        most. policies: those that will be set. options: passed on to `vllm.LLM`.
         """
         prepare(needed=table is not None)
         from vllm import LLM
 
-        start = {"S": 1, "pool": 1} if pools else {}
         if reason := lacking("bench"):
             raise RuntimeError(f"no engine to measure with: {reason}")
 
@@ -70,7 +75,7 @@ class Engine:
             max_num_seqs=batch,
             enable_prefix_caching=False,
             disable_log_stats=False,
-            additional_config={KEY: {"table": str(table), "maps": maps, **start}} if table else {},
+            additional_config={KEY: to_follow(table, policies)} if table else {},
             **options,
         )
         if table:

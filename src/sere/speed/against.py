@@ -24,7 +24,7 @@ from sere.policy import Policy
 from sere.results.journal import Journal
 from sere.serving.engine import PLUGIN, Engine
 from sere.serving.random_weights import LOAD_FORMAT
-from sere.speed.setup import BenchError, Contender, Load, Subject, loads_maps
+from sere.speed.setup import BenchError, Contender, Load, Subject
 from sere.speed.turns import WARM_TOKENS, gate, timed, timed_stock
 
 STOCK, OFF = "stock", "off"
@@ -73,10 +73,7 @@ def _in_a_process(
     job = {
         "folder": served.folder,
         "table": str(served.table) if rerouting else None,
-        "options": {
-            **served.options,
-            **({"pools": True} if any(a.policy and a.policy.pools for a in arms) else {}),
-        },
+        "options": served.options,
         "arms": [[a.name, a.policy.to_dict() if a.policy else None] for a in arms],
         "load": vars(load),
         "turn": turn,
@@ -118,9 +115,8 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     """In the process of its own. times: by batch size and arm, as in the journal of `sere bench`.
     tokens: what stock routing wrote. Of an engine that re-routes also gates, machine, kernels."""
     load = Load(**{**job["load"], "batches": tuple(job["load"]["batches"])})
-    maps = loads_maps([Contender(n, Policy.from_dict(p)) for n, p in job["arms"] if p])
-    most = max(load.batches)
-    engine = Engine(job["folder"], job["table"], batch=most, maps=maps, **job["options"])
+    policies, most = [Policy.from_dict(p) for _, p in job["arms"] if p], max(load.batches)
+    engine = Engine(job["folder"], job["table"], batch=most, policies=policies, **job["options"])
     found: dict[str, Any] = {"times": {}, "tokens": {}, "gates": {}}
     if job["table"]:
         found |= {"machine": engine.probe(), "kernels": engine.kernels()}

@@ -27,7 +27,6 @@ from sere.speed.setup import (
     Load,
     Subject,
     contenders_of,
-    loads_maps,
     rank_of_maps,
     subject,
 )
@@ -117,10 +116,9 @@ def _measure(
         wanted = [f"{batch}/{turn}" for batch in load.batches for turn in range(load.rounds)]
         if journal.get("machine") and all(journal.get(piece) for piece in wanted):
             return OFF
-        maps, most = loads_maps(contenders), max(load.batches)
-        pools = any(c.policy and c.policy.pools for c in contenders)
+        policies, most = [c.policy for c in contenders], max(load.batches)
         engine = Engine(
-            served.folder, served.table, batch=most, maps=maps, pools=pools, **served.options
+            served.folder, served.table, batch=most, policies=policies, **served.options
         )
         kernels = engine.kernels()
         if against == OFF or kernels["serving"] == kernels["stock"]:

@@ -170,11 +170,6 @@ def rank_of_maps(policies: Sequence[str]) -> int | None:
     return max((own.rank or 16 for layers in each for own in layers if own.frees), default=None)
 
 
-def loads_maps(contenders: Sequence[Contender]) -> bool:
-    """Whether an engine has to load linear maps to follow them all."""
-    return any(c.policy and c.policy.frees_anywhere for c in contenders)
-
-
 def contenders_of(policies: Sequence[str], table: Path) -> list[Contender]:
     """Stock and what was asked for. Raises `PolicyError` for what cannot be meant."""
     contenders = [Contender("stock", None), *(contender_of(text, table) for text in policies)]
