@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import sere.page
 from sere.calibration.calibrate import calibrate
 from sere.cli import main
 from sere.evaluation import evaluate
@@ -348,6 +349,7 @@ def test_a_folder_without_results_is_an_error_that_names_what_is_there(
 def test_without_plotly_it_says_what_to_install(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sere, "page", sere.page)  # an import of another one would stay there
     for name in [name for name in sys.modules if name.startswith(("sere.page", "plotly"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "plotly", None)

@@ -28,7 +28,7 @@ LOGGER = "vllm.sere"
 # What sere keeps on vLLM's objects, and what is ASGI's, Python's, torch's or transformers'.
 OURS = {"sere", "_sere", "sere_stats"}
 OURS |= {"_MARK", "_CAP", "_ATTRIBUTE", "_OWNED", "KEY", "name"}  # variables that name an attribute
-OURS |= {"_REFUSED"}
+OURS |= {"_REFUSED", "_OBSTACLE"}
 # Of a keyed hasher of ours; the last is a function that is named by where it is.
 OURS |= {"plain", "key", "start", "hex", "clear", "generate_block_hash_extra_keys"}
 ASGI = {"state", "add_middleware"}

@@ -30,19 +30,18 @@ def joining_order(merit: Tensor, error: Tensor, calls: Tensor | None, members: i
     places are asked for.
     """
     E = len(merit)
-    joins = torch.full((E,), E, dtype=torch.int32)
+    joins = torch.full((E,), E, dtype=torch.int32, device="cpu")
     merit, error = (t.detach().cpu().clone() for t in (merit.double(), error))
     merit.fill_diagonal_(math.inf)
     error.fill_diagonal_(0)
-    weight = torch.ones(E, dtype=torch.int64)
+    weight = torch.ones(E, dtype=torch.int64, device="cpu")
     if calls is not None and calls.sum() > 0:
         weight = (calls.cpu().double() * _CALLS).round().long()
-    lost, reached = error.amax(1), torch.full((E,), -math.inf, dtype=torch.float64)
+    lost = error.amax(1)
+    reached = torch.full((E,), -math.inf, dtype=torch.float64, device="cpu")
     for place in range(min(members, E)):
         spared = torch.where(merit > reached[:, None], lost[:, None] - error, 0)
-        gain = (
-            (weight[:, None] * spared).sum(0).masked_fill(joins < E, torch.iinfo(torch.int64).min)
-        )
+        gain = (weight[:, None] * spared).sum(0).masked_fill(joins < E, _NEVER_BEST)
         best = int((gain == gain.max()).nonzero()[0])  # of equals the lowest
         joins[best] = place
         better = merit[:, best] > reached
@@ -63,7 +62,7 @@ def columns(joins: Tensor, neighbours: Tensor, errors: Tensor, own: int, tau: in
     slot may lose, in units of 1 / LOSS_FRACTION, or negative: whatever.
     """
     E = len(joins)
-    place, limit = torch.full((E,), -1), torch.zeros(E, dtype=torch.int64)
+    place, limit = (torch.full((E,), value, device="cpu") for value in (-1, 0))
     if own and E > 1:
         member = joins < own
         listed = neighbours.cpu().long()
@@ -74,14 +73,13 @@ def columns(joins: Tensor, neighbours: Tensor, errors: Tensor, own: int, tau: in
         limits = [
             _least_share(error, tau) if move else 0 for error, move in zip(lost, moves, strict=True)
         ]
-        limit = torch.tensor(limits)
+        limit = torch.tensor(limits, device="cpu")
     return torch.stack([joins.long(), place, limit]).to(torch.int32)
 
 
 def no_pool(E: int) -> Tensor:
     """`Plan.pool` of a plan without one: every slot of an INDEPENDENT row stays."""
-    nobody = torch.full((E,), E)
-    return torch.stack([nobody, torch.full((E,), -1), torch.zeros(E).long()]).to(torch.int32)
+    return torch.tensor([[E] * E, [-1] * E, [0] * E], dtype=torch.int32, device="cpu")
 
 
 def _least_share(error: int, tau: int) -> int:
