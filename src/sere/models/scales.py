@@ -6,8 +6,8 @@ For checkpoints of which transformers leaves the scales out (`quantised.in_pairs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from safetensors import safe_open
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sere.checkpoint.quantised import FLOATS
 from sere.models.fit import LoadError
+from sere.models.interception import Load, loading_by
 
 _SCALE, _ZERO = "_scale", "_zero_point"
 
@@ -75,22 +76,12 @@ def applied(stored: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def scales_applied() -> Iterator[None]:
+def scales_applied() -> AbstractContextManager[None]:
     """Let `from_pretrained` read weights as what they stand for."""
-    from transformers import PreTrainedModel
 
-    load = PreTrainedModel._load_pretrained_model
-
-    def load_applied(
-        model: Any, state_dict: None, files: list[str], config: Any, expected_keys: Any = None
-    ) -> Any:
+    def load_applied(load: Load, model: Any, files: list[str], config: Any, expected: Any) -> Any:
         opened: list[Any] = [safe_open(path, framework="pt") for path in files]
         stored = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118
-        return load(model, applied(stored), files, config, expected_keys)
+        return load(model, applied(stored), files, config, expected)
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load_applied)
-    try:
-        yield
-    finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(load)
+    return loading_by(load_applied)

@@ -8,7 +8,7 @@ Names, merged experts, dtypes and quantisation are therefore transformers' busin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 from sere.checkpoint.quantised import in_pairs
 from sere.checkpoint.stored import tensors_in
 from sere.models.fit import LoadError, refuse_unapplied, refuse_unset
+from sere.models.interception import Load, loading_by
 from sere.models.loading import load_model
 from sere.models.moe import UNIT, MoELayer, moe_layers
 from sere.models.scales import applied, weight_of
@@ -128,16 +129,10 @@ def load_skeleton(folder: str) -> Skeleton:
     return made[0]
 
 
-@contextmanager
-def _intercepted(made: list[Skeleton]) -> Iterator[None]:
+def _intercepted(made: list[Skeleton]) -> AbstractContextManager[None]:
     """Let `from_pretrained` load what is outside the decoder layers; note the rest in `made`."""
-    from transformers import PreTrainedModel
 
-    load = PreTrainedModel._load_pretrained_model
-
-    def load_rest(
-        model: Any, state_dict: None, files: list[str], config: Any, expected_keys: Any = None
-    ) -> Any:
+    def load_rest(load: Load, model: Any, files: list[str], config: Any, _: Any) -> Any:
         skeleton, rest, unset = _split(model, files, config)
         with _slices(rest, skeleton._pairs) as weights:
             info, offloaded = load(model, weights, files, config)
@@ -147,11 +142,7 @@ def _intercepted(made: list[Skeleton]) -> Iterator[None]:
         made.append(skeleton)
         return info, offloaded
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load_rest)
-    try:
-        yield
-    finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(load)
+    return loading_by(load_rest)
 
 
 def _split(model: Any, files: list[str], config: Any) -> tuple[Skeleton, dict[str, Path], set[str]]:
