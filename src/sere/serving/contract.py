@@ -7,7 +7,11 @@ needs stops that feature. `tests/serving/test_contract.py` finds uses that are n
 from __future__ import annotations
 
 from sere.serving.contract_cache import CACHE_SYMBOLS, PREFIX_CACHE
-from sere.serving.contract_calibration import CALIBRATION_SYMBOLS, SELF_CALIBRATION
+from sere.serving.contract_calibration import (
+    CALIBRATION_SYMBOLS,
+    EXPERTS_CALL,
+    SELF_CALIBRATION,
+)
 from sere.serving.contract_front_end import FRONT_END_NEEDS, FRONT_END_SYMBOLS
 from sere.serving.needs import Needs, Where
 
@@ -188,14 +192,7 @@ _SHADOW = Needs(
         (_PARALLEL, "GroupCoordinator"): ("all_reduce", "broadcast", "rank_in_group"),
         ("vllm.config", "ParallelConfig"): ("data_parallel_size", "enable_eplb"),
     },
-    parameters={
-        (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular"): (
-            "self",
-            "x",
-            "topk_weights",
-            "topk_ids",
-        )
-    },
+    parameters=EXPERTS_CALL,
 )
 _LINEAR = Needs(
     called={
@@ -211,14 +208,7 @@ _LINEAR = Needs(
         (_PARALLEL, "GroupCoordinator"): ("rank_in_group",),
         ("vllm.config", "ParallelConfig"): ("rank",),
     },
-    parameters={
-        (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular"): (
-            "self",
-            "x",
-            "topk_weights",
-            "topk_ids",
-        )
-    },
+    parameters=EXPERTS_CALL,
 )
 _PLACEMENT = Needs(
     called={"determine_expert_map": ()},

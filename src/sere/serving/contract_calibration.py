@@ -5,6 +5,15 @@ from __future__ import annotations
 from sere.serving.needs import Needs, Where
 
 _MOE = "vllm.model_executor.layers.fused_moe"
+EXPERTS_CALL: dict[Where, tuple[str, ...]] = {
+    (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular"): (
+        "self",
+        "x",
+        "topk_weights",
+        "topk_ids",
+    )
+}
+"""How a layer's experts are called, by three features."""
 _OUTPUT = "vllm.v1.core.sched.output"
 _KV_CACHE = "vllm.v1.kv_cache_interface"
 _CPU_WORKER = ("vllm.v1.worker.cpu_worker", "CPUWorker")
@@ -69,12 +78,5 @@ SELF_CALIBRATION = Needs(
             "skip_tokenizer_init",
         ),
     },
-    parameters={
-        (f"{_MOE}.routed_experts", "RoutedExperts.forward_modular"): (
-            "self",
-            "x",
-            "topk_weights",
-            "topk_ids",
-        ),
-    },
+    parameters=EXPERTS_CALL,
 )
