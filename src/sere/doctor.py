@@ -24,6 +24,7 @@ from sere.policy import in_full
 from sere.serving.asking import AUTO
 from sere.serving.engine import check_plugin_allowed
 from sere.serving.expert_kernels import difference
+from sere.serving.invariance import promised
 from sere.serving.rehearsal import Rehearsal
 from sere.serving.symbols import untested_version
 from sere.step_cost.reached import from_file, in_words, too_little
@@ -184,7 +185,7 @@ def _alone() -> str:
 
 
 def _invariant() -> str:
-    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+    if promised():
         return (
             "VLLM_BATCH_INVARIANT is set: a server needs "
             '"default": "exact" or "independent", and refuses requests for other tiers'

@@ -3,6 +3,7 @@ that transformers does not know, cannot read or has no room for."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,14 @@ from typing import Any
 
 from sere import demo_model
 from sere.calibration.calibrate import DEMO_TEXT, CalibrationError, check_output, texts_of
+from sere.calibration.calibrate import calibrate as by_transformers
 from sere.calibration.saved import save
 from sere.serving.auto import METHODS
 from sere.serving.calibrator import table_by_engine
 from sere.table import Table
 
-# Flags of what transformers does, and what they are where the user says nothing.
-_ELSEWHERE = {"batch": 16, "until_stable": None, "stream": None, "maps": None}
+_ELSEWHERE = inspect.signature(by_transformers).parameters
+"""Of what transformers does: what its flags are where the user says nothing."""
 
 
 def calibrate(
@@ -38,7 +40,7 @@ def calibrate(
 ) -> Table:
     """As `sere.calibration.calibrate.calibrate`; arguments: of vLLM's engine, as on its command
     line. Raises `CalibrationError` for what needs transformers."""
-    given = [name for name, value in elsewhere.items() if value != _ELSEWHERE[name]]
+    given = [name for name, value in elsewhere.items() if value != _ELSEWHERE[name].default]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise CalibrationError(f"{flags}: not with --engine vllm; leave one of the two out")

@@ -72,11 +72,19 @@ class Prefixes:
         One that names as many experts as there are counts as one that does not: how many there are
         is the worker's to know, and too many keys do no harm but their price.
         """
+        return self._tier(params) == EXACT
+
+    def is_independent(self, params: Any) -> bool:
+        """Whether no other request may have a say in its answer: nor may blocks that one wrote."""
+        return self._tier(params) == INDEPENDENT
+
+    def _tier(self, params: Any) -> Tier | None:
+        """None if what it asks for is no tier: it is refused elsewhere."""
         asked = asked_by(params)
         try:
-            return (self._default if asked is None else Tier.parse(asked)) == EXACT
+            return self._default if asked is None else Tier.parse(asked)
         except PolicyError:
-            return False
+            return None
 
     def admit(self, request: Any, block_size: int) -> None:
         """A new request, its prompt hashed plainly."""
@@ -88,14 +96,6 @@ class Prefixes:
         if not self.is_exact(request.sampling_params):
             alone = self.is_independent(request.sampling_params)
             self.key(request, 0 if self.all_rows else len(request.block_hashes), alone=alone)
-
-    def is_independent(self, params: Any) -> bool:
-        """Whether no other request may have a say in its answer: nor may blocks that one wrote."""
-        asked = asked_by(params)
-        try:
-            return (self._default if asked is None else Tier.parse(asked)) == INDEPENDENT
-        except PolicyError:
-            return False
 
     def key(self, request: Any, first: int, *, alone: bool = False) -> None:
         """Key the request's blocks from index `first` on, those to come included; alone: by a key

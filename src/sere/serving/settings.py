@@ -115,8 +115,8 @@ class Settings:
             raise PolicyError(f'union={union!r}: expected "rank" or "all"')
         if _flag(merged, "merge"):
             merge_is_asked()
-        auto = _auto(given, merged)
-        table = None if auto else _table(given, merged, model_folder)
+        auto, from_model = _auto(given, merged), "table" not in given
+        table = None if auto else _find_table(merged.get("table"), model_folder, from_model)
         own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
         stored = CAUTIOUS if table is None else stored_policy(table) or Policy()
         policy = Policy.from_dict(own) if own else stored
@@ -179,10 +179,6 @@ def _auto(given: Mapping[str, Any], merged: Mapping[str, Any]) -> Auto | None:
             "itself; leave one of the two out"
         )
     return auto
-
-
-def _table(given: Mapping[str, Any], merged: Mapping[str, Any], folder: Path | None) -> Path:
-    return _find_table(merged.get("table"), folder, from_model="table" not in given)
 
 
 def _find_table(named: Any, folder: Path | None, from_model: bool) -> Path:
