@@ -43,14 +43,11 @@ FOREIGN = (
 def check(config: Any, settings: Settings) -> None:
     """Refuse, before weights are loaded, what `prepare` would end in. Raises `ServingError`."""
     auto = settings.auto
-    if auto is None or auto.otherwise == "stock" or _is_kept(config, auto):
+    if auto is None or auto.otherwise == "stock":
         return
-    if reason := _obstacle(config):
+    # To look into the cache takes hashes of all weights: only where something is in the way.
+    if (reason := _obstacle(config) or _without_text(auto)) and not _is_kept(config, auto):
         raise ServingError(reason)
-    try:
-        _texts(auto)
-    except (CorpusError, OSError) as error:
-        raise ServingError(f"sere cannot calibrate in this engine: {error}") from error
 
 
 def kept(config: Any) -> str:
@@ -226,6 +223,14 @@ def _made(executor: Any, auto: Auto, fingerprint: Fingerprint) -> bytes:
     )
     _LOG.info("sere: calibrated %d layers in %.1f s", len(layers), time.monotonic() - began)
     return file_of(table)
+
+
+def _without_text(auto: Auto) -> str | None:
+    try:
+        _texts(auto)
+    except (CorpusError, OSError) as error:
+        return f"sere cannot calibrate in this engine: {error}"
+    return None
 
 
 def _texts(auto: Auto) -> list[Text]:
