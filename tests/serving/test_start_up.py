@@ -56,6 +56,10 @@ def test_requests_that_are_served_one_by_one_are_said_to_be_left_alone(table_pat
 def test_rows_that_are_alone_by_configuration_move_in_prompts_only(table: Table) -> None:
     assert "max_num_seqs=1" in str(inert(Policy(S=1), table, alone=True))
     assert inert(Policy(S=1, rows="all"), table, alone=True) is None
+    assert inert(Policy(S=1, pool=0.5), table, alone=True) is None
+    assert inert(Policy(S=1, batches={1: {"pool": 0.5}}), table, alone=True) is None
+    for_many = Policy(S=1, batches={8: {"pool": 0.5}})
+    assert "max_num_seqs=1" in str(inert(for_many, table, alone=True))
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def inert(policy: Policy | None, table: Table | NoTable, *, alone: bool = False)
             "of `sere tune` in the table, and settings of yours replace it)"
         )
     if table.can_move(policy):
-        return _ALONE if alone and policy.rows == "decode" and not policy.pools else None
+        return _ALONE if alone and policy.rows == "decode" and not _moves_alone(policy) else None
     K, own = table.fingerprint.K, [policy.for_layer(index) for index in table.layers]
     if all(settings.S >= K for settings in own):
         return f"S={K} keeps all of a token's {K} experts; choose 1 <= S < {K}"
@@ -40,6 +40,12 @@ def inert(policy: Policy | None, table: Table | NoTable, *, alone: bool = False)
             f"{largest:.3f}; choose a smaller one"
         )
     return f"{policy.brief()} lets no slot move in any layer of this table"
+
+
+def _moves_alone(policy: Policy) -> bool:
+    """Whether a row that is alone in its step may be re-routed: by a pool, that of its step's size
+    or, if it is INDEPENDENT, the policy's own."""
+    return any(own is not None and own.pools for own in (policy.at(1), policy.for_bucket(0)))
 
 
 def _largest(similarity: Tensor) -> float:
