@@ -249,8 +249,8 @@ RAISES = {
         *("auto.parse", "auto.__post_init__", "auto._file", "no_table.check_asked"),
         *("model_fit.untold", "reading._blocks"),
         # while an engine reads for its own calibration, which is before it serves
-        *("observing.__init__", "observing._watch", "observing._outputs", "observing._run"),
-        *("observing._check", "observing.finished"),
+        *("observing.__init__", "observing._watch", "observing.outputs", "observing._mixture"),
+        *("observing.check", "observing.finished"),
         *("self_calibration.check", "self_calibration.prepare", "self_calibration._anew"),
         *("self_calibration._made", "self_calibration._ask", "self_calibration._texts"),
         *("table_cache.read", "table_cache.write", "table_cache.held"),

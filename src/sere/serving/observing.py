@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -72,13 +73,14 @@ class Observation:
         before = [vars(experts).get(_HOOKED) for experts in layers]
         try:
             for runner, experts in zip(self._runners, layers, strict=True):
-                experts.forward_modular = partial(self._watch, runner, experts.forward_modular)
+                own = _Experts(runner, experts.forward_modular, self._ranks)
+                experts.forward_modular = partial(self._watch, own)
             yield
         finally:
-            for experts, own in zip(layers, before, strict=True):
+            for experts, hooked in zip(layers, before, strict=True):
                 vars(experts).pop(_HOOKED, None)
-                if own is not None:
-                    experts.forward_modular = own
+                if hooked is not None:
+                    experts.forward_modular = hooked
 
     def finished(self, tokens: int) -> dict[int, LayerStatistics] | None:
         """What was found; None on ranks that add nothing up. Raises `ServingError` unless every
@@ -102,13 +104,7 @@ class Observation:
         return found
 
     def _watch(
-        self,
-        runner: Any,
-        run: Callable[..., Any],
-        x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        **more: Any,
+        self, experts: _Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **more: Any
     ) -> Any:
         """Stands in for the layer's `forward_modular`; x: [T, H], padding behind the real rows."""
         start = 0
@@ -116,92 +112,77 @@ class Observation:
             part = slice(start, start := start + rows)
             if start > len(x):
                 raise ServingError(
-                    f"sere cannot calibrate in this engine: {runner.layer_name} is given {len(x)} "
-                    f"rows of {start}"
+                    f"sere cannot calibrate in this engine: {experts.name} is given {len(x)} rows "
+                    f"of {start}"
                 )
             # copies, as kernels may write over their input
-            self._take_in(runner, run, x[part].clone(), topk_weights[part], topk_ids[part], fold)
-        return run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
+            self._take_in(experts, x[part].clone(), topk_weights[part], topk_ids[part], fold)
+        return experts.run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
 
     def _take_in(
-        self,
-        runner: Any,
-        run: Callable[..., Any],
-        x: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        fold: int,
+        self, experts: _Experts, x: Tensor, weights: Tensor, ids: Tensor, fold: int
     ) -> None:
-        E, sums = _E(runner), self.sums[runner.layer_id]
-        sent = chosen(ids.long(), weights, E)
+        layer, E = experts.runner.layer_id, experts.E
+        sums, sent = self.sums[layer], chosen(ids.long(), weights, E)
         if self._adds_up:
             sums.count(sent)
         step = max(1, min(_CHUNK, self._rows, _BYTES // (4 * E * x.shape[-1])))
         for first in range(0, len(x), step):
             part = slice(first, first + step)
-            outputs = self._outputs(runner, run, x[part], weights, ids)
-            if runner.layer_id not in self._checked:
-                self._check(runner, run, x[part], weights[part], ids[part], outputs)
-                self._checked.add(runner.layer_id)
+            outputs = experts.outputs(x[part], weights, ids, self._rows)
+            if layer not in self._checked:
+                experts.check(x[part], weights[part], ids[part], outputs)
+                self._checked.add(layer)
             if self._adds_up:
                 sums.add(outputs, sent[part], fold)
             del outputs  # before the next is made
 
-    def _outputs(
-        self, runner: Any, run: Callable[..., Any], x: Tensor, weights: Tensor, ids: Tensor
-    ) -> Tensor:
+
+@dataclass(frozen=True)
+class _Experts:
+    """One layer's experts, asked past whoever observes them.
+
+    runner: vLLM's `MoERunner`. run: its own `forward_modular`. ranks: how many have a part of each
+    row's output.
+    """
+
+    runner: Any
+    run: Callable[..., Any]
+    ranks: int
+
+    @property
+    def name(self) -> str:
+        return str(self.runner.layer_name)
+
+    @property
+    def E(self) -> int:
+        return _E(self.runner)
+
+    def outputs(self, x: Tensor, weights: Tensor, ids: Tensor, most: int) -> Tensor:
         """[E, n, H] float32: every expert on every row of x [n, H], reduced over ranks. weights,
-        ids: as the router gives them, for their dtypes and number of slots."""
-        E, n = _E(runner), len(x)
-        any_slots = expert_kernels.serving(runner).startswith(_ANY_SLOTS)
+        ids: as the router gives them, for their dtypes and number of slots. most: rows a call."""
+        E, n = self.E, len(x)
+        any_slots = expert_kernels.serving(self.runner).startswith(_ANY_SLOTS)
         K = 1 if any_slots else ids.shape[1]
         found: Tensor | None = None
-        at_once = max(1, self._rows // n)
+        at_once = max(1, most // n)
         for first in range(0, E, at_once):
             experts = torch.arange(first, min(first + at_once, E), device=x.device)
             # Slots beyond the first have no weight, and other experts, as kernels may count them.
             named = (experts[:, None] + torch.arange(K, device=x.device)) % E
             share = torch.zeros(len(experts) * n, K, dtype=weights.dtype, device=x.device)
             share[:, 0] = 1
-            out = self._run(
-                runner,
-                run,
-                x.repeat(len(experts), 1),
-                share,
-                named.repeat_interleave(n, dim=0).to(ids.dtype),
-            )
+            named = named.repeat_interleave(n, dim=0).to(ids.dtype)
+            out = self._mixture(x.repeat(len(experts), 1), share, named)
             if found is None:
                 found = torch.empty(E, n, out.shape[-1], dtype=torch.float32, device=x.device)
             found[first : first + len(experts)] = out.view(len(experts), n, -1)
         assert found is not None
         return found
 
-    def _run(
-        self, runner: Any, run: Callable[..., Any], x: Tensor, weights: Tensor, ids: Tensor
-    ) -> Tensor:
-        """[n, H] float32: the experts' mixture, without shared experts, reduced over ranks."""
-        out = run(x=x, topk_weights=weights, topk_ids=ids)
-        if not isinstance(out, Tensor):
-            raise ServingError(
-                f"sere cannot calibrate in this engine: {runner.layer_name} defers its sums; "
-                "choose another --moe-backend, or calibrate without --engine"
-            )
-        whole: Tensor = out.float()
-        if self._ranks > 1 and not runner._fused_output_is_reduced:
-            whole = symbol("get_tp_group")().all_reduce(whole)
-        return whole
-
-    def _check(
-        self,
-        runner: Any,
-        run: Callable[..., Any],
-        x: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        outputs: Tensor,
-    ) -> None:
+    def check(self, x: Tensor, weights: Tensor, ids: Tensor, outputs: Tensor) -> None:
         """Raise `ServingError` unless the outputs [E, n, H] add up to the layer's own mixture."""
-        whole = self._run(runner, run, x.clone(), weights.clone(), ids.clone())
+        whole = self._mixture(x.clone(), weights.clone(), ids.clone())
         real = (ids >= 0) & (ids < len(outputs))
         share = torch.where(real, weights, 0).float()
         rows = torch.arange(len(x), device=x.device)[:, None]
@@ -209,15 +190,28 @@ class Observation:
         added = (share[:, :, None] * picked).sum(1)
         tiny = torch.finfo(torch.float32).tiny
         error = ((added - whole).norm() / whole.norm().clamp(min=tiny)).item()
-        quantised = runner.routed_experts.quant_config is not None
+        quantised = self.runner.routed_experts.quant_config is not None
         bound = _ROUNDS if quantised else _AGREES.get(x.dtype, _ROUNDS)
         if not error <= bound:
             raise ServingError(
-                f"sere cannot calibrate in this engine: in {runner.layer_name} the experts' "
-                f"outputs, asked for one by one, add up to another mixture than its own (off by "
-                f"{error:.1%}, {bound:.2%} allowed; kernel {expert_kernels.serving(runner)}): "
+                f"sere cannot calibrate in this engine: in {self.name} the experts' outputs, asked "
+                "for one by one, add up to another mixture than its own (off by "
+                f"{error:.1%}, {bound:.2%} allowed; kernel {expert_kernels.serving(self.runner)}): "
                 "choose another --moe-backend, or calibrate without --engine"
             )
+
+    def _mixture(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """[n, H] float32, without shared experts, reduced over ranks."""
+        out = self.run(x=x, topk_weights=weights, topk_ids=ids)
+        if not isinstance(out, Tensor):
+            raise ServingError(
+                f"sere cannot calibrate in this engine: {self.name} defers its sums; "
+                "choose another --moe-backend, or calibrate without --engine"
+            )
+        whole: Tensor = out.float()
+        if self.ranks > 1 and not self.runner._fused_output_is_reduced:
+            whole = symbol("get_tp_group")().all_reduce(whole)
+        return whole
 
 
 def _obstacle(runner: Any) -> str | None:
