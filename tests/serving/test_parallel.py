@@ -214,8 +214,10 @@ def _rank(rank: int, port: int, results: Any) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    group = SimpleNamespace(device_group=torch.distributed.group.WORLD)
-    parallel.symbol = lambda name: lambda: group  # type: ignore[attr-defined]
+    # The group is looked up at each vote: one that is still held as a process ends may abort it.
+    parallel.symbol = lambda name: lambda: SimpleNamespace(  # type: ignore[attr-defined]
+        device_group=torch.distributed.group.WORLD
+    )
     table, rows_of = _constructed(), RowClasses(16, "cpu", "decode")
     live = Live(table, "cpu", together=True)
     live.follow(Policy(S=1, min_active=1))
@@ -232,6 +234,7 @@ def _rank(rank: int, port: int, results: Any) -> None:
     ids, weights, _ = _batches(rank)[0]
     told.append(layer(ids, weights).tolist())
     results.put((rank, told, layer.stats()))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
