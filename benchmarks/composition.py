@@ -30,7 +30,7 @@ from sere.policy import Policy
 from sere.results import provenance
 from sere.results.journal import Journal
 from sere.serving.engine import Engine
-from sere.tuning.search import most
+from sere.tuning.budget import most
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = 48

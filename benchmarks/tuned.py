@@ -23,7 +23,7 @@ from sere.demo_model.tasks import examples
 from sere.files import check_writable
 from sere.results import provenance
 from sere.table import Table
-from sere.tuning.search import Budget
+from sere.tuning.budget import Budget
 
 BATCHES = (1, 8, 32)
 TUNED_ON = 2048  # prompts, of seed 0

@@ -17,8 +17,10 @@ import sere.page
 from sere.calibration.calibrate import calibrate
 from sere.cli import main
 from sere.evaluation import evaluate
+from sere.page.advice import tuning
 from sere.page.sources import Source
 from sere.page.speed import sections
+from sere.policy import Policy
 from sere.results.provenance import front
 from sere.step_cost.cost import Cost
 from sere.table import Table
@@ -235,8 +237,46 @@ def test_advice_is_the_tuners(results: Path, data: dict[str, Any]) -> None:
         assert row[7] == ("re-route" if held["enable"] else "leave stock")
     points = [p["active"] for own in result["by_batch"] for p in own["points"]]
     points += [held["chosen"]["active"] for held in result["held_out"] if result["policy"]]
-    drawn = [x for trace in shown["figures"][0]["data"] for x in trace["x"]]
-    assert sorted(drawn) == sorted(points)
+    traces = shown["figures"][0]["data"]
+    drawn = [x for trace in traces if trace["mode"] == "markers" for x in trace["x"]]
+    assert sorted(x for x in drawn if x is not None) == sorted(points)
+    for own, trace in zip(result["by_batch"], lines(traces), strict=True):
+        kept = front([own["stock"], *own["points"]], lambda p: (p["read"], p["loss"]))
+        assert trace["x"] == [p["read"] for p in kept]
+    assert result["why"] in shown["finding"]
+
+
+def lines(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [trace for trace in traces if trace["mode"] == "lines"]
+
+
+def test_pools_and_maps_are_points_of_their_own_on_one_front(results: Path) -> None:
+    found = load(results, "tuned.json")["tuning"]  # of before there were any
+    own = found["by_batch"][2]
+
+    def point(read: float, **settings: Any) -> dict[str, Any]:
+        policy = Policy(**{"S": 1, "tau": 0.1, **settings}).to_dict()
+        mine = {"policy": policy, "active": read - 0.5, "read": read, "loss": 1e-4}
+        return {**own["points"][0], **mine}
+
+    pool, maps = point(1.5, S=0, pool=0.5), point(2.5, fill="linear", rank=8)
+    both = point(3.5, pool=0.5, fill="constant")
+    own["points"] += [pool, maps, both]
+    own["maps"] = {"linear 8": maps}
+    (section,) = tuning(Source("t.json", "", "tuning", found), [])
+    traces = section.figures[0].spec()["data"]
+    places = {
+        (trace["marker"]["symbol"], x)
+        for trace in traces
+        if trace["mode"] == "markers"
+        for x in trace["x"]
+        if x in (1.5, 2.5, 3.5)
+    }
+    assert places == {("square", 1.5), ("diamond", 2.5), ("diamond-open", 3.5)}
+    assert lines(traces)[2]["x"][0] == 1.5  # the pool beats the two others
+    legend = {trace["name"] for trace in traces if trace.get("showlegend") is not False}
+    assert {"experts and a pool", "maps", "maps and a pool", "expected error"} <= legend
+    assert section.grids[1].rows[2][5:] == [Policy.from_dict(maps["policy"]).brief(), 2.5]
 
 
 def test_runs_of_vllm_bench_serve_are_shown_together(data: dict[str, Any]) -> None:

@@ -215,8 +215,10 @@ def _rank(rank: int, port: int, results: Any) -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     # The group is looked up at each vote: one that is still held as a process ends may abort it.
-    parallel.symbol = lambda name: lambda: SimpleNamespace(  # type: ignore[attr-defined]
-        device_group=torch.distributed.group.WORLD
+    parallel.symbol = lambda name: (
+        lambda: SimpleNamespace(  # type: ignore[attr-defined]
+            device_group=torch.distributed.group.WORLD
+        )
     )
     table, rows_of = _constructed(), RowClasses(16, "cpu", "decode")
     live = Live(table, "cpu", together=True)

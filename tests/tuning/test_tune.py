@@ -27,18 +27,12 @@ from sere.results.journal import Journal, JournalError
 from sere.serving.settings import Settings
 from sere.step_cost.cost import Cost, Step, fitted, from_bench, roofline
 from sere.table import Table
+from sere.tuning.budget import Budget, BudgetError, most
+from sere.tuning.by_layer import _exchange, neighbours
 from sere.tuning.choice import front, in_place
-from sere.tuning.search import (
-    TAUS,
-    Budget,
-    BudgetError,
-    Point,
-    Tuner,
-    _exchange,
-    composed,
-    most,
-    neighbours,
-)
+from sere.tuning.joint import composed, together
+from sere.tuning.kinds import TAUS
+from sere.tuning.search import Point, Tuner
 from sere.tuning.tune import _cost, run
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -124,7 +118,7 @@ def test_where_nothing_saves_time_it_says_so(tune: Any, capsys: pytest.CaptureFi
 def test_a_choice_that_unseen_passages_do_not_confirm_is_called_so(
     tune: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sere.tuning.tune._confirmed", lambda *_: None)
+    monkeypatch.setattr("sere.tuning.joint.confirmed", lambda *_: None)
     tune("kl=0.05")
     said = capsys.readouterr().out
     assert "do not enable" in said and "do not confirm" in said and "raise --samples" in said
@@ -164,11 +158,14 @@ def test_it_says_what_it_will_take_before_it_starts(
     assert not [path for path in tune.folder.iterdir() if path.name.startswith("dry")]
     assert Table.load(tune.folder / "t").policy == before
     said = capsys.readouterr().err
-    # at both: stock; at 4 also 5 halvings of 20 tau, K-1=1 by the paper's rule and 2 thresholds
-    assert f"about {2 * (1 + 8) + 5 + 3} settings on 28 passages each" in said
+    # at both: stock; at 4 also 5 halvings of 20 tau, K-1=1 by the paper's rule and 2 thresholds;
+    # the first choices of 4 rows name up to 3.3 experts: a pool of 3 has S=0 and S=1, 5 tau each
+    pools = 2 * 5
+    assert f"about {2 * (1 + 8) + 5 + 3 + pools} settings on 28 passages each" in said
+    assert f"(at most {pools} of them with a pool)" in said
     assert "GB of weights" in said and "stock routing took" in said
     tune("kl=0.01", per_layer=False, output=str(tune.folder / "wet.json"))
-    assert re.search(r"setting \d+ of about 26, about \d+ s left", capsys.readouterr().err)
+    assert re.search(r"setting \d+ of about \d+, about \d+ s left", capsys.readouterr().err)
 
 
 def test_predictions_name_the_card_that_they_are_of(
@@ -335,7 +332,7 @@ def test_batch_sizes_share_one_policy_that_keeps_the_budget(tune: Any) -> None:
 def test_a_threshold_lets_the_papers_rule_in_where_s_alone_loses_too_much(
     tune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sere.tuning.tune.TAUS", ())  # without a rival
+    monkeypatch.setattr("sere.tuning.one_size.TAUS", ())  # without a rival
     result = tune("kl=0.003", per_layer=False, batches=[4])
     (found,) = result["by_batch"]
     by_rule = [p for p in found["points"] if p["policy"]["tau"] is None]
@@ -486,7 +483,7 @@ def test_layers_of_a_group_share_their_tau(tune: Any, monkeypatch: pytest.Monkey
     alone = []
     for groups in (1, 12):
         with monkeypatch.context() as patch:
-            patch.setattr("sere.tuning.search.GROUPS", groups)
+            patch.setattr("sere.tuning.by_layer.GROUPS", groups)
             done = stopping_at(patch, None)
             result = tune("kl=0.003", batches=[4], output=str(tune.folder / "groups.json"))
         alone.append(sum('"S": 2' in work for work in done))  # the other layers are as in stock
@@ -500,7 +497,7 @@ def test_the_exchange_gives_freedom_where_it_costs_least() -> None:
     taus = [0.1, 0.2]
 
     def point(active: float, loss: float) -> Point:
-        return Point(None, 1, 1.0, active, loss, loss, 0.0)
+        return Point(None, 1, 1.0, active, active, loss, loss, 0.0)
 
     curves = [point(9, 0.1), point(8, 1.0), point(9, 0.01), point(8, 0.1)]
     assert _exchange(taus, curves, 10.0, 0.2) == [0.1, 0.2]
@@ -648,14 +645,14 @@ def test_a_batch_size_where_the_choice_is_no_faster_is_left_stock(tune: Any) -> 
             taus = [policy.tau if policy else None for policy in here]
             loss = {bold.tau: 2.0 if batch == 1 else 0.0}  # more than the budget, at batch 1
             return [
-                Point(p, batch, batch, 1.0, 0.0, loss.get(tau, 0.0), seconds[tau])
+                Point(p, batch, batch, 1.0, 1.0, 0.0, loss.get(tau, 0.0), seconds[tau])
                 for p, tau in zip(policies, taus, strict=True)
             ]
 
     tuner = Canned(Table.load(tune.folder / "t"), IN_TURN, Budget("kl", 1.0), READING)
-    policy, _ = tuner.together(base, {1: bold, 8: bold})
+    policy, _ = together(tuner, base, {1: bold, 8: bold})
     assert policy and policy.batches == {1: None, 8: {"tau": bold.tau}}
-    assert tuner.together(base, {1: bold}) == (None, [])
+    assert together(tuner, base, {1: bold}) == (None, [])
 
 
 def test_small_steps_pay_for_what_their_bold_settings_lose(tune: Any) -> None:
@@ -667,12 +664,12 @@ def test_small_steps_pay_for_what_their_bold_settings_lose(tune: Any) -> None:
             small = [p and p.for_bucket(p.bucket(1)) for p in policies]
             lost = [2.0 * (batch == 8 and own is not None and own.tau == bold.tau) for own in small]
             return [
-                Point(p, batch, batch, 1.0, 0.0, upper, 0.5 if p else 1.0)
+                Point(p, batch, batch, 1.0, 1.0, 0.0, upper, 0.5 if p else 1.0)
                 for p, upper in zip(policies, lost, strict=True)
             ]
 
     tuner = Canned(Table.load(tune.folder / "t"), IN_TURN, Budget("kl", 1.0), READING)
-    policy, _ = tuner.together(base, {1: bold, 8: shy})
+    policy, _ = together(tuner, base, {1: bold, 8: shy})
     assert policy and policy.batches == {1: {"tau": TAUS[5]}, 8: {"tau": TAUS[4]}}
 
 

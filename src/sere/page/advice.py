@@ -10,12 +10,13 @@ from typing import Any
 from sere.page.parts import GREY, LOGARITHMIC, Column, Figure, Grid, Section, colour, plot
 from sere.page.sources import Source
 from sere.policy import Policy
+from sere.results.provenance import front
 from sere.step_cost.cost import Cost
 
 _COLUMNS = (
     Column("batch"),
-    Column("active, stock", ".2f"),
-    Column("active, chosen", ".2f"),
+    Column("read, stock", ".2f"),
+    Column("read, chosen", ".2f"),
     Column("loss", ".3g"),
     Column("upper end", ".3g"),
     Column("within budget"),
@@ -26,11 +27,20 @@ _COLUMNS = (
 _ALONE = (
     Column("batch"),
     Column("by expected error"),
-    Column("active experts", ".2f"),
+    Column("experts read", ".2f"),
     Column("by the paper's rule"),
-    Column("active experts", ".2f"),
+    Column("experts read", ".2f"),
+    Column("by maps"),
+    Column("experts read", ".2f"),
 )
 
+_SYMBOLS = {
+    "expected error": "circle",
+    "the paper's rule": "triangle-up",
+    "maps": "diamond",
+    "experts and a pool": "square",
+    "maps and a pool": "diamond-open",
+}
 _LOSSES = {
     "kl": "KL from stock, nats per token",
     "top1": "share of top tokens changed",
@@ -90,7 +100,10 @@ def _section(source: str, result: dict[str, Any]) -> Section:
                 "What each rule could do at one batch size by itself, on the search's passages; -: "
                 "nothing that keeps the budget and saves time",
                 _ALONE,
-                [[own["batch"], *_alone(own, "error"), *_alone(own, "paper")] for own, _ in pairs],
+                [
+                    [own["batch"], *(x for found in _found(own) for x in _alone(found))]
+                    for own, _ in pairs
+                ],
             ),
         ],
     )
@@ -109,8 +122,8 @@ def _row(policy: dict[str, Any] | None, held: dict[str, Any]) -> list[Any]:
     stock, chosen = held["stock"], held["chosen"]
     return [
         held["batch"],
-        stock["active"],
-        chosen["active"],
+        read(stock),
+        read(chosen),
         chosen["loss"],
         chosen["upper"],
         held["kept"],
@@ -120,9 +133,14 @@ def _row(policy: dict[str, Any] | None, held: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _alone(own: dict[str, Any], rule: str) -> tuple[str, float] | tuple[None, None]:
-    found = own[rule]
-    return (_brief(found["policy"]), found["active"]) if found else (None, None)
+def _found(own: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """The best of each rule, and of maps, where there were any."""
+    maps = [p for p in own.get("maps", {}).values() if p]
+    return [own["error"], own["paper"], min(maps, key=lambda p: p["seconds"], default=None)]
+
+
+def _alone(found: dict[str, Any] | None) -> tuple[str, float] | tuple[None, None]:
+    return (_brief(found["policy"]), read(found)) if found else (None, None)
 
 
 def _at(policy: dict[str, Any] | None, batch: int) -> str:
@@ -140,32 +158,49 @@ def _finding(result: dict[str, Any], name: str, limit: float) -> str:
     if not result["policy"]:
         return f"Nothing keeps {name} within {limit:g} and saves time: leave stock routing."
     largest = max(result["held_out"], key=lambda held: held["batch"])
-    chosen, stock = largest["chosen"]["active"], largest["stock"]["active"]
+    chosen, stock = read(largest["chosen"]), read(largest["stock"])
+    why = result.get("why")
     return (
         f"Chosen for {name} ≤ {limit:g}: {_brief(result['policy'])}. "
         f"Batch {largest['batch']} reads {chosen:.1f} experts per layer instead of {stock:.1f}."
+        f"{f' Why: {why}.' if why else ''}"
     )
 
 
 def _front(result: dict[str, Any], name: str, limit: float) -> Figure:
-    figure = plot(hovermode="closest", height=400)
+    figure = plot(hovermode="closest", height=440)
     losses = [p["loss"] for own in result["by_batch"] for p in own["points"]]
     floor = max(min((x for x in losses if x > 0), default=1e-6) / 2, 1e-7)
+    kinds = {_kind(p) for own in result["by_batch"] for p in own["points"]}
     for number, (own, held) in enumerate(_pairs(result)):
-        points = sorted(own["points"], key=lambda p: p["active"])
-        shared = {"legendgroup": str(own["batch"]), "marker_color": colour(number)}
+        group = {"legendgroup": str(own["batch"])}
         figure.add_scatter(
-            **_dots(points, floor), **shared, name=f"batch {own['batch']}", marker_size=7
+            **_line(front([own["stock"], *own["points"]], _place), floor),
+            **group,
+            line={"shape": "hv", "dash": "dot", "width": 1.5, "color": colour(number)},
+            name=f"batch {own['batch']}",
         )
+        for kind, symbol in _SYMBOLS.items():
+            if points := [p for p in own["points"] if _kind(p) == kind]:
+                figure.add_scatter(
+                    **_dots(sorted(points, key=read), floor),
+                    **group,
+                    marker={"color": colour(number), "symbol": symbol, "size": 8},
+                    name=f"batch {own['batch']}, {kind}",
+                    showlegend=False,
+                )
         if result["policy"]:
             figure.add_scatter(
                 **_dots([held["chosen"]], floor),
-                **shared,
+                **group,
+                marker={"color": colour(number), "symbol": "star", "size": 15},
                 name=f"batch {own['batch']}, chosen (held out)",
                 showlegend=False,
-                marker_symbol="star",
-                marker_size=15,
             )
+    for kind, symbol in _SYMBOLS.items():
+        if kind in kinds:
+            grey = {"color": GREY, "symbol": symbol, "size": 8}
+            figure.add_scatter(x=[None], y=[None], mode="markers", marker=grey, name=kind)
     figure.add_hline(limit, line={"dash": "dash", "width": 1.5, "color": GREY})
     figure.add_annotation(
         text=f"budget: {limit:g}",
@@ -177,24 +212,49 @@ def _front(result: dict[str, Any], name: str, limit: float) -> Figure:
         showarrow=False,
     )
     figure.update_xaxes(
-        title=f"active experts per layer and step (of {result['E']})", rangemode="tozero"
+        title=f"read per layer and step, in experts (of {result['E']})", rangemode="tozero"
     )
     figure.update_yaxes(LOGARITHMIC, title=_LOSSES[name])
     return Figure(
-        "Loss against active experts, of all that the tuner tried",
+        "Loss against what is read, of all that the tuner tried",
         "Every policy that the search measured, and the chosen one (star) on passages that it did "
-        "not see. Only what lies below the dashed line keeps the budget.",
+        "not see. A map counts as its share of an expert's bytes. Dotted: what no other policy "
+        "beats in both. Only what lies below the dashed line keeps the budget.",
         figure,
     )
 
 
+def read(point: dict[str, Any]) -> float:
+    """In experts; earlier versions knew no maps, and recorded active experts alone."""
+    return float(point.get("read", point["active"]))
+
+
+def _place(point: dict[str, Any]) -> tuple[float, float]:
+    return read(point), float(point["loss"])
+
+
+def _kind(point: dict[str, Any]) -> str:
+    policy = Policy.from_dict(point["policy"])
+    who = "maps" if policy.frees else "the paper's rule" if policy.tau is None else "expected error"
+    return who if policy.pool is None else f"{'maps' if policy.frees else 'experts'} and a pool"
+
+
+def _line(points: list[dict[str, Any]], floor: float) -> dict[str, Any]:
+    return {
+        "x": [read(p) for p in points],
+        "y": [max(p["loss"], floor) for p in points],
+        "mode": "lines",
+        "hoverinfo": "skip",
+    }
+
+
 def _dots(points: list[dict[str, Any]], floor: float) -> dict[str, Any]:
     return {
-        "x": [p["active"] for p in points],
+        "x": [read(p) for p in points],
         "y": [max(p["loss"], floor) for p in points],
         "customdata": [[_brief(p["policy"]), p["loss"], p["upper"]] for p in points],
         "hovertemplate": (
-            "<b>%{customdata[0]}</b><br>%{x:.2f} active experts<br>"
+            "<b>%{customdata[0]}</b><br>reads %{x:.2f} experts<br>"
             "loss %{customdata[1]:.3g}, at most %{customdata[2]:.3g}"
         ),
         "mode": "markers",

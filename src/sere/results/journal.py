@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +37,7 @@ class Journal:
         `OSError` if another run is at work on it.
         """
         self.path = Path(path)
-        self._resumes = True
+        self._resumes, self._done = True, True
         self._pieces: dict[str, Any] = {}
         head = json.loads(json.dumps(settings))
         self._file = self._opened()
@@ -104,6 +104,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def __iter__(self) -> Iterator[str]:
+        """The names of the finished pieces."""
+        return iter(self._pieces)
+
     def get(self, piece: str) -> Any:
         """What was recorded for a piece, or None."""
         return self._pieces.get(piece)
@@ -117,6 +121,10 @@ class Journal:
         """Keep nothing, however the work ends: it would end so again."""
         self._resumes = False
 
+    def keep(self) -> None:
+        """Leave what there is to another run, though this one ends well."""
+        self._done = False
+
     def __enter__(self) -> Journal:
         return self
 
@@ -126,7 +134,8 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None or not self._resumes or not self._pieces:
+        done = kind is None and self._done
+        if done or not self._resumes or not self._pieces:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -148,11 +157,14 @@ def contents(folder: str | Path, tables: Iterable[Table]) -> dict[str, Any]:
 
 
 def table_hash(table: Table) -> str:
-    """SHA-256 of all that re-routing reads in a table; not of the policy that it carries."""
+    """SHA-256 of all that re-routing reads in a table, its maps among it; not of the policy that it
+    carries."""
     about = {"fingerprint": asdict(table.fingerprint), "method": table.method}
     digest = hashlib.sha256(json.dumps(about).encode())
     for layer in table.layers.values():
         for value in vars(layer).values():
             is_tensor = isinstance(value, torch.Tensor)
             digest.update(value.numpy().tobytes() if is_tensor else repr(value).encode())
+    if table.maps:
+        digest.update(table.maps.identity.encode())
     return digest.hexdigest()

@@ -38,9 +38,19 @@ class Cost:
     K: int = 0
     card: str = ""
 
-    def seconds(self, active: float, rows: float, layers: int, *, routed: bool = True) -> float:
-        """Of one decode step; active: mean over its layers."""
-        layer = self.b * active + self.a * rows + (self.route if routed else 0.0)
+    def seconds(
+        self,
+        active: float,
+        rows: float,
+        layers: int,
+        *,
+        routed: bool = True,
+        maps: float | None = None,
+    ) -> float:
+        """Of one decode step; active: mean over its layers. maps: what is read of linear maps, in
+        experts, by a policy that has some: to launch them takes as long as to re-route."""
+        layer = self.b * (active + (maps or 0.0)) + self.a * rows
+        layer += self.route * (int(routed) + int(maps is not None))
         layer += self.again * read_again(active, rows, self.E, self.K)
         return layers * layer + self.rest
 

@@ -1,19 +1,20 @@
-"""What `sere tune` found, for people: its choice and why, the front of each batch size, a plot."""
+"""What `sere tune` found, for people: its choice and why, and the front of each batch size.
+
+Also of results of earlier versions, which knew no maps: what they read were the active experts.
+"""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
 from sere.policy import Policy, in_full
-from sere.results import pictures, provenance
+from sere.results import provenance
 from sere.step_cost.cost import Cost
-from sere.tuning.search import BUDGETS, ENOUGH
+from sere.tuning.budget import BUDGETS, ENOUGH
+from sere.tuning.one_size import policy_of
+from sere.tuning.why import why_not
 
 RULES = ("error", "paper")
-_MARKS = {"o": "expected error", "^": "the paper's rule", "*": "chosen, on held-out passages"}
-_FLOOR = 1e-7  # losses of zero, on a logarithmic axis
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -31,6 +32,19 @@ def as_text(result: dict[str, Any]) -> str:
             "bench` where you serve, and give its result as --bench"
         )
     return "\n".join(lines)
+
+
+def read(point: dict[str, Any]) -> float:
+    """What a step reads of a layer, in experts: active ones, and maps as their share of one."""
+    return float(point.get("read", point["active"]))
+
+
+def _mapped(result: dict[str, Any]) -> bool:
+    return any(found.get("maps") for found in result["by_batch"])
+
+
+def _read_head(result: dict[str, Any]) -> str:
+    return "experts and maps read" if _mapped(result) else "active experts"
 
 
 def _speed(stock: dict[str, Any], point: dict[str, Any], result: dict[str, Any]) -> str:
@@ -68,21 +82,9 @@ def _few_batches(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _why_not(result: dict[str, Any]) -> str:
-    limit = result["settings"]["budget"]["limit"]
-    points = [p for found in result["by_batch"] for p in found["points"]]
-    if not points:
-        return "a row that is alone keeps its experts, and no larger batch was asked for"
-    if any(point["upper"] <= limit for point in points):
-        card = Cost(**result["cost"]).card
-        return "what keeps the budget saves no time" + (f" on {card}" if card else "")
-    least = min((point["upper"] for point in points), default=math.nan)
-    return f"nothing that was tried keeps the budget (the least loss is below {least:.2g})"
-
-
 def _choice(result: dict[str, Any], name: str) -> list[str]:
     if not result["policy"]:
-        lines = [f"{_why_not(result)}: do not enable re-routing"]
+        lines = [f"{why_not(result)}: do not enable re-routing"]
         if result["searched"]:
             lines.append(
                 f"(The search found {Policy.from_dict(result['searched']).brief()}, which the "
@@ -99,19 +101,31 @@ def _choice(result: dict[str, Any], name: str) -> list[str]:
             [
                 str(found["batch"]),
                 f"{stock['rows']:.1f}",
-                f"{stock['active']:.1f} -> {chosen['active']:.1f}",
+                f"{read(stock):.1f} -> {read(chosen):.1f}",
                 _loss(chosen),
                 "yes" if found["kept"] else "NO",
                 _speed(stock, chosen, result),
                 enable if found["enable"] else "leave off",
                 in_place(chosen_policy, found["batch"]),
-                *((own[r] and Policy.from_dict(own[r]["policy"]).brief()) or "-" for r in RULES),
+                *(_alone(own[rule]) for rule in RULES),
+                *([_alone(_fastest(own["maps"]))] if _mapped(result) else []),
             ]
         )
-    head = ["batch", "rows a step", "active experts", name, "kept", "predicted", "advice", "policy"]
-    head += ["alone, by error", "alone, the paper's"]
+    head = ["batch", "rows a step", _read_head(result), name, "kept", "predicted", "advice"]
+    head += ["policy", "alone, by error", "alone, the paper's"]
+    head += ["alone, by maps"] if _mapped(result) else []
     stored = [f"  {line}" for line in in_full(chosen_policy)] if chosen_policy.batches else []
-    return [f"chosen: {chosen_policy.brief()}", *stored, "", provenance.text_table(head, rows)]
+    because = [f"why: {result['why']}"] if "why" in result else []
+    table = provenance.text_table(head, rows)
+    return [f"chosen: {chosen_policy.brief()}", *stored, *because, "", table]
+
+
+def _alone(point: dict[str, Any] | None) -> str:
+    return Policy.from_dict(point["policy"]).brief() if point else "-"
+
+
+def _fastest(found: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+    return min((p for p in found.values() if p), key=lambda p: float(p["seconds"]), default=None)
 
 
 def _loss(point: dict[str, Any]) -> str:
@@ -119,10 +133,10 @@ def _loss(point: dict[str, Any]) -> str:
 
 
 def front(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The points of a batch size, stock among them, that no other beats in both loss and active
-    experts; by active experts. Each holds for steps of any number of rows, the choice does not:
-    see `as_chosen`."""
-    return provenance.front([found["stock"], *found["points"]], lambda p: (p["active"], p["loss"]))
+    """The points of a batch size, stock among them, that no other beats in both loss and what is
+    read; by what is read. Each holds for steps of any number of rows, the choice does not: see
+    `as_chosen`."""
+    return provenance.front([found["stock"], *found["points"]], lambda p: (read(p), p["loss"]))
 
 
 def _fronts(result: dict[str, Any]) -> str:
@@ -134,11 +148,11 @@ def _fronts(result: dict[str, Any]) -> str:
         points = [(point, policy_of(point), "-") for point in front(found)]
         if chosen and (own := found.get("as_chosen")):
             points.append((own, chosen, "yes"))
-        for point, policy, mark in sorted(points, key=lambda each: float(each[0]["active"])):
+        for point, policy, mark in sorted(points, key=lambda each: read(each[0])):
             rows.append(
                 [
                     str(found["batch"]),
-                    f"{point['active']:.1f}",
+                    f"{read(point):.1f}",
                     _loss(point),
                     "yes" if point["upper"] <= limit else "no",
                     _speed(found["stock"], point, result),
@@ -147,7 +161,7 @@ def _fronts(result: dict[str, Any]) -> str:
                 ]
             )
     return provenance.text_table(
-        ["batch", "active experts", name, "within", "predicted", "policy", "chosen"], rows
+        ["batch", _read_head(result), name, "within", "predicted", "policy", "chosen"], rows
     )
 
 
@@ -170,44 +184,3 @@ def _beaten(result: dict[str, Any]) -> list[str]:
         "chosen; it holds for steps of any size, and the choice is one policy for all sizes, which "
         "passages that the search did not see have made more cautious"
     ]
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss against active experts: every point, the front of each batch size, and the choice."""
-    from matplotlib.figure import Figure
-
-    name, limit = result["settings"]["budget"].values()
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-
-    def draw(points: list[dict[str, Any]], style: str, **more: Any) -> None:
-        places = [(p["active"], max(p["loss"], _FLOOR)) for p in points]
-        axes.plot(*zip(*places, strict=True), style, **more) if places else None
-
-    for number, (found, held) in enumerate(
-        zip(result["by_batch"], result["held_out"], strict=True)
-    ):
-        colour = f"C{number}"
-        draw(front(found), "-", color=colour, label=f"batch {found['batch']}")
-        by_error = [p["policy"]["tau"] is not None for p in found["points"]]
-        for rule, marker in ((True, "o"), (False, "^")):
-            own = [
-                p for p, is_error in zip(found["points"], by_error, strict=True) if is_error is rule
-            ]
-            draw(own, marker, color=colour, alpha=0.7)
-        if held["chosen"]["policy"]:
-            draw([held["chosen"]], "*", color=colour, markersize=15, markeredgecolor="black")
-    for style, label in _MARKS.items():
-        axes.plot([], [], style, color="grey", label=label)
-    axes.axhline(limit, color="black", linestyle=":", label="budget")
-    axes.set_yscale("log")
-    axes.set_xlabel(f"active experts per layer and step (of {result['E']})")
-    axes.set_ylabel(name)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    pictures.save(figure, path)
-
-
-def policy_of(point: dict[str, Any] | None) -> Policy | None:
-    """Of a point; None is stock routing, or no point at all."""
-    return Policy.from_dict(point["policy"]) if point and point["policy"] else None
