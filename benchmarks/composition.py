@@ -1,11 +1,14 @@
 """How much a request's output depends on its neighbours, for each policy and for stock vLLM itself.
 
     python benchmarks/composition.py -o benchmarks/results/composition.json
+    python benchmarks/composition.py --pool -o benchmarks/results/composition_pool.json
 
 The same prompts are decoded greedily in the real engine at every batch size, each time in other
 company. Of every prompt and two of its batches: is the whole answer the same, and how long does it
 stay the same? Stock is not without company either: kernels round differently for other shapes.
-`alone` compares with the same prompt decoded by stock in a batch of one.
+`alone` compares with the same prompt decoded by stock in a batch of one. An arm that is independent
+has every second request of a batch ask to be so, the others for nothing: each prompt is measured
+once as one of those that ask.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import tempfile
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -34,28 +37,58 @@ from sere.tuning.budget import most
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = 48
-ARMS: dict[str, Policy | None] = {
-    "stock": None,
-    "S=2": Policy(S=2),
-    "S=1": Policy(S=1),
-    "S=1, no floor": Policy(S=1, min_active=1),
-    "tau=0.02": Policy(S=1, min_active=1, tau=0.02),
-    "tau=0.1": Policy(S=1, min_active=1, tau=0.1),
+
+
+class Arm(NamedTuple):
+    """A policy; and whether the requests that are compared ask to be independent."""
+
+    policy: Policy | None
+    independent: bool = False
+
+
+ARMS = {
+    "stock": Arm(None),
+    "S=2": Arm(Policy(S=2)),
+    "S=1": Arm(Policy(S=1)),
+    "S=1, no floor": Arm(Policy(S=1, min_active=1)),
+    "tau=0.02": Arm(Policy(S=1, min_active=1, tau=0.02)),
+    "tau=0.1": Arm(Policy(S=1, min_active=1, tau=0.1)),
+}
+_BARE, _FIRST, _TAU = (
+    Policy(**own, pool=0.5) for own in ({"S": 0}, {"S": 1}, {"S": 0, "tau": 0.02})
+)
+POOLS = {
+    "stock": Arm(None),
+    "pool, S=0": Arm(_BARE),
+    "pool, S=0, independent": Arm(_BARE, independent=True),
+    "pool, S=1": Arm(_FIRST),
+    "pool, tau=0.02": Arm(_TAU),
+    "pool, tau=0.02, independent": Arm(_TAU, independent=True),
 }
 
 Answers = list[list[int]]
 
 
-def decoded(engine: Engine, prompts: list[str], size: int, seed: int) -> Answers:
-    """Token ids of every prompt's answer, in batches of `size` of shuffled company."""
+def decoded(
+    engine: Engine, prompts: list[str], size: int, seed: int, *, independent: bool = False
+) -> Answers:
+    """Token ids of every prompt's answer, in batches of `size` of shuffled company; independent:
+    of those whose turn it was to ask for that."""
     order = list(range(len(prompts)))
     Random(seed).shuffle(order)
     answers: Answers = [[] for _ in prompts]
-    for start in range(0, len(order), size):
-        part = order[start : start + size]
-        batch = engine.generate([prompts[i] for i in part], TOKENS)
-        for i, tokens in zip(part, batch.token_ids, strict=True):
-            answers[i] = tokens
+    for turn in range(2 if independent and size > 1 else 1):
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            asks = [independent and place % 2 == turn for place in range(len(part))]
+            batch = engine.generate(
+                [prompts[i] for i in part],
+                TOKENS,
+                tiers=["independent" if one else None for one in asks],
+            )
+            for i, tokens, asked in zip(part, batch.token_ids, asks, strict=True):
+                if asked or not independent:
+                    answers[i] = tokens
     return answers
 
 
@@ -118,6 +151,7 @@ def main() -> None:
         help="a multiple of 256, or batches of 256 are not full",
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pool", action="store_true", help="policies with a pool instead")
     parser.add_argument("--dtype", default="float32", help="bfloat16 shows stock's own rounding")
     arguments = parser.parse_args()
     check_writable(arguments.output)
@@ -125,11 +159,12 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     tasks = examples(arguments.prompts, seed=11, split="held_out")
     prompts = [task.prompt for task in tasks]
+    chosen = POOLS if arguments.pool else ARMS
     settings = {
         "prompts": arguments.prompts,
         "rounds": arguments.rounds,
         "dtype": arguments.dtype,
-        "arms": list(ARMS),
+        "arms": list(chosen),
     }
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -141,18 +176,23 @@ def main() -> None:
             demo_model.PATH,
             table,
             batch=max(SIZES),
+            policies=[arm.policy for arm in chosen.values()],
             dtype=arguments.dtype,
             enforce_eager=True,
             max_model_len=128,
         )
         engine.set_policy(None)
         alone = decoded(engine, prompts, 1, 0)
-        arms: dict[str, dict[str, Any]] = {name: {} for name in ARMS}
-        for size, name in tqdm(list(itertools.product(SIZES, ARMS))):
+        arms: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+        for size, name in tqdm(list(itertools.product(SIZES, chosen))):
             if (found := journal.get(f"{size} {name}")) is None:
-                engine.set_policy(ARMS[name])
+                policy, independent = chosen[name]
+                engine.set_policy(policy)
                 rounds = 1 if size == 1 else arguments.rounds
-                runs = [decoded(engine, prompts, size, seed) for seed in range(rounds)]
+                runs = [
+                    decoded(engine, prompts, size, seed, independent=independent)
+                    for seed in range(rounds)
+                ]
                 found = compared(runs, alone)
                 text = [[engine.llm.get_tokenizer().decode(ids) for ids in run] for run in runs]
                 found["right"] = mean(
@@ -167,8 +207,13 @@ def main() -> None:
         "provenance": provenance.provenance(),
         **settings,
         "arms": [
-            {"name": name, "rule": rule.to_dict() if rule else None, "sizes": arms[name]}
-            for name, rule in ARMS.items()
+            {
+                "name": name,
+                "rule": arm.policy.to_dict() if arm.policy else None,
+                "independent": arm.independent,
+                "sizes": arms[name],
+            }
+            for name, arm in chosen.items()
         ],
     }
     provenance.save_json(arguments.output, result)

@@ -19,6 +19,7 @@ from sere.kernels.implementations import load_answers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ["triton"] if INTERPRETED else ["reference", "numba"]
 T, K, E = 7, 4, 12
+BY_ROW = ("ids", "new", "weights", "rows", "hidden", "output")
 SHAPES = [(4, 24, 24), (3, 40, 48), (0, 24, 24)]
 """R, H, and the width of the experts' input, which a kernel may want padded."""
 
@@ -67,7 +68,7 @@ def answered(module: Any, given: dict[str, Tensor], rank: int) -> Tensor:
     module.keep_freed_(weights, given["ids"], given["new"], given["rows"], live)
     asked = (given["ids"], weights)
     inner = module.ask(given["hidden"], *asked, given["down"], given["centre"], live)
-    assert inner.shape == (T, K, given["down"].shape[1])
+    assert inner.shape == (*weights.shape, given["down"].shape[1])
     module.answer_(output, *asked, inner, given["up"], given["constant"])
     return output
 
@@ -87,6 +88,25 @@ def test_freed_slots_are_answered_and_other_rows_keep_every_bit(
         touched = [t for t in range(T) if not bits(found[t], given["output"][t])]
         assert touched == [0, 2, 5]
     assert bits(answered(module, given, NOTHING), given["output"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("R", "H", "wide"), [*SHAPES, (16, 2048, 2048), (99, 7, 7)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_answered_alike_to_the_bit_alone_and_in_any_company(
+    name: str, R: int, H: int, wide: int, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """One row, in another place, among copies; two threads, which share out a sum otherwise than
+    one does where a batch is short."""
+    given, module = batch(dtype, R, H, wide), load_answers(name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    whole = answered(module, given, R)
+    for rows in ([0], [2], [5], [5, 0], [2, 4, 3], [6, 5, 4, 3, 2, 1, 0], [0, 2, 5] * 11):
+        part = {n: t[rows] if n in BY_ROW else t for n, t in given.items()}
+        found = answered(module, part, R)
+        assert all(bits(found[i], whole[row]) for i, row in enumerate(rows)), rows
 
 
 def bits(one: Tensor, other: Tensor) -> bool:
@@ -130,4 +150,4 @@ def test_triton_answers_the_same_in_the_interpreter() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "9 passed" in done.stdout
+    assert "19 passed" in done.stdout

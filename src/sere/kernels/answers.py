@@ -2,8 +2,10 @@
 (A_u x - m_u))` for every freed slot of expert u. This module is the specification, in PyTorch.
 
 Three steps, as the first is known before experts run, the second reads an input that their kernel
-may overwrite, and the third writes its output. Sums are taken in float32 and rounded once. A row
-without a freed slot is not written, so that it keeps every bit.
+may overwrite, and the third writes its output. Sums are taken in float32 and rounded once, in an
+order that does not depend on how many rows there are: a row's answer is the same to the bit alone
+and in any batch (of one implementation; another takes its sums in another order). A row without a
+freed slot is not written, so that it keeps every bit.
 
 Letters as in `sere.kernels.reference`, and H, the width of the experts' input; R, the rank of the
 maps. Tensors lie on one device; those of a batch are [T, K] and contiguous.
@@ -41,7 +43,7 @@ def ask(
     """
     _, R, H = down.shape
     expert = _safe(ids, len(down))
-    inner = torch.einsum("th,tkrh->tkr", hidden[:, :H].float(), down[expert].float())
+    inner = (hidden[:, None, None, :H].float() * down[expert].float()).sum(3)
     inner = weights[:, :, None] * (inner - centre[expert])
     return inner.masked_fill(torch.arange(R, device=inner.device) >= rank, 0)
 
@@ -57,8 +59,8 @@ def answer_(
     expert = _safe(ids, len(constant))
     asked = weights != 0
     inner = inner.masked_fill(~asked[:, :, None], 0)
-    added = torch.einsum("tkr,tkrh->th", inner, up[expert].float())
-    added += torch.einsum("tk,tkh->th", weights, constant[expert].float())
+    added = (inner[:, :, :, None] * up[expert].float()).sum((1, 2))
+    added += (weights[:, :, None] * constant[expert].float()).sum(1)
     whole = (output[:, :H].float() + added).to(output.dtype)
     output[:, :H] = torch.where(asked.any(1, keepdim=True), whole, output[:, :H])
 

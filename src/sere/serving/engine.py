@@ -40,10 +40,12 @@ class Batch:
 
 def to_follow(table: str | Path, policies: Iterable[Policy | None]) -> dict[str, Any]:
     """Settings of an engine that can be switched to all of these: linear maps are loaded, and
-    graphs know of pools, where one asks for them."""
+    graphs know of pools, where one asks for them; and requests may ask to be independent, where the
+    first of those can have such rows."""
     given = [policy for policy in policies if policy]
     maps = any(policy.frees_anywhere for policy in given)
-    pool = {"S": 1, "pool": 1} if any(policy.pools for policy in given) else {}
+    pools = [policy.pool or 1 for policy in given if policy.pools]
+    pool = {"S": 1, "pool": pools[0]} if pools else {}
     return {"table": str(Path(table).absolute()), "maps": maps, **pool}
 
 
@@ -108,18 +110,27 @@ class Engine:
         max_tokens: int,
         *,
         to_the_end: bool = False,
+        tiers: Sequence[str | None] | None = None,
     ) -> Batch:
         """Greedy completions of one batch, with the time that decoding took.
 
         prompts: texts, or token ids (whose completions have no text).
         to_the_end: decode `max_tokens` tokens for every prompt, whatever the model says.
+        tiers: what each request asks of sere; None for those that ask nothing.
         """
         from vllm import SamplingParams
 
         texts = all(isinstance(prompt, str) for prompt in prompts)
-        sampling = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=to_the_end, detokenize=texts
-        )
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=to_the_end,
+                detokenize=texts,
+                extra_args={KEY: tier} if tier else None,
+            )
+            for tier in tiers or [None] * len(prompts)
+        ]
         given = list(prompts) if texts else [{"prompt_token_ids": ids} for ids in prompts]
         requests = self.llm.generate(given, sampling, use_tqdm=False)
         lengths = [len(r.outputs[0].token_ids) for r in requests]
