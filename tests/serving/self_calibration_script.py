@@ -1,8 +1,9 @@
 """Engines that calibrate themselves, one after the other in one process, as importing vLLM takes
 longer than they do: read a list of jobs as JSON, write each engine's table.
 
-A job holds `options` for `vllm.LLM` and `output`, the file to write. Printed behind RESULT: of each
-what sere said, and the error if it was refused.
+A job holds `options` for `vllm.LLM` and `output`, the file to write; with `prompts` (token ids) the
+engine is asked for answers before, until it has made a table of them. Printed behind RESULT: of
+each what sere said, and the error if it was refused; behind ANSWERED what `answered` gives.
 """
 
 from __future__ import annotations
@@ -14,20 +15,46 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULT = "RESULT "
+RESULT, ANSWERED = "RESULT ", "ANSWERED "
+WATCHING = "the engine measures its experts"
 
 
-def table_of(options: dict[str, Any]) -> bytes:
+def table_of(options: dict[str, Any], prompts: list[list[int]]) -> bytes:
     from vllm import LLM
 
     llm = LLM(**options)
     try:
-        (data,) = llm.collective_rpc("sere_table")
+        if prompts:
+            print(ANSWERED + json.dumps(answered(llm, prompts)), flush=True)
+        data, *_ = llm.collective_rpc("sere_table")
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
     return bytes(data)
+
+
+def answered(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """What was answered while the engine watched, once it was live, and by stock routing; what it
+    told before and after."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    given = [{"prompt_token_ids": ids} for ids in prompts]
+
+    def answers() -> list[list[int]]:
+        found = llm.generate(given, sampling, use_tqdm=False)
+        return [list(request.outputs[0].token_ids) for request in found]
+
+    def told() -> dict[str, Any]:
+        return dict(llm.collective_rpc("sere_telemetry")[0])
+
+    found: dict[str, Any] = {"before": told(), "watched": answers()}
+    while (told()["inert"] or "").startswith(WATCHING):
+        llm.generate(given[:1], sampling, use_tqdm=False)
+    found |= {"after": told(), "live": answers(), "moved": told()}
+    llm.collective_rpc("sere_policy", args=(None,))
+    return {**found, "stock": answers()}
 
 
 def main() -> None:
@@ -44,7 +71,7 @@ def main() -> None:
     for job in json.load(sys.stdin):
         told.append([])
         try:
-            Path(job["output"]).write_bytes(table_of(job["options"]))
+            Path(job["output"]).write_bytes(table_of(job["options"], job.get("prompts", [])))
         except Exception as error:
             told[-1].append(f"{type(error).__name__}: {error}")
     print(RESULT + json.dumps(told), flush=True)

@@ -249,10 +249,11 @@ RAISES = {
         *("auto.parse", "auto.__post_init__", "auto._file", "no_table.check_asked"),
         *("model_fit.untold", "reading._blocks"),
         # while an engine reads for its own calibration, which is before it serves
-        *("observing.__init__", "observing._watch", "observing.outputs", "observing._mixture"),
+        *("observing.__init__", "observing.outputs", "observing._own", "observing._note"),
         *("observing.check", "observing.finished"),
         *("self_calibration.check", "self_calibration.prepare", "self_calibration._anew"),
         *("self_calibration._made", "self_calibration._ask", "self_calibration._texts"),
+        "self_calibration._found_or_watched",
         *("table_cache.read", "table_cache.write", "table_cache.held"),
         *("table_cache._made", "table_cache._taken"),
         *(
@@ -282,10 +283,11 @@ RAISES = {
         *("switch._admit", "switch._answer", "switch._ask", "switch._asked", "switch._body"),
     },
     "the caller of collective_rpc": {
-        *("session.check_policy", "worker._session", "worker.sere_policy", "plan.build"),
-        *("remote.answer", "no_table.check_policy", "worker.sere_table"),
+        *("session.check_policy", "worker.session_in", "worker.sere_policy", "plan.build"),
+        *("remote.answer", "no_table.check_policy", "own_table.sere_table"),
     },
     "a step, which survives it": {"incidents.survive", "rows._fill", "layer.run_together"},
+    "a thread beside the steps, whose answer it becomes": {"traffic._make"},
     "a caller in Python, never an engine": {"__init__._check", "__init__.reroute"},
 }
 ELSEWHERE = (

@@ -16,12 +16,14 @@ import torch
 
 from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
+from sere.models.loading import load_tokenizer
 from sere.policy import Policy
 from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
 from sere.serving.settings import Settings
 from sere.statistics import TENSORS
 from sere.table import Table
+from sere.text.corpus import Corpus, encoder, read_texts
 from tests.conftest import enlarge_experts, save_tokenizer
 from tests.engines import environment, run_engine
 from tests.serving import self_calibration_script as script
@@ -79,11 +81,13 @@ def checkpoint(family: str, folder: Path) -> Path:
 
 @dataclass
 class Runs:
-    """folder: of the engines' tables, by name. said: by each engine. models: by family."""
+    """folder: of the engines' tables, by name. said: by each engine. models: by family. answered:
+    by the one that watches its traffic."""
 
     folder: Path
     said: dict[str, list[str]]
     models: dict[str, Path]
+    answered: dict[str, Any]
 
     def table(self, name: str) -> Table:
         return Table.load(self.folder / f"{name}.table")
@@ -115,6 +119,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     (folder / "nothing.jsonl").touch()
     nothing = {"data": str(folder / "nothing.jsonl"), "otherwise": "stock", "cache": False}
     jobs["stock"] = job("stock", models["qwen3_moe"], **nothing)
+    jobs["traffic"] = watching(job("traffic", models["qwen2_moe"]), corpus_file)
     found = subprocess.run(
         [sys.executable, script.__file__],
         input=json.dumps(list(jobs.values())),
@@ -123,10 +128,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
         env=environment(SERE_CACHE=str(folder / "cache"), VLLM_LOGGING_LEVEL="INFO"),
         check=False,
     )
-    lines = [line for line in found.stdout.splitlines() if line.startswith(script.RESULT)]
-    assert lines, found.stderr[-4000:]
-    said = json.loads(lines[0][len(script.RESULT) :])
-    return Runs(folder, dict(zip(jobs, said, strict=True)), models)
+    lines = found.stdout.splitlines()
+    said, answered = (
+        [json.loads(line[len(mark) :]) for line in lines if line.startswith(mark)]
+        for mark in (script.RESULT, script.ANSWERED)
+    )
+    assert said and answered, f"{said}\n{found.stderr[-4000:]}"
+    return Runs(folder, dict(zip(jobs, said[0], strict=True)), models, answered[0])
+
+
+def watching(job: dict[str, Any], text: Path) -> dict[str, Any]:
+    """The job of an engine that is asked for answers to the texts that others calibrate on, and
+    measures its experts on every row of these prompts."""
+    options = job["options"]
+    encode = encoder(load_tokenizer(options["model"]), LENGTH)
+    drawn = Corpus.from_texts(
+        read_texts(text), encode, source="", samples=20, length=LENGTH, seed=0, allow_fewer=True
+    )
+    asked = {"share": 1, "rows": 128, "tokens": drawn.tokens, "stable": 1}
+    own = {"sere": {"auto": {"traffic": asked}, "S": 1, "min_active": 1}}
+    options = {**options, "additional_config": own, "enable_prefix_caching": False}
+    return {**job, "options": options, "prompts": drawn.sequences}
 
 
 @pytest.mark.modes
@@ -158,6 +180,39 @@ def test_an_engines_own_table_is_that_of_sere_calibrate(
             assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
 
 
+# --- from what is served -----------------------------------------------------------------------
+
+
+@pytest.mark.modes
+def test_the_table_of_served_prompts_is_that_of_their_text(runs: Runs) -> None:
+    mine, reference = runs.table("traffic"), runs.table("qwen2_moe")
+    assert mine.fingerprint == reference.fingerprint
+    assert mine.provenance["text_hashes"] == []
+    for index, layer in reference.layers.items():
+        own = mine.layers[index]
+        assert own.tokens == layer.tokens == reference.provenance["tokens"]
+        assert own.stability is not None
+        for name in TENSORS:
+            expected, found = getattr(layer, name), getattr(own, name)
+            assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
+    (kept,) = (runs.folder / "cache").glob("qwen2_moe-*.table")
+    assert (runs.folder / "traffic.table").read_bytes() == kept.read_bytes()
+
+
+@pytest.mark.modes
+def test_an_engine_is_stock_until_it_knows_its_traffic_and_then_goes_live(runs: Runs) -> None:
+    answered = runs.answered
+    before, after, moved = (answered[when] for when in ("before", "after", "moved"))
+    assert before["inert"].startswith(script.WATCHING) and after["inert"] is None
+    assert answered["watched"] == answered["stock"] != answered["live"]
+    tokens = runs.table("traffic").provenance["tokens"]
+    assert set(before["observed"].values()) == {0} and len(before["observed"]) == 3
+    assert set(after["observed"].values()) == set(moved["observed"].values()) == {tokens}
+    assert all(layer["slots_rerouted"] > 0 for layer in moved["layers"].values())
+    said = "\n".join(runs.said["traffic"])
+    assert f"LIVE from now on with the table of {tokens} rows of traffic" in said
+
+
 # --- a start that needs nothing else --------------------------------------------------------------
 
 
@@ -171,7 +226,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.modes
 def test_a_second_start_finds_the_table_of_the_first(runs: Runs) -> None:
-    (kept,) = (runs.folder / "cache").glob("*.table")
+    (kept,) = (runs.folder / "cache").glob("qwen3_moe-*.table")
     data = kept.read_bytes()
     assert (runs.folder / "first.table").read_bytes() == data
     assert (runs.folder / "second.table").read_bytes() == data
@@ -281,6 +336,11 @@ def test_without_a_policy_the_cautious_default_is_served() -> None:
         ({"auto": {"otherwise": "wait"}}, 'expected "calibrate" or "stock"'),
         ({"auto": {"wait": -1}}, "expected seconds"),
         ({"auto": {"samples": 0}}, "expected a whole number >= 1"),
+        ({"auto": {"traffic": {}, "samples": 9}}, "samples: of a text, and with traffic none"),
+        ({"auto": {"traffic": {"share": 0}}}, "expected 0 < share <= 1"),
+        ({"auto": {"traffic": {"rows": 0}}}, "expected a whole number >= 1"),
+        ({"auto": {"traffic": {"token": 9}}}, "did you mean 'tokens'"),
+        ({"auto": {"traffic": 1}}, "expected true, or settings"),
     ],
     ids=str,
 )

@@ -255,6 +255,7 @@ def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
         switches=0,
         fallback=None,
         shadow=None,
+        traffic=None,
         layers={5: None},
         live=Live(),
         rows=SimpleNamespace(incidents=SimpleNamespace(steps=0)),

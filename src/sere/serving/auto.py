@@ -13,8 +13,51 @@ from sere.policy import Policy, PolicyError, check_keys
 CAUTIOUS = Policy(tau=0.02)
 """Where no policy is given: S=2, and no replacement may lose more than 0.02 (see `Policy.tau`). Not
 measured on your model: `sere tune` chooses within a budget."""
+_OF_A_TEXT = {"data", "samples", "length", "seed", "allow_fewer", "wait"}
 METHODS = ("frobenius", "cosine", "directed")
 """Not those that depend on which rows are read together."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How an engine measures its experts on the prompts that it serves.
+
+    share: of the prompts, 0 < share <= 1. rows: of a step that are observed, at most. tokens: rows
+        that are observed in all, at most. stable: the share of each layer's replacements that a
+        bootstrap must choose again, as of `sere calibrate --until-stable`.
+    """
+
+    share: float = 0.1
+    rows: int = 64
+    tokens: int = 16384
+    stable: float = 0.9
+
+    @classmethod
+    def parse(cls, given: Any) -> Traffic | None:
+        """From the user's true, false or settings; raises `PolicyError`."""
+        if given is None or given is False:
+            return None
+        if given is True:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise PolicyError(
+                f'auto: traffic={given!r}: expected true, or settings, e.g. {{"share": 0.1}}'
+            )
+        check_keys("auto: traffic", given, [field.name for field in fields(cls)])
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        for name in ("share", "stable"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value <= 1:
+                raise PolicyError(f"auto: traffic: {name}={value!r}: expected 0 < {name} <= 1")
+        for name, least in (("rows", 1), ("tokens", 2)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PolicyError(
+                    f"auto: traffic: {name}={value!r}: expected a whole number >= {least}"
+                )
 
 
 @dataclass(frozen=True)
@@ -25,6 +68,7 @@ class Auto:
         text, which is foreign to the user's.
     method, samples, length, seed, allow_fewer: as of `sere calibrate`; sequences are cut to what
         the engine can read whole.
+    traffic: measure on what is served instead, under stock routing until then; None for the text.
     cache: whether the table is looked for, and kept, in the cache folder.
     wait: seconds for another engine that is at work on the same table; then this one calibrates for
         itself. vLLM's front end gives a whole start `VLLM_ENGINE_READY_TIMEOUT_S`, 600 s.
@@ -34,6 +78,7 @@ class Auto:
     """
 
     data: Path | None = None
+    traffic: Traffic | None = None
     method: str = "frobenius"
     samples: int = 400
     length: int = 128
@@ -55,7 +100,12 @@ class Auto:
                 f'auto={given!r}: expected true, or settings, e.g. {{"data": "text.jsonl"}}'
             )
         check_keys("auto", given, [field.name for field in fields(cls)])
-        own = dict(given)
+        own = {**given, "traffic": Traffic.parse(given.get("traffic"))}
+        if own["traffic"] and (unread := sorted(_OF_A_TEXT & set(given))):
+            raise PolicyError(
+                f"auto: {', '.join(unread)}: of a text, and with traffic none is read; leave one "
+                "of the two out"
+            )
         if own.get("data") is not None:
             own["data"] = _file(own["data"])
         return cls(**own)

@@ -52,7 +52,10 @@ SELF_CALIBRATION = Needs(
             "quant_config",
             "apply_router_weight_on_input",
         ),
-        ("vllm.distributed.parallel_state", "GroupCoordinator"): ("all_reduce",),
+        ("vllm.distributed.parallel_state", "GroupCoordinator"): (
+            "all_reduce",
+            "broadcast_object",
+        ),
         _CPU_WORKER: ("execute_model", "sample_tokens", "get_model", "model_runner"),
         _GPU_WORKER: ("execute_model", "sample_tokens", "get_model", "model_runner"),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"): ("kv_cache_config",),
@@ -62,7 +65,11 @@ SELF_CALIBRATION = Needs(
         ("vllm.v1.engine.llm_engine", "LLMEngine"): ("engine_core",),
         ("vllm.v1.engine.core_client", "EngineCoreClient"): ("shutdown",),
         ("vllm.engine.arg_utils", "EngineArgs"): ("additional_config", "enforce_eager"),
-        ("vllm.config", "CompilationConfig"): ("max_cudagraph_capture_size",),
+        ("vllm.config", "CompilationConfig"): (
+            "cudagraph_mode",
+            "max_cudagraph_capture_size",
+        ),
+        ("vllm.config", "CUDAGraphMode"): ("mixed_mode",),
         ("vllm.config", "VllmConfig"): ("lora_config", "kv_transfer_config"),
         ("vllm.config", "ParallelConfig"): (
             "data_parallel_size",

@@ -33,6 +33,7 @@ _COUNTERS: dict[str, tuple[str, dict[str, str], str]] = {
 }
 _SWITCHES = ("sere_policy_switches", "Switches of the policy, by an operator or the shadow check")
 _SLOTS = ("sere_slots", "Slots of re-routable rows: what sere_slots_rerouted is a share of")
+_OBSERVED = ("sere_observed_rows", "Rows of prompts that this engine has measured experts on")
 _UNCLASSIFIED = (
     "sere_unclassified_steps",
     "Steps left to stock routing, in some layers or all, as something failed: see the log",
@@ -114,6 +115,8 @@ def _layer(found: _Families, labels: dict[str, str], index: int, snapshot: Snaps
         found.counter(name, about, value, {**labels, **more})
     rows = counters["rows_fast"] + counters.get("rows_independent", 0)
     found.counter(*_SLOTS, rows * snapshot["K"], labels)
+    if (observed := snapshot.get("observed", {}).get(index)) is not None:
+        found.counter(*_OBSERVED, observed, labels)
     checked = snapshot["shadow"].get(index)
     if checked and checked["checks"]:
         for figure, (name, about) in _SHADOW_COUNTERS.items():

@@ -9,12 +9,14 @@ kernel call's rows, at most as many as the engine's workspaces were profiled for
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from sere.serving.symbols import symbol
 from sere.similarity.sums import LayerSums, chosen
 from sere.statistics import LayerStatistics
 
+_LOG = logging.getLogger("vllm.sere")
 _HOOKED = "forward_modular"
 _CHUNK = 128  # rows whose outputs exist at a time, at most
 _BYTES = 2**28
@@ -34,23 +37,45 @@ _AGREES = {torch.float32: 1e-4}  # how far a layer's mixture may be from what it
 _ROUNDS = 3e-2  # ... in dtypes of 16 bits, or with quantised weights
 
 
+class Observer(Protocol):
+    """Who is told of each step before it runs."""
+
+    def begin(self, requests: Sequence[str], lengths: Any, prefilling: Any) -> None:
+        """The step's requests, rows of each (None for one each), and which read their prompt; in
+        batch order."""
+
+
 class Observation:
-    """One worker's reading: sums of every layer, by decoder layer index."""
+    """One worker's part: sums of every layer, by decoder layer index.
+
+    closed: nothing more is added up, as the sums are read. broken: why they are of no use, where
+    that must not end a step.
+    """
 
     def __init__(
-        self, runners: Sequence[Any], method: str, *, rows: int, adds_up: bool, ranks: int
+        self,
+        runners: Sequence[Any],
+        method: str,
+        *,
+        rows: int,
+        adds_up: bool,
+        ranks: int,
+        serves: bool = False,
     ) -> None:
         """runners: vLLM's `MoERunner` of each layer. method: of `similarity.measures`.
 
         rows: what a kernel call may have at most. adds_up: whether this rank keeps the sums; every
         rank runs its part of all experts. ranks: how many have a part of each row's output.
+        serves: whether the steps are requests', who must not notice if something fails.
         """
         if reason := next(filter(None, map(_obstacle, runners)), None):
             raise ServingError(f"sere cannot calibrate in this engine: {reason}")
         self._runners = runners
-        self._rows, self._adds_up, self._ranks = rows, adds_up, ranks
+        self._rows, self._adds_up, self._ranks, self._serves = rows, adds_up, ranks, serves
+        self.closed = False
+        self.broken: str | None = None
         self.sums = {r.layer_id: LayerSums(_E(r), method) for r in runners}
-        self._parts: list[tuple[int, int]] = []  # (rows, fold) of the pass under way, in row order
+        self._parts: list[tuple[slice | Tensor, int]] = []  # rows of the pass, and their fold
         self._folds: Mapping[str, int] = {}
         self._checked: set[int] = set()
 
@@ -58,12 +83,19 @@ class Observation:
         """A pass over these requests follows; folds: the part of the text that each belongs to."""
         self._folds, self._parts = folds, []
 
-    def begin(self, requests: Sequence[str], lengths: Sequence[int] | None) -> None:
-        """The pass's requests and rows of each, in batch order; lengths: None for one row each."""
+    def begin(self, requests: Sequence[str], lengths: Any, prefilling: Any) -> None:
+        """See `Observer.begin`: all rows are read."""
         rows = [1] * len(requests) if lengths is None else [int(n) for n in lengths]
         folds = [self._folds[name] for name in requests]
         pairs = groupby(zip(rows, folds, strict=True), key=lambda pair: pair[1])
-        self._parts = [(sum(n for n, _ in part), fold) for fold, part in pairs]
+        start, self._parts = 0, []
+        for fold, part in pairs:
+            self._parts.append((slice(start, start := start + sum(n for n, _ in part)), fold))
+
+    def follow(self, parts: Sequence[tuple[Tensor, int]]) -> None:
+        """Of the coming pass these rows alone are read: numbers of rows, and the part of the text
+        that they belong to."""
+        self._parts = list(parts)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -73,7 +105,7 @@ class Observation:
         before = [vars(experts).get(_HOOKED) for experts in layers]
         try:
             for runner, experts in zip(self._runners, layers, strict=True):
-                own = _Experts(runner, experts.forward_modular, self._ranks)
+                own = _Experts(runner, experts.forward_modular, self._ranks, self._note)
                 experts.forward_modular = partial(self._watch, own)
             yield
         finally:
@@ -87,13 +119,8 @@ class Observation:
         layer has seen each of the text's tokens once."""
         if not self._adds_up:
             return None
-        for runner in self._runners:
-            seen = self.sums[runner.layer_id].tokens
-            if seen != tokens:
-                raise ServingError(
-                    f"sere cannot calibrate in this engine: {runner.layer_name} saw {seen:,} of "
-                    f"{tokens:,} tokens; calibrate with `sere calibrate` without --engine"
-                )
+        if reason := self.short_of(tokens):
+            raise ServingError(reason)
         found = {index: sums.finished() for index, sums in sorted(self.sums.items())}
         for index, layer in found.items():
             if not (torch.isfinite(layer.gram).all() and torch.isfinite(layer.directed).all()):
@@ -103,20 +130,35 @@ class Observation:
                 )
         return found
 
+    def short_of(self, tokens: int) -> str | None:
+        """Which layer has not seen each of so many tokens once, or None."""
+        for runner in self._runners:
+            seen = self.sums[runner.layer_id].tokens
+            if seen != tokens:
+                return (
+                    f"sere cannot calibrate in this engine: {runner.layer_name} saw {seen:,} of "
+                    f"{tokens:,} tokens; calibrate with `sere calibrate` without --engine"
+                )
+        return None
+
+    def _note(self, error: Exception) -> None:
+        """Raise an error, unless a step must go on: then no more is added up."""
+        if not self._serves:
+            raise error
+        if self.broken is None:
+            _LOG.warning("sere: traffic is measured no more", exc_info=error)
+        self.broken = self.broken or str(error).splitlines()[0]
+
     def _watch(
         self, experts: _Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **more: Any
     ) -> Any:
         """Stands in for the layer's `forward_modular`; x: [T, H], padding behind the real rows."""
-        start = 0
-        for rows, fold in self._parts:
-            part = slice(start, start := start + rows)
-            if start > len(x):
-                raise ServingError(
-                    f"sere cannot calibrate in this engine: {experts.name} is given {len(x)} rows "
-                    f"of {start}"
-                )
-            # copies, as kernels may write over their input
-            self._take_in(experts, x[part].clone(), topk_weights[part], topk_ids[part], fold)
+        try:
+            for part, fold in self._parts:
+                # copies, as kernels may write over their input
+                self._take_in(experts, x[part].clone(), topk_weights[part], topk_ids[part], fold)
+        except Exception as error:
+            self._note(error)
         return experts.run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
 
     def _take_in(
@@ -124,17 +166,21 @@ class Observation:
     ) -> None:
         layer, E = experts.runner.layer_id, experts.E
         sums, sent = self.sums[layer], chosen(ids.long(), weights, E)
-        if self._adds_up:
+        adds_up = self._adds_up and not self.closed and self.broken is None
+        if adds_up:
             sums.count(sent)
         step = max(1, min(_CHUNK, self._rows, _BYTES // (4 * E * x.shape[-1])))
         for first in range(0, len(x), step):
             part = slice(first, first + step)
             outputs = experts.outputs(x[part], weights, ids, self._rows)
-            if layer not in self._checked:
-                experts.check(x[part], weights[part], ids[part], outputs)
-                self._checked.add(layer)
-            if self._adds_up:
-                sums.add(outputs, sent[part], fold)
+            try:
+                if layer not in self._checked:
+                    self._checked.add(layer)
+                    experts.check(x[part], weights[part], ids[part], outputs)
+                if adds_up:
+                    sums.add(outputs, sent[part], fold)
+            except Exception as error:
+                self._note(error)
             del outputs  # before the next is made
 
 
@@ -143,12 +189,13 @@ class _Experts:
     """One layer's experts, asked past whoever observes them.
 
     runner: vLLM's `MoERunner`. run: its own `forward_modular`. ranks: how many have a part of each
-    row's output.
+    row's output. note: called with what fails, raises it unless a step must go on.
     """
 
     runner: Any
     run: Callable[..., Any]
     ranks: int
+    note: Callable[[Exception], None]
 
     @property
     def name(self) -> str:
@@ -202,16 +249,24 @@ class _Experts:
 
     def _mixture(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """[n, H] float32, without shared experts, reduced over ranks."""
-        out = self.run(x=x, topk_weights=weights, topk_ids=ids)
-        if not isinstance(out, Tensor):
-            raise ServingError(
-                f"sere cannot calibrate in this engine: {self.name} defers its sums; "
-                "choose another --moe-backend, or calibrate without --engine"
-            )
-        whole: Tensor = out.float()
+        try:
+            whole = self._own(x, weights, ids)
+        except Exception as error:
+            self.note(error)
+            whole = torch.full_like(x, math.nan, dtype=torch.float32)  # other ranks wait for it
         if self.ranks > 1 and not self.runner._fused_output_is_reduced:
             whole = symbol("get_tp_group")().all_reduce(whole)
         return whole
+
+    def _own(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """This rank's part of a mixture [n, H] float32."""
+        out = self.run(x=x, topk_weights=weights, topk_ids=ids)
+        if isinstance(out, Tensor):
+            return out.float()
+        raise ServingError(
+            f"sere cannot calibrate in this engine: {self.name} defers its sums; "
+            "choose another --moe-backend, or calibrate without --engine"
+        )
 
 
 def _obstacle(runner: Any) -> str | None:

@@ -156,14 +156,23 @@ def _as_written(worker: Any) -> Iterator[None]:
     """Neither compiled code, which would not see the observer, nor graphs."""
     compilation = worker.vllm_config.compilation_config
     size = compilation.max_cudagraph_capture_size
+    try:
+        compilation.max_cudagraph_capture_size = 0
+        with written_out(worker):
+            yield
+    finally:
+        compilation.max_cudagraph_capture_size = size
+
+
+@contextmanager
+def written_out(worker: Any) -> Iterator[None]:
+    """No compiled code."""
     modules = [m for m in worker.get_model().modules() if hasattr(m, "do_not_compile")]
     compiled = [m.do_not_compile for m in modules]
     try:
-        compilation.max_cudagraph_capture_size = 0
         for module in modules:
             module.do_not_compile = True
         yield
     finally:
-        compilation.max_cudagraph_capture_size = size
         for module, before in zip(modules, compiled, strict=True):
             module.do_not_compile = before

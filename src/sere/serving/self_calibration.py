@@ -28,6 +28,7 @@ from sere.serving.session import settings_of
 from sere.serving.settings import Settings
 from sere.serving.symbols import lacking, symbol, vllm_version
 from sere.serving.table_cache import CacheTrouble, Entry, file_of
+from sere.serving.traffic import Watched, obstacle_to_watching
 from sere.table import Table
 from sere.text.bundled import BUNDLED
 from sere.text.corpus import Corpus, CorpusError, Text, encoder, file_hash, read_texts
@@ -45,6 +46,10 @@ def check(config: Any, settings: Settings) -> None:
     auto = settings.auto
     if auto is None or auto.otherwise == "stock":
         return
+    if auto.traffic is not None:  # at any start: a text can be named instead
+        if reason := _obstacle_to_watching(config):
+            raise ServingError(reason)
+        return
     # To look into the cache takes hashes of all weights: only where something is in the way.
     if (reason := _obstacle(config) or _without_text(auto)) and not _is_kept(config, auto):
         raise ServingError(reason)
@@ -56,8 +61,11 @@ def kept(config: Any) -> str:
     auto = settings_of(config).auto
     if auto is None or (entry := entry_of(config, auto)) is None:
         return "it calibrates itself at every start"
-    found = _is_kept(config, auto)
-    return f"it will find {entry.path}" if found else f"its first start will make {entry.path}"
+    if _is_kept(config, auto):
+        return f"it will find {entry.path}"
+    if auto.traffic is not None:
+        return f"what it serves first, by stock routing, will make {entry.path}"
+    return f"its first start will make {entry.path}"
 
 
 def prepare(executor: Any) -> None:
@@ -68,13 +76,15 @@ def prepare(executor: Any) -> None:
     if (auto := settings.auto) is None:
         return
     try:
-        data = _found_or_made(executor, auto)
+        data = _found_or_watched(executor, auto) if auto.traffic else _found_or_made(executor, auto)
+        if data is None:
+            return
     except (CacheTrouble, ServingError, CorpusError, OSError) as error:
         if auto.otherwise != "stock":
             raise ServingError(str(error)) from error
         _ask(executor, "sere_take_table", None, f"no table, and stock was asked for then: {error}")
         return
-    if auto.data is None:
+    if auto.data is None and auto.traffic is None:
         _LOG.warning(FOREIGN)
     _ask(executor, "sere_take_table", data)
 
@@ -92,12 +102,17 @@ def entry_of(config: Any, auto: Auto) -> Entry | None:
         "served_as": model.quantization,
         "dtype": str(model.dtype),
         "overrides": str(model.hf_overrides or ""),
-        "text": file_hash(auto.data or BUNDLED),
         "method": auto.method,
-        "samples": auto.samples,
-        "length": min(auto.length, longest(config)),
-        "seed": auto.seed,
     }
+    if auto.traffic is None:
+        facts |= {
+            "text": file_hash(auto.data or BUNDLED),
+            "samples": auto.samples,
+            "length": min(auto.length, longest(config)),
+            "seed": auto.seed,
+        }
+    else:
+        facts |= {"tokens": auto.traffic.tokens, "stable": auto.traffic.stable}
     return Entry.of(model.model, _fingerprint(config), facts)
 
 
@@ -125,10 +140,52 @@ def _obstacle(config: Any) -> str | None:
     )
 
 
+def _obstacle_to_watching(config: Any) -> str | None:
+    reason = lacking(CALIBRATION) or obstacle_to_watching(config)
+    return reason and (
+        f"sere cannot measure experts on this engine's traffic: {reason}; or give a text, "
+        '{"auto": {"data": "text.jsonl"}}'
+    )
+
+
+def _found_or_watched(executor: Any, auto: Auto) -> bytes | None:
+    """None where workers watch their traffic from now on; raises as `_found_or_made`."""
+    config = executor.vllm_config
+    assert auto.traffic is not None
+    entry = entry_of(config, auto)
+    if entry is not None and (data := _found(entry, auto)) is not None:
+        return data
+    if reason := _obstacle_to_watching(config):
+        raise ServingError(reason)
+    about = {
+        **_about(config),
+        "corpus": "prompts that the engine served",
+        **dict.fromkeys(("corpus_hash", "file_hash", "sequences", "length", "seed")),
+        "text_hashes": [],
+    }
+    known = entry.fingerprint if entry else _fingerprint(config)
+    watched = Watched(auto.traffic, auto.method, entry, known, about)
+    _ask(executor, "sere_watch", watched)
+    _LOG.info("sere: %s", watched.in_words)
+    return None
+
+
 def _found_or_made(executor: Any, auto: Auto) -> bytes:
     """Raises `CacheTrouble` where the user chose stock routing rather than to calibrate anew."""
     if (entry := entry_of(executor.vllm_config, auto)) is None:
         return _made(executor, auto, _fingerprint(executor.vllm_config))
+    if (data := _found(entry, auto)) is not None:
+        return data
+    try:
+        with entry.held(auto.wait, lambda waited: _tell(entry, auto, waited)):
+            return _shared(executor, auto, entry)
+    except CacheTrouble as trouble:
+        _anew(auto, trouble)
+    return _made(executor, auto, entry.fingerprint)
+
+
+def _found(entry: Entry, auto: Auto) -> bytes | None:
+    """What an earlier start has made, or None to make it now; raises as `_found_or_made`."""
     try:
         if (data := entry.read()) is not None:
             _LOG.info("sere: calibrated at an earlier start: %s", entry.path)
@@ -143,12 +200,7 @@ def _found_or_made(executor: Any, auto: Auto) -> bytes:
                 "another checkpoint, quantisation, dtype, K, text or method"
             ),
         )
-    try:
-        with entry.held(auto.wait, lambda waited: _tell(entry, auto, waited)):
-            return _shared(executor, auto, entry)
-    except CacheTrouble as trouble:
-        _anew(auto, trouble)
-    return _made(executor, auto, entry.fingerprint)
+    return None
 
 
 def _shared(executor: Any, auto: Auto, entry: Entry) -> bytes:
@@ -199,30 +251,34 @@ def _made(executor: Any, auto: Auto, fingerprint: Fingerprint) -> bytes:
     )
     told = _ask(executor, "sere_calibrate", corpus.sequences, auto.method)
     layers = next(answer for answer in told if answer is not None)
-    model = config.model_config
+    about = corpus.about(auto.data or BUNDLED)
     table = Table(
         fingerprint,
         {index: layer for index, (_, layer) in layers.items()},
         auto.method,
-        {
-            "model": Path(model.model).name,
-            "layer_names": [name for name, _ in layers.values()],
-            **corpus.about(auto.data or BUNDLED),
-            "engine": {
-                "vllm": vllm_version(),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "quantization": model.quantization,
-                "tensor_parallel": config.parallel_config.tensor_parallel_size,
-            },
-            "versions": {
-                "sere": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers")},
-            },
-        },
+        {**_about(config), "layer_names": [name for name, _ in layers.values()], **about},
     )
     _LOG.info("sere: calibrated %d layers in %.1f s", len(layers), time.monotonic() - began)
     return file_of(table)
+
+
+def _about(config: Any) -> dict[str, Any]:
+    """What a table says of the engine that made it."""
+    model = config.model_config
+    return {
+        "model": Path(model.model).name,
+        "engine": {
+            "vllm": vllm_version(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        },
+        "versions": {
+            "sere": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+    }
 
 
 def _without_text(auto: Auto) -> str | None:

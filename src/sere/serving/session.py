@@ -16,6 +16,7 @@ from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
 from sere.serving.asking import KEY, given
+from sere.serving.incidents import Incidents
 from sere.serving.inert import inert
 from sere.serving.invariance import check_tier
 from sere.serving.layer import ReroutedLayer
@@ -23,7 +24,7 @@ from sere.serving.live import Live
 from sere.serving.loaded_maps import Answers, ranks_to_load, unloaded
 from sere.serving.model_fit import check_model, model_folder, untold
 from sere.serving.no_table import NoTable
-from sere.serving.observing import Observation
+from sere.serving.observing import Observer
 from sere.serving.overrun import LatestPass
 from sere.serving.parallel import BATCHES_DISAGREE
 from sere.serving.refusal import ServingError
@@ -31,6 +32,7 @@ from sere.serving.rows import RowClasses
 from sere.serving.settings import Settings, cap_of
 from sere.serving.shadow import Shadow
 from sere.serving.tiers import RequestTiers, Tier
+from sere.serving.traffic import Watch
 from sere.table import Table
 
 # The session hangs on vLLM's compilation config: the worker's own, and as long-lived as its layers.
@@ -64,13 +66,18 @@ class Session:
     overlapping: bool = False  # vLLM's asynchronous scheduling
     alone: bool = False  # no step has two decoded rows, here or on a rank that has a say
     latest: LatestPass = field(default_factory=LatestPass)
-    observation: Observation | None = None  # while the engine reads for its own calibration
+    observer: Observer | None = None  # while the engine measures its experts
+    traffic: Watch | None = None  # ... on what it serves, or has done so
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
         self.inert = inert(self.policy, self.table, alone=self.alone)
         asked = self.settings.shadow
         self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
+
+    @property
+    def incidents(self) -> Incidents:
+        return self.rows.incidents
 
     def bind(
         self, index: int, name: str, *, E: int, K: int, ranks: Tensor | None = None
@@ -112,10 +119,10 @@ class Session:
         known, bound = table.fingerprint, self.table.fingerprint
         if (known.E, known.K, known.layers) != (bound.E, bound.K, bound.layers):
             raise ServingError("sere was given a table of other layers than it is bound to")
-        self.table = table
+        switches, self.table = self.switches, table
         self.live.learn(table)
-        self.set_policy(self.settings.policy)
-        self.switches = 0
+        self.set_policy(self.policy)
+        self.switches = switches  # nobody's
 
     def _plan(self, index: int, policy: Policy) -> Plan:
         return self.table.plan(index, policy, self.placements.get(index))
@@ -141,6 +148,8 @@ class Session:
 
     def begin_dummy(self) -> None:
         """A pass without a real row follows."""
+        if self.traffic is not None:
+            self.traffic.rest()
         self.latest.forget()
         self.rows.void()
         self.live.choose(0, 0)

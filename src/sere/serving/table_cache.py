@@ -79,6 +79,7 @@ class Entry:
     def write(self, data: bytes) -> None:
         """Put a table's file in its place, whole or not at all. Raises `CacheTrouble`."""
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with replaced(self.path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:

@@ -21,7 +21,7 @@ def snapshot(session: Session) -> dict[str, Any]:
     policy, since the start. unclassified_steps: how many were left to stock routing, in some layers
     or all, as something failed (see `sere.serving.incidents`). E, K: experts of a layer, of a
     token. layers: counters by decoder layer index and name. shadow: the check's figures by layer
-    index.
+    index. observed: rows of prompts that experts were measured on, by layer index.
 
     While the worker sleeps its buffers are unmapped: it repeats what it told last.
     """
@@ -37,6 +37,7 @@ def snapshot(session: Session) -> dict[str, Any]:
             "K": known.K,
             "layers": _counters(session),
             "shadow": _shadow(session),
+            "observed": session.traffic.observed() if session.traffic else {},
         }
     return session.last_told
 

@@ -29,6 +29,7 @@ from sere.serving import (
     drafters,
     expert_kernels,
     last_word,
+    own_table,
     prefix_cache,
     rust_front_end,
     second_engine,
@@ -108,7 +109,7 @@ def install() -> None:
         wrap(runner, "add_requests", worker.tracking)
         wrap(runner, "_dummy_run", worker.voiding)
         wrap(runner, "capture_model", worker.voiding)
-    for call in (*worker.REMOTE_CALLS, sere_probe):
+    for call in (*worker.REMOTE_CALLS, *own_table.REMOTE_CALLS, sere_probe):
         setattr(symbol("WorkerBase"), call.__name__, refusing_once(call))
 
 

@@ -12,18 +12,13 @@ from sere.policy import Policy, PolicyError, in_words
 from sere.serving import drafters, expert_kernels
 from sere.serving.asking import asked_by, given
 from sere.serving.loaded_maps import check_finalized
-from sere.serving.no_table import NoTable
-from sere.serving.observing import Observation
-from sere.serving.reading import read
 from sere.serving.refusal import ServingError
 from sere.serving.reuse import obstacle_to_rows
 from sere.serving.session import Session, is_dense_stage, open_session, session_of
 from sere.serving.settings import merge_is_asked
 from sere.serving.start_up import description
 from sere.serving.symbols import rival, symbol
-from sere.serving.table_cache import file_of, table_in
 from sere.serving.telemetry import snapshot
-from sere.statistics import LayerStatistics
 
 _LOG = logging.getLogger("vllm.sere")
 
@@ -35,14 +30,15 @@ def classifying_v1(original: Callable[..., Any]) -> Callable[..., Any]:
         runner: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any
     ) -> Any:
         session = session_of(runner.vllm_config)
-        if session is not None and session.observation is not None:
+        if session is not None and session.observer is not None:
             batch = runner.input_batch
-            session.observation.begin(batch.req_ids, num_scheduled_tokens[: batch.num_reqs])
+            lengths = num_scheduled_tokens[: batch.num_reqs]
+            _observing(session, batch.req_ids, lengths, _prefilling_v1(batch))
         if session is not None and not session.live.dormant:
             with _classifying(session):
                 batch = runner.input_batch
                 R = batch.num_reqs
-                prefilling = batch.num_computed_tokens_cpu[:R] < batch.num_prompt_tokens[:R]
+                prefilling = _prefilling_v1(batch)
                 lengths = None
                 if scheduler_output.total_num_scheduled_tokens != R:
                     lengths = num_scheduled_tokens[:R]
@@ -61,13 +57,27 @@ def classifying_v2(original: Callable[..., Any]) -> Callable[..., Any]:
         session = session_of(runner.vllm_config)
         if session is not None:
             lengths, total = batch.num_scheduled_tokens, batch.num_tokens
-            if session.observation is not None:
-                session.observation.begin(batch.req_ids, lengths)
+            if session.observer is not None:
+                _observing(session, batch.req_ids, lengths, batch.is_prefilling_np)
             with _classifying(session):
                 session.begin(batch.is_prefilling_np, lengths, batch.req_ids, total)
         return batch
 
     return prepare_inputs
+
+
+def _prefilling_v1(batch: Any) -> Any:
+    """[R] bool: which requests of a batch of model runner V1 still read their prompt."""
+    R = batch.num_reqs
+    return batch.num_computed_tokens_cpu[:R] < batch.num_prompt_tokens[:R]
+
+
+def _observing(session: Session, requests: Any, lengths: Any, prefilling: Any) -> None:
+    try:
+        if session.observer is not None:
+            session.observer.begin(requests, lengths, prefilling)
+    except Exception as error:
+        session.rows.incidents.survive("observing a step", error)
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def self_checking(original: Callable[..., Any]) -> Callable[..., Any]:
         if given(worker.vllm_config) is not None:
             self_check(worker)
             sere_reset(worker)  # model runner V2 warms up with requests that look real
-            session = _session(worker)
+            session = session_in(worker)
             session.checked = session.rows.incidents.serving = True
         return result
 
@@ -190,7 +200,7 @@ def _check_runner(runner: Any) -> None:
 def sere_policy(worker: Any, settings: Mapping[str, Any] | str | None) -> None:
     """Switch the live policy: settings as in `Policy.from_dict`, "start" for what the engine began
     with, or None for stock routing. Raises what is wrong with it, and changes nothing then."""
-    session = _session(worker)
+    session = session_in(worker)
     before = in_words(session.policy)
     policy = session.named(settings)
     if reason := _kept_apart(worker, session, policy):
@@ -203,7 +213,7 @@ def sere_policy(worker: Any, settings: Mapping[str, Any] | str | None) -> None:
 def sere_obstacle(worker: Any, settings: Mapping[str, Any] | str | None) -> str | None:
     """Why `sere_policy` would be refused, or None."""
     try:
-        session = _session(worker)
+        session = session_in(worker)
         policy = session.named(settings)
         session.check_policy(policy)
     except (PolicyError, ServingError) as error:
@@ -230,17 +240,17 @@ def sere_layers(worker: Any) -> list[int]:
 
 def sere_stats(worker: Any) -> dict[int, dict[str, int]]:
     """Counters of every layer since start or `sere_reset`, by decoder layer index."""
-    return {index: layer.stats() for index, layer in sorted(_session(worker).layers.items())}
+    return {index: layer.stats() for index, layer in sorted(session_in(worker).layers.items())}
 
 
 def sere_telemetry(worker: Any) -> dict[str, Any]:
     """See `sere.serving.telemetry.snapshot`; also while the engine sleeps."""
-    return snapshot(_session(worker, asleep=True))
+    return snapshot(session_in(worker, asleep=True))
 
 
 def sere_reset(worker: Any) -> None:
     """Set all counters to zero."""
-    session = _session(worker)
+    session = session_in(worker)
     session.live.counters.zero_()
     session.latest.forget()
     if session.shadow is not None:
@@ -254,7 +264,7 @@ def sere_merge(worker: Any, on: bool) -> None:
 
 def sere_record(worker: Any, on: bool) -> None:
     """Start (or stop) keeping every batch's routing on the host, for checks. Not for graphs."""
-    _session(worker).record(on)
+    session_in(worker).record(on)
 
 
 def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
@@ -262,55 +272,11 @@ def sere_recording(worker: Any) -> dict[int, list[tuple[Any, ...]]]:
     and call."""
     return {
         index: [tuple(tensor.tolist() for tensor in batch) for batch in layer.recording or []]
-        for index, layer in sorted(_session(worker).layers.items())
+        for index, layer in sorted(session_in(worker).layers.items())
     }
 
 
-def sere_calibrate(
-    worker: Any, sequences: list[list[int]], method: str
-) -> dict[int, tuple[str, LayerStatistics]] | None:
-    """Let the model read token sequences and measure its experts: by decoder layer index, the
-    layer's name and statistics, of the first rank; None of the others."""
-    config, session = worker.vllm_config, _session(worker)
-    runners = check_layers(config)
-    session.observation = observation = Observation(
-        runners,
-        method,
-        rows=config.scheduler_config.max_num_batched_tokens,
-        adds_up=worker.rank == 0,
-        ranks=config.parallel_config.tensor_parallel_size,
-    )
-    try:
-        read(worker, observation, sequences)
-    finally:
-        session.observation = None
-    found = observation.finished(sum(map(len, sequences)))
-    if found is None:
-        return None
-    return {r.layer_id: (r.layer_name, found[r.layer_id]) for r in runners}
-
-
-def sere_take_table(worker: Any, data: bytes | None, reason: str = "") -> None:
-    """Go live with a table's file; None if there is none, and why."""
-    session = _session(worker)
-    if data is None:
-        session.take(NoTable(session.table.fingerprint, reason))
-    else:
-        session.take(table_in(data))
-
-
-def sere_table(worker: Any) -> bytes:
-    """The file of the table that this worker goes by. Raises `ServingError` if it has none."""
-    session = _session(worker)
-    if isinstance(session.table, NoTable):
-        raise ServingError(session.table.reason)
-    return file_of(session.table)
-
-
 REMOTE_CALLS = (
-    sere_calibrate,
-    sere_take_table,
-    sere_table,
     sere_description,
     sere_layers,
     sere_policy,
@@ -341,13 +307,13 @@ def kernels_of(config: Any) -> list[tuple[str, str]]:
 
 def _checked(worker: Any) -> Session:
     """The session of a worker that has checked that it re-routes; `ServingError` if it has not."""
-    session = _session(worker)
+    session = session_in(worker)
     if not session.checked:
         raise ServingError(f"{type(worker).__name__} has not checked itself: it was made unnoticed")
     return session
 
 
-def _session(worker: Any, *, asleep: bool = False) -> Session:
+def session_in(worker: Any, *, asleep: bool = False) -> Session:
     session = session_of(worker.vllm_config)
     if session is None and given(worker.vllm_config) is not None:
         session = open_session(worker.vllm_config)  # a pipeline stage without MoE layers

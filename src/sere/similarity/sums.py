@@ -48,6 +48,11 @@ class LayerSums:
         """See `LayerStatistics.stability`."""
         return stability(self.folds)
 
+    def rest(self) -> None:
+        """Bring the sums to the CPU, where another thread may read them; add nothing more."""
+        for measure in (*self.folds, self.gram, self.cosine, self.directed):
+            measure.total = measure.total.cpu()
+
     def finished(self) -> LayerStatistics:
         whole = pooled(self.folds)
         gram = whole if isinstance(whole, Frobenius) else pooled([self.gram])

@@ -1,0 +1,72 @@
+"""What a worker is asked about a table that its engine makes for itself: to read text for it, to
+watch traffic for it, to go live with it, to show it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sere.serving.no_table import NoTable
+from sere.serving.observing import Observation
+from sere.serving.reading import read
+from sere.serving.refusal import ServingError
+from sere.serving.table_cache import file_of, table_in
+from sere.serving.traffic import Watch, Watched
+from sere.serving.worker import check_layers, session_in
+from sere.statistics import LayerStatistics
+
+
+def sere_calibrate(
+    worker: Any, sequences: list[list[int]], method: str
+) -> dict[int, tuple[str, LayerStatistics]] | None:
+    """Let the model read token sequences and measure its experts: by decoder layer index, the
+    layer's name and statistics, of the first rank; None of the others."""
+    session, runners = session_in(worker), check_layers(worker.vllm_config)
+    session.observer = observation = _observation(worker, runners, method, serves=False)
+    try:
+        read(worker, observation, sequences)
+    finally:
+        session.observer = None
+    found = observation.finished(sum(map(len, sequences)))
+    if found is None:
+        return None
+    return {r.layer_id: (r.layer_name, found[r.layer_id]) for r in runners}
+
+
+def sere_watch(worker: Any, watched: Watched) -> None:
+    """Route as stock does, and measure experts on rows of prompts, until that makes a table."""
+    session, runners = session_in(worker), check_layers(worker.vllm_config)
+    observation = _observation(worker, runners, watched.method, serves=True)
+    session.take(NoTable(session.table.fingerprint, watched.in_words))
+    session.observer = session.traffic = Watch(worker, observation, watched, session)
+
+
+def sere_take_table(worker: Any, data: bytes | None, reason: str = "") -> None:
+    """Go live with a table's file; None if there is none, and why."""
+    session = session_in(worker)
+    if data is None:
+        session.take(NoTable(session.table.fingerprint, reason))
+    else:
+        session.take(table_in(data))
+
+
+def sere_table(worker: Any) -> bytes:
+    """The file of the table that this worker goes by. Raises `ServingError` if it has none."""
+    session = session_in(worker)
+    if isinstance(session.table, NoTable):
+        raise ServingError(session.table.reason)
+    return file_of(session.table)
+
+
+REMOTE_CALLS = (sere_calibrate, sere_watch, sere_take_table, sere_table)
+
+
+def _observation(worker: Any, runners: list[Any], method: str, *, serves: bool) -> Observation:
+    config = worker.vllm_config
+    return Observation(
+        runners,
+        method,
+        rows=config.scheduler_config.max_num_batched_tokens,
+        adds_up=worker.rank == 0,
+        ranks=config.parallel_config.tensor_parallel_size,
+        serves=serves,
+    )
