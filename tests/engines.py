@@ -31,6 +31,8 @@ EXPERT_MAP = Path(__file__).with_name("expert_map")
 LORA_EXPERTS = Path(__file__).with_name("lora_experts")
 # A third: lets vLLM's int8 experts run on CPUs without AMX.
 INT8_EXPERTS = Path(__file__).with_name("int8_experts")
+# Another: lets a CPU engine with experts start under VLLM_BATCH_INVARIANT.
+BATCH_INVARIANT = Path(__file__).with_name("batch_invariant")
 # Another: offers experts that route inside themselves before the CPU engine's own.
 MONOLITHIC_EXPERTS = Path(__file__).with_name("monolithic_experts")
 OPTIONS = {

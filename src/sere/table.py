@@ -145,6 +145,19 @@ class Table:
             can_move(self.layers[i].similarity, own, self.fingerprint.K) for i, own in settings
         )
 
+    def can_move_own(self, policy: Policy) -> bool:
+        """Whether it can move anything in INDEPENDENT rows, which know the policy's own pool and
+        threshold and nothing else of it."""
+        E, K = self.fingerprint.E, self.fingerprint.K
+        by_layer = ((i, self._policy_of(i, policy)) for i in self.layers)
+        return any(
+            can_move(
+                self.layers[i].similarity, replace(own, S=0, min_active=None, max_active=None), K
+            )
+            for i, own in by_layer
+            if own.pool_of(E) >= K
+        )
+
     def _policy_of(self, index: int, policy: Policy) -> Policy:
         """The layer's own; where nothing is known of its experts, one that moves nothing."""
         settings = policy.for_layer(index)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from sere.kernels import RowClass, reroute
 from sere.policy import Policy
 from sere.serving import expert_kernels
 from sere.serving.inert import inert
@@ -60,6 +63,34 @@ def test_rows_that_are_alone_by_configuration_move_in_prompts_only(table: Table)
     assert inert(Policy(S=1, batches={1: {"pool": 0.5}}), table, alone=True) is None
     for_many = Policy(S=1, batches={8: {"pool": 0.5}})
     assert "max_num_seqs=1" in str(inert(for_many, table, alone=True))
+
+
+@pytest.mark.parametrize(
+    ("policy", "moves"),
+    [
+        (Policy(S=K, pool=2), True),
+        (Policy(S=1, pool=2, batches={1: None}), True),
+        (Policy(S=K, pool=1), False),  # too small for such rows, which are left alone
+        (Policy(S=K), False),
+        (Policy(S=K, rho=0.9, pool=2), False),
+        (Policy(S=K, pool=1.0), False),
+    ],
+    ids=str,
+)
+def test_a_policy_that_moves_independent_rows_alone_is_not_called_inert(
+    policy: Policy, moves: bool, table: Table
+) -> None:
+    """But where no request may ask to be independent. What moves is what the operator moves."""
+    assert (inert(policy, table, independent=True) is None) is moves
+    assert inert(policy, table) is not None
+    moved = 0
+    for index in table.layers:
+        ids = torch.tensor(list(combinations(range(table.fingerprint.E), K)), dtype=torch.int32)
+        rows = torch.full((len(ids),), int(RowClass.INDEPENDENT), dtype=torch.int8)
+        plan = table.plan(index, policy)
+        new, _ = reroute(ids.clone(), torch.full(ids.shape, 0.5), plan, rows)
+        moved += int((new != ids).sum())
+    assert (moved > 0) is moves
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sere.kernels import RowClass, keeping
 from sere.policy import PolicyError
 from sere.serving.settings import Settings
 from sere.serving.tiers import EXACT, FAST, RequestTiers, Tier
-from tests.engines import run_engine
+from tests.engines import BATCH_INVARIANT, run_engine
 
 PROMPTS = [e.prompt for e in examples(16, seed=3, split="held_out")]
 TOKENS = 12
@@ -102,6 +102,7 @@ def engine(table_path: Path) -> dict[str, Any]:
         "said": ["said"],
         "stock policy": ["rpc", "sere_policy", None],
         "stock": generate,
+        "stock, alone": ["generate", PROMPTS[:1], TOKENS],
         "mixed, off": [*generate, MIXED],
         "stock beams": beams,
         "stock beams online": beams_online,
@@ -208,19 +209,86 @@ def test_a_request_keeps_at_least_its_own_best_experts(engine: dict[str, Any]) -
 @pytest.mark.engine
 def test_an_independent_request_does_not_depend_on_its_neighbours(engine: dict[str, Any]) -> None:
     """Tokens and logprobs, bit for bit, beside fast and exact requests and whatever the policy has
-    for the others; alone but for what the CPU's matrix products make of another number of rows."""
+    for the others, and alone."""
     answers = engine["independent"][0::2]
     assert answers == engine["independent, among others"][0::2]
     assert answers == engine["independent, among stock"][0::2]
     assert answers != engine["stock"][0::2]
     assert engine["independent"][1::2] != engine["independent, among stock"][1::2]
-    ((tokens, logprobs),) = engine["alone"]
-    assert tokens == answers[0][0]
-    for one, other in zip(logprobs, answers[0][1], strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
+    assert_alike(engine["alone"], answers[:1], engine["stock, alone"] == engine["stock"][:1])
     for layer in engine["independent stats"][0].values():
         assert layer["rows_independent"] == sum(len(tokens) for tokens, _ in answers) - 8
         assert layer["slots_rerouted"] > 0
+
+
+@pytest.fixture(scope="module")
+def invariant(mapped_path: Path) -> dict[str, Any]:
+    """An engine under VLLM_BATCH_INVARIANT whose policy moves nothing but independent rows, for
+    which linear maps answer."""
+    answer = "generate"
+    steps: dict[str, list[Any]] = {
+        "said": ["said"],
+        "together": [answer, PROMPTS, TOKENS],
+        "among exact": [answer, PROMPTS, TOKENS, [None, "exact"] * 8],
+        "reset": ["rpc", "sere_reset"],
+        "five": [answer, PROMPTS[6:11], TOKENS],
+        "stats": ["rpc", "sere_stats"],
+        "alone": [answer, PROMPTS[8:9], TOKENS],
+        "exact, alone": [answer, PROMPTS[1:2], TOKENS, ["exact"]],
+        **{f"for {tier}": ["refused", tier] for tier in ("independent", "exact", "fast", "S=2")},
+    }
+    found = run_engine(
+        list(steps.values()),
+        sere={
+            "table": str(mapped_path),
+            "S": K,
+            "pool": 0.375,
+            "fill": "linear",
+            "default": "independent",
+        },
+        env={"VLLM_BATCH_INVARIANT": "1"},
+        paths=(BATCH_INVARIANT,),
+    )
+    return dict(zip(steps, found, strict=True))
+
+
+@pytest.mark.engine
+def test_an_engine_that_promises_batch_invariance_keeps_it_and_re_routes(
+    invariant: dict[str, Any],
+) -> None:
+    """Tokens and logprobs, bit for bit, of rows for which maps answer."""
+    answers = invariant["together"]
+    assert invariant["among exact"][0::2] == answers[0::2]
+    assert invariant["among exact"][1::2] != answers[1::2]
+    steady = invariant["exact, alone"] == invariant["among exact"][1:2]
+    assert_alike(invariant["five"], answers[6:11], steady)
+    assert_alike(invariant["alone"], answers[8:9], steady)
+    for layer in invariant["stats"][0].values():
+        assert layer["slots_rerouted"] > 0 == layer["rows_fast"]
+
+
+@pytest.mark.engine
+def test_under_that_promise_each_request_is_told_what_it_may_ask_for(
+    invariant: dict[str, Any],
+) -> None:
+    assert invariant["for independent"] == invariant["for exact"] == "accepted"
+    for tier in ("fast", "S=2"):
+        assert f'"{tier}" depends on it: ask for "exact" or "indep' in invariant[f"for {tier}"]
+
+
+@pytest.mark.engine
+def test_a_policy_for_independent_rows_alone_is_said_to_be_one(invariant: dict[str, Any]) -> None:
+    said = [line for _, name, line in invariant["said"] if name.startswith("vllm.sere")]
+    assert not any("NOTHING IS RE-ROUTED" in line for line in said)
+    (line,) = (one for one in said if one.startswith(f"sere {sere.__version__}"))
+    assert 'rows: decode, of requests that are "independent" (of others none: S=4 keeps' in line
+
+
+def assert_alike(found: list[Any], wanted: list[Any], steady: bool) -> None:
+    """Answers in batches of two sizes; steady: whether stock routing gives the same bits in both on
+    this CPU, as it does with AVX-512 and with AVX2."""
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted]
+    assert found == wanted or not steady
 
 
 @pytest.mark.engine

@@ -14,22 +14,33 @@ _ALONE = (
 )
 
 
-def inert(policy: Policy | None, table: Table | NoTable, *, alone: bool = False) -> str | None:
+def inert(
+    policy: Policy | None,
+    table: Table | NoTable,
+    *,
+    alone: bool = False,
+    independent: bool = False,
+) -> str | None:
     """The reason, or None if slots can move.
 
-    policy: None is stock routing. alone: no step has two decoded rows.
+    policy: None is stock routing. alone: no step has two decoded rows. independent: requests may
+    ask to be so, and rows of theirs count too.
     """
     if isinstance(table, NoTable):
         return table.reason
     if policy is None:
         return "routing is stock"
+    if independent and table.can_move_own(policy):
+        return None
     if policy.is_stock:
         return (
             "the policy is stock routing at every batch size (if none was given, it is the choice "
             "of `sere tune` in the table, and settings of yours replace it)"
         )
     if table.can_move(policy):
-        return _ALONE if alone and policy.rows == "decode" and not _moves_alone(policy) else None
+        lone = policy.at(1)
+        moves = lone is not None and lone.pools  # a row that is alone in its step, by its pool
+        return _ALONE if alone and policy.rows == "decode" and not moves else None
     K, own = table.fingerprint.K, [policy.for_layer(index) for index in table.layers]
     if all(settings.S >= K for settings in own):
         return f"S={K} keeps all of a token's {K} experts; choose 1 <= S < {K}"
@@ -40,12 +51,6 @@ def inert(policy: Policy | None, table: Table | NoTable, *, alone: bool = False)
             f"{largest:.3f}; choose a smaller one"
         )
     return f"{policy.brief()} lets no slot move in any layer of this table"
-
-
-def _moves_alone(policy: Policy) -> bool:
-    """Whether a row that is alone in its step may be re-routed: by a pool, that of its step's size
-    or, if it is INDEPENDENT, the policy's own."""
-    return any(own is not None and own.pools for own in (policy.at(1), policy.for_bucket(0)))
 
 
 def _largest(similarity: Tensor) -> float:

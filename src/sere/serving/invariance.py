@@ -57,6 +57,11 @@ def check_tier(
         raise PolicyError(f'"independent" is not to be had here: {reason}')
 
 
+def may_be_asked_for(config: Any, policy: Policy, model: Fingerprint) -> bool:
+    """Whether requests may be independent in an engine that starts with this policy."""
+    return _obstacle(config, policy, model) is None
+
+
 def _obstacle(config: Any, policy: Policy, model: Fingerprint) -> str | None:
     """Why no row can be independent, and what to do; or None."""
     E, K = model.E, model.K

@@ -18,7 +18,7 @@ from sere.policy import Policy, PolicyError
 from sere.serving.asking import KEY, given
 from sere.serving.incidents import Incidents
 from sere.serving.inert import inert
-from sere.serving.invariance import check_tier
+from sere.serving.invariance import check_tier, may_be_asked_for
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.loaded_maps import Answers, ranks_to_load, unloaded
@@ -65,19 +65,23 @@ class Session:
     last_told: dict[str, Any] | None = None  # see `telemetry.snapshot`
     overlapping: bool = False  # vLLM's asynchronous scheduling
     alone: bool = False  # no step has two decoded rows, here or on a rank that has a say
+    independent: bool = False  # requests may ask to be so
     latest: LatestPass = field(default_factory=LatestPass)
     observer: Observer | None = None  # while the engine measures its experts
     traffic: Watch | None = None  # ... on what it serves, or has done so
 
     def __post_init__(self) -> None:
         self.policy = self.settings.policy
-        self.inert = inert(self.policy, self.table, alone=self.alone)
+        self.inert = self._inert(self.policy)
         asked = self.settings.shadow
         self.shadow = Shadow(asked, self.rows, self.fall_back) if asked else None
 
     @property
     def incidents(self) -> Incidents:
         return self.rows.incidents
+
+    def _inert(self, policy: Policy | None) -> str | None:
+        return inert(policy, self.table, alone=self.alone, independent=self.independent)
 
     def bind(
         self, index: int, name: str, *, E: int, K: int, ranks: Tensor | None = None
@@ -187,7 +191,7 @@ class Session:
         if policy is not None:
             self.rows.gate = policy.rows
         self.policy, self.fallback = policy, None
-        self.inert = inert(policy, self.table, alone=self.alone)
+        self.inert = self._inert(policy)
         self.switches += 1
         for index, layer in self.layers.items():
             layer.follow(plans[index])
@@ -267,7 +271,8 @@ def open_session(config: Any) -> Session:
         live.follow(settings.policy)
         tiers = RequestTiers(settings.default, table.fingerprint.K)
         alone = not together and _decodes_one_row(config)
-        session = Session(settings, table, rows, live, tiers, alone=alone)
+        own = may_be_asked_for(config, settings.policy, table.fingerprint)
+        session = Session(settings, table, rows, live, tiers, alone=alone, independent=own)
         if not isinstance(table, NoTable) and (ranks := ranks_to_load(settings, table)):
             first = config.parallel_config.rank == 0
             session.answers = Answers(table, settings.policy, ranks, rows, say=first)

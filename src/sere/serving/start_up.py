@@ -12,11 +12,12 @@ from typing import Any
 
 from sere import __version__
 from sere.kernels import implementation_for
-from sere.policy import Policy, in_words
+from sere.policy import in_words
 from sere.serving.expert_kernels import difference
+from sere.serving.inert import inert
 from sere.serving.session import Session
 from sere.serving.symbols import vllm_version
-from sere.serving.tiers import FAST, Tier
+from sere.serving.tiers import FAST
 
 _LOG = logging.getLogger("vllm.sere")
 
@@ -33,7 +34,7 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
         "table": str(settings.table or "made by the engine"),
         "policy": in_words(session.policy),
         "inert": session.inert,
-        "rows": _rows(settings.policy, settings.default),
+        "rows": _rows(session),
         "layers": sorted(session.layers),
         "kernels": sorted({serving for serving, _ in pairs}),
         "stock_kernels": sorted({stock for _, stock in pairs}),
@@ -72,8 +73,13 @@ def say_last(snapshots: Iterable[Any]) -> None:
         _LOG.warning("sere: NOTHING IS RE-ROUTED: %s", reason)
 
 
-def _rows(policy: Policy, default: Tier) -> str:
-    asking = "" if default == FAST else f", of requests that ask for less than {default}"
+def _rows(session: Session) -> str:
+    """Which rows are re-routed, if any are."""
+    policy, default = session.settings.policy, session.settings.default
+    others = inert(session.policy, session.table, alone=session.alone)
+    if others and not session.inert:
+        return f'{policy.rows}, of requests that are "independent" (of others none: {others})'
+    asking = "" if default <= FAST else f", of requests that ask for less than {default}"
     return policy.rows + asking
 
 
