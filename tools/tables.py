@@ -308,6 +308,29 @@ def stream_memory(stem: str) -> str:
     return _markdown(head[: len(rows[0])], rows)
 
 
+def start_up(stem: str) -> str:
+    """Seconds of starts, and how much longer than without sere in the same round."""
+    names = {"stock": "without sere", "first": "first, calibrates", "second": "second, finds it"}
+    more = "+{:.1f} ({:.1f} to {:.1f})"
+    rows = [
+        [
+            names[start],
+            *(
+                cell
+                for unit in ("clock", "cpu")
+                for cell in (
+                    f"{found[unit]:.1f}",
+                    more.format(*(found[f"{unit}_{part}"] for part in ("more", "least", "most")))
+                    if start != "stock"
+                    else "",
+                )
+            ),
+        ]
+        for start, found in result(stem)["starts"].items()
+    ]
+    return _markdown(["start", "seconds", "more", "of CPU", "more"], rows)
+
+
 PAIRS = ("tasks / tasks, other seed", "code / prose", "tasks / code", "tasks / prose")
 CHANCE = ("tasks / weights", "tasks / random")
 
@@ -376,6 +399,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "calibration-speed": calibration_speed,
     "calibration-memory": calibration_memory,
     "stream-memory": stream_memory,
+    "start-up": start_up,
     "trust": trust,
     "stability": stability,
 }
