@@ -121,6 +121,15 @@ class Starting:
             self._process.kill()
             Path(self._log).unlink()
 
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> None:
+        """End it with SIGKILL, wherever it is."""
+        self._process.kill()
+        self._process.join()
+        Path(self._log).unlink()
+
     def _printed(self) -> str:
         return Path(self._log).read_text()[-6000:]
 

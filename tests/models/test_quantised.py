@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sere import demo_model
+from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples, is_correct
 from sere.models.loading import load_tokenizer
-from tests.engines import INT8_EXPERTS, run_engine
+from sere.similarity.agreement import same_nearest
+from sere.table import Table
+from tests.engines import INT8_EXPERTS, environment, run_engine, run_program
 
 pytestmark = [
     pytest.mark.engine,
@@ -94,3 +97,32 @@ def test_quantised_experts_are_rerouted_by_the_table_of_the_original(runs: dict[
     for layer in stats.values():
         assert layer["slots_rerouted"] > 0
         assert layer["active_after"] < layer["active_before"]
+
+
+def test_an_engine_measures_int8_experts_as_transformers_does_with_their_scales(
+    int8_folder: Path, tmp_path: Path
+) -> None:
+    """By the verb, which starts an engine. vLLM's kernel also rounds what the experts are given."""
+    text, output = tmp_path / "text.jsonl", tmp_path / "engine.table"
+    drawn = examples(24, seed=0, split="train")
+    text.write_text("".join(json.dumps({"text": e.prompt + e.answer}) + "\n" for e in drawn))
+    program = f"import sys; sys.path.insert(0, {str(INT8_EXPERTS)!r}); from sere.cli import main; "
+    words = ["calibrate", str(int8_folder), "--engine", "vllm", "--data", str(text)]
+    words += ["--allow-fewer", "-o", str(output), "--", "--dtype", "bfloat16"]
+    ran = run_program(
+        f"{program}raise SystemExit(main())",
+        *[*words, "--max-model-len", "128"],
+        env=environment(),
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    reference = calibrate(
+        str(int8_folder), tmp_path / "table", data=text, allow_fewer=True, progress=False
+    )
+    mine = Table.load(output)
+    assert mine.provenance["text_hashes"] == reference.provenance["text_hashes"]
+    for index, layer in reference.layers.items():
+        own = mine.layers[index]
+        assert own.tokens == layer.tokens
+        assert (own.similarity - layer.similarity).abs().max() < 0.02
+        assert (own.gram - layer.gram).abs().max() < 0.03 * layer.gram.abs().max()
+        assert same_nearest(own.similarity, layer.similarity) > 0.9

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from sere.statistics import TENSORS
 from sere.table import Table
 from sere.text.corpus import Corpus, encoder, read_texts
 from tests.conftest import enlarge_experts, save_tokenizer
-from tests.engines import environment, run_engine
+from tests.engines import EXPERT_MAP, OPTIONS, Starting, environment, run_engine
 from tests.serving import self_calibration_script as script
 from tests.serving.test_serving import configure
 
@@ -120,6 +121,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     nothing = {"data": str(folder / "nothing.jsonl"), "otherwise": "stock", "cache": False}
     jobs["stock"] = job("stock", models["qwen3_moe"], **nothing)
     jobs["traffic"] = watching(job("traffic", models["qwen2_moe"]), corpus_file)
+    kill_in_the_middle(jobs["first"]["options"], folder / "cache")
     found = subprocess.run(
         [sys.executable, script.__file__],
         input=json.dumps(list(jobs.values())),
@@ -137,6 +139,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     return Runs(folder, dict(zip(jobs, said[0], strict=True)), models, answered[0])
 
 
+def kill_in_the_middle(options: dict[str, Any], cache: Path) -> None:
+    """Start an engine, and kill it once it is at work on its table."""
+    engine = Starting(
+        sere=options["additional_config"]["sere"], options=options, env={"SERE_CACHE": str(cache)}
+    )
+    while not (locks := list(cache.glob("*.lock"))):
+        assert engine.is_alive()
+        time.sleep(0.01)
+    engine.kill()
+    assert locks and not list(cache.glob("*.table"))
+
+
 def watching(job: dict[str, Any], text: Path) -> dict[str, Any]:
     """The job of an engine that is asked for answers to the texts that others calibrate on, and
     measures its experts on every row of these prompts."""
@@ -149,6 +163,17 @@ def watching(job: dict[str, Any], text: Path) -> dict[str, Any]:
     own = {"sere": {"auto": {"traffic": asked}, "S": 1, "min_active": 1}}
     options = {**options, "additional_config": own, "enable_prefix_caching": False}
     return {**job, "options": options, "prompts": drawn.sequences}
+
+
+def assert_equal(mine: Table, reference: Table) -> None:
+    """To rounding, of the same tokens."""
+    assert mine.fingerprint == reference.fingerprint
+    for index, layer in reference.layers.items():
+        own = mine.layers[index]
+        assert own.tokens == layer.tokens == reference.provenance["tokens"]
+        for name in TENSORS:
+            expected, found = getattr(layer, name), getattr(own, name)
+            assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
 
 
 @pytest.mark.modes
@@ -167,17 +192,12 @@ def test_an_engines_own_table_is_that_of_sere_calibrate(
             progress=False,
         ),
     )
-    assert mine.fingerprint == reference.fingerprint
     assert mine.fingerprint.layers == LAYERS[family]
     for fact in ("corpus_hash", "text_hashes", "tokens", "sequences", "length", "seed"):
         assert mine.provenance[fact] == reference.provenance[fact]
+    assert_equal(mine, reference)
     for index, layer in reference.layers.items():
-        own = mine.layers[index]
-        assert own.tokens == layer.tokens == reference.provenance["tokens"]
-        assert own.stability == layer.stability
-        for name in TENSORS:
-            expected, found = getattr(layer, name), getattr(own, name)
-            assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
+        assert mine.layers[index].stability == layer.stability
 
 
 # --- from what is served -----------------------------------------------------------------------
@@ -186,15 +206,9 @@ def test_an_engines_own_table_is_that_of_sere_calibrate(
 @pytest.mark.modes
 def test_the_table_of_served_prompts_is_that_of_their_text(runs: Runs) -> None:
     mine, reference = runs.table("traffic"), runs.table("qwen2_moe")
-    assert mine.fingerprint == reference.fingerprint
     assert mine.provenance["text_hashes"] == []
-    for index, layer in reference.layers.items():
-        own = mine.layers[index]
-        assert own.tokens == layer.tokens == reference.provenance["tokens"]
-        assert own.stability is not None
-        for name in TENSORS:
-            expected, found = getattr(layer, name), getattr(own, name)
-            assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
+    assert_equal(mine, reference)
+    assert all(layer.stability is not None for layer in mine.layers.values())
     (kept,) = (runs.folder / "cache").glob("qwen2_moe-*.table")
     assert (runs.folder / "traffic.table").read_bytes() == kept.read_bytes()
 
@@ -216,14 +230,6 @@ def test_an_engine_is_stock_until_it_knows_its_traffic_and_then_goes_live(runs: 
 # --- a start that needs nothing else --------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    drawn = examples(64, seed=0, split="train")
-    path.write_text("".join(json.dumps({"text": e.prompt + e.answer}) + "\n" for e in drawn))
-    return path
-
-
 @pytest.mark.modes
 def test_a_second_start_finds_the_table_of_the_first(runs: Runs) -> None:
     (kept,) = (runs.folder / "cache").glob("qwen3_moe-*.table")
@@ -237,6 +243,16 @@ def test_a_second_start_finds_the_table_of_the_first(runs: Runs) -> None:
 
 
 @pytest.mark.modes
+def test_an_engine_that_was_killed_at_work_leaves_its_table_to_the_next(runs: Runs) -> None:
+    """`runs` killed one before the first of these started."""
+    first = "\n".join(runs.said["first"])
+    assert "kept for later starts" in first and "waiting for it" not in first
+    files = sorted(path.suffix for path in (runs.folder / "cache").glob("qwen3_moe-*"))
+    assert files == [".lock", ".table"]
+    assert not list((runs.folder / "cache").glob(".*"))  # nor a file that is half written
+
+
+@pytest.mark.modes
 def test_an_engine_that_cannot_calibrate_serves_stock_if_that_was_chosen(runs: Runs) -> None:
     said = "\n".join(runs.said["stock"])
     assert "NOTHING IS RE-ROUTED: no table, and stock was asked for then" in said
@@ -246,9 +262,11 @@ def test_an_engine_that_cannot_calibrate_serves_stock_if_that_was_chosen(runs: R
 
 @pytest.mark.modes
 def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
-    tmp_path: Path, text: Path
+    runs: Runs, corpus_file: Path, tmp_path: Path
 ) -> None:
+    """Compiled, and of two ranks with half of the experts each: its table is that of one rank."""
     prompts = [example.prompt for example in examples(16, seed=7, split="held_out")]
+    own = {"auto": {"data": str(corpus_file), "length": LENGTH}, "S": 1, "min_active": 1}
     told, stats, _, counted = run_engine(
         [
             ["rpc", "sere_description"],
@@ -256,15 +274,25 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
             ["generate", prompts, 12],
             ["rpc", "sere_stats"],
         ],
-        sere={"auto": {"data": str(text)}, "tau": 0.3},
+        sere=own,
+        options={
+            **OPTIONS,
+            "model": str(runs.models["qwen3_moe"]),
+            "enforce_eager": False,
+            "compilation_config": {"backend": "eager"},  # traced as ever, no C++ written
+            "tensor_parallel_size": 2,
+            "enable_expert_parallel": True,
+        },
         env={"SERE_CACHE": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        paths=(EXPERT_MAP,),
     )
-    assert told[0]["inert"] is None and told[0]["policy"] == "S=2 tau=0.3"
+    assert [rank["inert"] for rank in told] == [None, None]
+    assert told[0]["policy"] == "S=1 min_active=1"
     assert not any(any(layer.values()) for layer in stats[0].values())  # nobody counts that text
+    assert counted[0] == counted[1]
     assert all(layer["slots_rerouted"] > 0 for layer in counted[0].values())
     (kept,) = tmp_path.glob("*.table")
-    table = Table.load(kept)
-    assert all(layer.tokens == table.provenance["tokens"] for layer in table.layers.values())
+    assert_equal(Table.load(kept), runs.table("qwen3_moe"))
 
 
 @pytest.mark.parametrize("own", [None, "the shadow check's"])
@@ -335,6 +363,8 @@ def test_without_a_policy_the_cautious_default_is_served() -> None:
         ({"auto": {"method": "cka-linear"}}, "depend on which rows are read together"),
         ({"auto": {"otherwise": "wait"}}, 'expected "calibrate" or "stock"'),
         ({"auto": {"wait": -1}}, "expected seconds"),
+        ({"auto": {"maps": 16}}, "fits no linear maps for itself: run `sere calibrate"),
+        ({"auto": True, "maps": True}, "fits no linear maps for itself: run `sere calibrate"),
         ({"auto": {"samples": 0}}, "expected a whole number >= 1"),
         ({"auto": {"traffic": {}, "samples": 9}}, "samples: of a text, and with traffic none"),
         ({"auto": {"traffic": {"share": 0}}}, "expected 0 < share <= 1"),
@@ -380,8 +410,6 @@ def test_a_file_without_text_is_refused_before_weights_are_loaded(tmp_path: Path
 
 def test_the_word_alone_is_enough_and_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.engine.arg_utils import EngineArgs
-
-    from tests.engines import OPTIONS
 
     configure(auto=True)
     EngineArgs(**OPTIONS, additional_config={"sere": "auto"}).create_engine_config()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sere.serving.auto import Traffic
+from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
 from sere.serving.traffic import Watch, Watched, obstacle_to_watching
 
@@ -114,6 +115,28 @@ def test_an_engine_none_of_whose_steps_can_be_observed_is_refused(
 ) -> None:
     told = obstacle_to_watching(config(**given))
     assert told is None if reason is None else reason in str(told)
+
+
+def test_what_fails_while_it_is_judged_is_the_reason_that_there_is_no_table() -> None:
+    taken: list[Any] = []
+    observation = SimpleNamespace(
+        sums={0: SimpleNamespace(tokens=0)},  # and no folds
+        broken=None,
+        short_of=lambda seen: None,
+        follow=lambda parts: None,
+        watching=nullcontext,
+    )
+    worker = SimpleNamespace(vllm_config=config(), rank=0, get_model=torch.nn.Identity)
+    session = SimpleNamespace(
+        incidents=SimpleNamespace(serving=True), take=taken.append, observer="the watch"
+    )
+    asked = Traffic(share=1, tokens=16)
+    watch = Watch(worker, observation, Watched(asked, "frobenius", None, None, {}), session)  # type: ignore[arg-type]
+    for _ in range(2):
+        watch.begin(["a"], np.array([4]), np.array([True]))
+    (found,) = taken
+    assert isinstance(found, NoTable) and "no table: AttributeError" in found.reason
+    assert session.observer is None
 
 
 def test_a_step_survives_what_fails_while_it_is_observed() -> None:

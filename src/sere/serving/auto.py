@@ -13,6 +13,10 @@ from sere.policy import Policy, PolicyError, check_keys
 CAUTIOUS = Policy(tau=0.02)
 """Where no policy is given: S=2, and no replacement may lose more than 0.02 (see `Policy.tau`). Not
 measured on your model: `sere tune` chooses within a budget."""
+NO_MAPS = (
+    "an engine fits no linear maps for itself: run `sere calibrate MODEL --maps 16` and name its "
+    "table"
+)
 _OF_A_TEXT = {"data", "samples", "length", "seed", "allow_fewer", "wait"}
 METHODS = ("frobenius", "cosine", "directed")
 """Not those that depend on which rows are read together."""
@@ -99,6 +103,8 @@ class Auto:
             raise PolicyError(
                 f'auto={given!r}: expected true, or settings, e.g. {{"data": "text.jsonl"}}'
             )
+        if "maps" in given:
+            raise PolicyError(f"auto: maps={given['maps']!r}: {NO_MAPS}")
         check_keys("auto", given, [field.name for field in fields(cls)])
         own = {**given, "traffic": Traffic.parse(given.get("traffic"))}
         if own["traffic"] and (unread := sorted(_OF_A_TEXT & set(given))):

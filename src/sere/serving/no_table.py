@@ -12,6 +12,7 @@ from sere.checkpoint import Fingerprint
 from sere.kernels import Plan
 from sere.kernels.plan import SETTINGS_OFF, Placement
 from sere.policy import Policy, PolicyError
+from sere.serving.auto import NO_MAPS
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ class NoTable:
         """Raise `PolicyError` for a policy that no table of this model could serve."""
         policy.check_against(self.fingerprint.K, self.fingerprint.E)
         if policy.frees_anywhere:
-            raise PolicyError(
-                f'fill="{policy.fill}" needs linear maps, which an engine does not fit for itself: '
-                "run `sere calibrate --maps 16` and name its table"
-            )
+            raise PolicyError(f'fill="{policy.fill}" needs linear maps, and {NO_MAPS}')
         by_size = (policy.for_bucket(bucket) for bucket in policy.batches)
         named = set(policy.layers).union(*(own.layers for own in by_size if own))
         if unknown := sorted(named - set(self.layers)):

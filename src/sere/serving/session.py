@@ -118,6 +118,8 @@ class Session:
     def take(self, table: Table | NoTable) -> None:
         """Go live with the table that the engine has found or made, or say why there is none."""
         if isinstance(table, NoTable):
+            if not isinstance(self.table, NoTable):  # another rank could not take it
+                self.set_policy(None)
             self.table, self.inert = table, table.reason
             return
         known, bound = table.fingerprint, self.table.fingerprint

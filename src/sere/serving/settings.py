@@ -12,7 +12,7 @@ from sere.files import is_file
 from sere.policy import Policy, PolicyError, check_keys
 from sere.serving import admin_key
 from sere.serving.asking import AUTO
-from sere.serving.auto import CAUTIOUS, Auto
+from sere.serving.auto import CAUTIOUS, NO_MAPS, Auto
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
@@ -178,6 +178,8 @@ def _auto(given: Mapping[str, Any], merged: Mapping[str, Any]) -> Auto | None:
             f'"auto" and table={given["table"]!r}: an engine that has a table does not calibrate '
             "itself; leave one of the two out"
         )
+    if auto and merged.get("maps"):
+        raise PolicyError(f'"auto" and maps={merged["maps"]!r}: {NO_MAPS}')
     return auto
 
 

@@ -196,7 +196,12 @@ class Watch:
 
     def _is_told(self) -> bool:
         """Whether it is over; asked on every rank before the same step."""
-        told = self._judge.verdict(self.seen) if self._judge else None
+        told = None
+        if self._judge is not None:
+            try:
+                told = self._judge.verdict(self.seen)
+            except Exception as error:  # the other ranks wait for a word
+                told = f"{type(error).__name__}: {error}"
         if self._ranks > 1:
             told = symbol("get_tp_group")().broadcast_object(told, src=0)
         if told is None:
