@@ -219,6 +219,16 @@ def test_where_nothing_is_chosen_the_reason_is_said(tune: Any) -> None:
     assert why(result) == result["why"]
 
 
-def test_maps_that_were_lost_are_not_tried(tune: Any) -> None:
+def test_what_maps_and_pools_will_take_is_said_before(
+    tune: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert beside(tune.folder / "mapped").exists() and not beside(tune.folder / "bare").exists()
-    assert tune("kl=9", dry_run=True) == {}
+    assert tune("kl=9", dry_run=True) == {}  # its maps were lost
+    pools = 4 * 5  # two pools, S=0 and S=1, five tau each
+    plain = 2 * (1 + 8) + 5 + 3 + pools
+    assert f"about {plain} settings" in (said := capsys.readouterr().err) and "maps" not in said
+    assert tune("kl=9", "mapped", dry_run=True) == {}
+    maps = 3 * (5 + pools) + 8  # ranks 2, 1 and 0; 8 until one policy does for all batch sizes
+    said = capsys.readouterr().err
+    assert f"about {plain + maps} settings on 24 passages each (at most {4 * pools} of them" in said
+    assert f"with a pool, at most {maps} of them with maps)" in said
