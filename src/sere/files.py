@@ -122,9 +122,16 @@ def is_device(path: str | Path) -> bool:
 
 def unfinished(output: str | Path) -> Path:
     """Where work on an output keeps what it has so far."""
-    if is_device(output):
-        return Path(tempfile.gettempdir(), f"sere-{os.getpid()}.unfinished")
-    return Path(f"{output}.unfinished")
+    return _passing() if is_device(output) else Path(f"{output}.unfinished")
+
+
+def is_passing(work: Path) -> bool:
+    """Whether no later run would look for what work keeps there."""
+    return work == _passing()
+
+
+def _passing() -> Path:
+    return Path(tempfile.gettempdir(), f"sere-{os.getpid()}.unfinished")
 
 
 def _is_table(path: Path) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sere.calibration.calibrate import calibrate
 from sere.evaluation import layerwise
 from sere.evaluation.evaluate import run
+from sere.models.shelf import Shelf
 from sere.models.skeleton import Skeleton
 from sere.step_cost.cost import Cost
 from sere.tuning import tune
@@ -26,8 +29,6 @@ def bf16(
     model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A checkpoint in bf16, which CPUs evaluate in float32, and its table."""
-    import shutil
-
     folder = Path(shutil.copytree(model_dir, tmp_path_factory.mktemp("bf16") / "model"))
     weights = {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -131,3 +132,101 @@ def test_a_streamed_evaluation_that_fails_leaves_no_hidden_states_behind(
         evaluated(bf16, corpus_file, tmp_path / "e.json", stream=True)
     assert not list(tmp_path.glob(".*"))
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture(scope="module")
+def whole(
+    bf16: tuple[Path, Path], corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """What is found without an interruption."""
+    output = tmp_path_factory.mktemp("whole") / "e.json"
+    return evaluated(bf16, corpus_file, output, stream=False)["arms"]
+
+
+@pytest.fixture
+def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
+    """What `kill -9` would leave on the disk each time that so many outputs have been kept."""
+
+    def take(work: Path, at: Sequence[int]) -> list[Path]:
+        keep, taken = Shelf.keep, []
+
+        def kept(self: Shelf, name: str, output: Any, *more: Any) -> Any:
+            found = keep(self, name, output, *more)
+            taken.append(None)
+            if len(taken) in at:
+                shutil.copytree(work, tmp_path / f"killed-{len(taken)}")
+            return found
+
+        monkeypatch.setattr(Shelf, "keep", kept)
+        return [tmp_path / f"killed-{number}" for number in at]
+
+    return take
+
+
+def test_an_evaluation_that_was_killed_goes_on_in_the_layer_that_it_was_in(
+    bf16: tuple[Path, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    layers_read: list[str],
+    snapshots: Callable[..., list[Path]],
+    whole: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the first layer, between two, and in the last, where some results are written already."""
+    passes = 1 + 2 * (1 + len(POLICIES))  # stock, and at two batch sizes all arms
+    at = [3, 1 + passes, 1 + LAYERS * passes - 2]
+    (work := tmp_path / "work").mkdir()
+    left = snapshots(work, at)
+    evaluated(bf16, corpus_file, work / "e.json", stream=True)
+    assert [path.name for path in work.iterdir() if "unfinished" in path.name] == []
+    for folder, finished in zip(left, (0, 1, LAYERS - 1), strict=True):
+        layers_read.clear()
+        capsys.readouterr()
+        assert evaluated(bf16, corpus_file, folder / "e.json", stream=True)["arms"] == whole
+        assert len(layers_read) == LAYERS - finished
+        assert f"goes on behind layer {finished}\n" in capsys.readouterr().err
+        assert {path.name for path in folder.iterdir()} == {"e.json", "e.png"}
+
+
+@pytest.mark.parametrize("fault", ["a flipped bit", "of other versions", "Ctrl-C"])
+def test_what_is_left_of_a_killed_evaluation_is_not_trusted_blindly(
+    bf16: tuple[Path, Path],
+    corpus_file: Path,
+    tmp_path: Path,
+    layers_read: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Any,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+) -> None:
+    """A damaged pass begins anew, what other work left is dropped, a stranger's file stays."""
+    keep, kept = Shelf.keep, []
+
+    def interrupted(self: Shelf, name: str, output: Any, *more: Any) -> Any:
+        kept.append(name)
+        if len(kept) == 13:  # inputs, 9 passes in the first layer, 3 in the second
+            raise KeyboardInterrupt
+        return keep(self, name, output, *more)
+
+    monkeypatch.setattr(Shelf, "keep", interrupted)
+    output, states = tmp_path / "e.json", tmp_path / "e.json.unfinished.layers"
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(bf16, corpus_file, output, stream=True)
+    (stranger := states / "notes.txt").write_text("mine")
+    if fault == "a flipped bit":
+        data = bytearray((path := min(states.glob("*.pt"))).read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif fault == "of other versions":
+        monkeypatch.setattr(layerwise, "versions", lambda: {"torch": "9"})
+    layers_read.clear()
+    capsys.readouterr()
+    assert evaluated(bf16, corpus_file, output, stream=True)["arms"] == whole
+    said = {
+        "a flipped bit": "goes on behind layer 0; 1 passes, whose files are damaged, begin anew\n",
+        "of other versions": "are of other work, or damaged: they are dropped, and the reading beg",
+        "Ctrl-C": "an interrupted reading goes on behind layer 1\n",
+    }
+    assert said[fault] in capsys.readouterr().err
+    assert len(layers_read) == (LAYERS - 1 if fault == "Ctrl-C" else LAYERS)
+    assert list(states.iterdir()) == [stranger]

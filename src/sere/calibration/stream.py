@@ -7,6 +7,7 @@ has it on disk already, and a run that was killed goes on from there
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from sere.calibration.observation import Observer
 from sere.calibration.unfinished import Unfinished
 from sere.models.moe import MoELayer
-from sere.models.side_by_side import Shelf, side_by_side
+from sere.models.shelf import Shelf
+from sere.models.side_by_side import side_by_side
 from sere.models.skeleton import Skeleton
 from sere.similarity.sums import FOLDS
 
@@ -69,14 +71,16 @@ def read_until_stable(
 ) -> int:
     """The same with `FOLDS` batches at a time, until every layer would choose this share of its
     replacements again; how many batches that took. Weights are read once for each such group."""
-    shelf = Shelf(output, skeleton.model.device)
+    path = Path(output).resolve()
+    folder = tempfile.mkdtemp(prefix=f".{path.name}.layers-", dir=path.parent)
+    shelf = Shelf(folder, skeleton.model.device)
     try:
         for start in range(0, len(forwards), FOLDS):
             group = forwards[start : start + FOLDS]
 
             def step(batch: int, _unit: str, go: Callable[[], Any], start: int = start) -> Any:
                 begin(start + batch)
-                return shelf.keep(batch, go())
+                return shelf.keep(str(batch), go())
 
             side_by_side(
                 skeleton,

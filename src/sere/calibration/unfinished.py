@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from sere.files import lock, replaced
 from sere.maps import LayerMaps
+from sere.models.shelf import is_whole
 from sere.table import LayerStatistics
 
 _LOCK = "lock"
@@ -86,6 +88,13 @@ class Unfinished:
                     f"{theirs.get(name)!r} there, {mine!r} now); finish that one, or remove the "
                     "folder to start anew"
                 )
+        kept = [self._folder / name for name in state.get("files", ())]
+        kept += self._outputs(len(self.finished)).glob("*.pt")
+        if damaged := [path for path in kept if not is_whole(path)]:
+            print(
+                f"{damaged[0]} is damaged or missing: this calibration begins anew", file=sys.stderr
+            )
+            self.finished, self.K = [], 0
 
     def keep(self, batch: int, output: Any) -> Any:
         """Write what the layer under way gives out for a batch; return it, mapped from disk."""
@@ -113,7 +122,8 @@ class Unfinished:
                 torch.save(vars(maps), self._folder / f"maps-{index}.pt")
         self.finished.append(unit)
         self.K = K
-        state = {"settings": self._settings, "finished": self.finished, "K": K}
+        files = sorted(path.name for path in self._folder.glob("*.pt"))
+        state = {"settings": self._settings, "finished": self.finished, "K": K, "files": files}
         with replaced(self._folder / "progress.json") as temporary:
             temporary.write_text(json.dumps(state))
         shutil.rmtree(self._outputs(len(self.finished) - 1), ignore_errors=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,14 @@ class Pass:
     def K(self) -> int:
         """Experts per token, where an arm's table tells."""
         return self._arm.table.fingerprint.K if self._arm else 0
+
+    def state(self) -> list[dict[str, Any]]:
+        """What it has added up in the layers that it is through."""
+        return [asdict(own) for own in self._sums]
+
+    def resume(self, state: list[dict[str, Any]]) -> None:
+        """Go on from what `state` was at the end of a layer."""
+        self._sums = [Sums(**own) for own in state]
 
     @contextmanager
     def routed(self, layers: list[MoELayer]) -> Iterator[None]:

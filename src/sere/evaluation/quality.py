@@ -133,12 +133,13 @@ class Judge:
         for chunk, pieces in groupby(missing, key=lambda piece: piece[:2]):
             start, size = chunk
             passages = list(self.passages[start : start + size])
-            group = [Waiting(Pass(skeleton.model, self.layers, passages), keep)]
+            stocks = Pass(skeleton.model, self.layers, passages)
+            group = [Waiting(f"{self.first + start}+{size}", stocks, keep)]
             for piece in pieces:
                 own = self._pass(skeleton.model, piece)
-                group.append(Waiting(own, partial(add, piece, own)))
+                group.append(Waiting(self._key(piece), own, partial(add, piece, own)))
             work.append(group)
-        run_by_layer(skeleton, work, self.journal.path, self.title)
+        run_by_layer(skeleton, work, self.journal, self.title)
 
 
 # --- figures ------------------------------------------------------------------------------------

@@ -9,14 +9,10 @@ those of passes in memory, to the bit.
 from __future__ import annotations
 
 import contextvars
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 from greenlet import getcurrent, greenlet
 from tqdm import tqdm
 
@@ -91,32 +87,3 @@ def _pauses(skeleton: Skeleton, step: Step, until: str | None) -> Iterator[None]
     finally:
         for unit in skeleton.units.values():
             del unit.forward
-
-
-class Shelf:
-    """What passes hand from layer to layer, in files that are mapped into memory: a machine that
-    runs short of memory has it on disk already. On a GPU it stays there."""
-
-    def __init__(self, beside: str | Path, device: torch.device) -> None:
-        """beside: the files lie in a folder next to this path, until `clear`."""
-        path = Path(beside).resolve()
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.layers-", dir=path.parent))
-        self._device = device
-        self._turn = 0
-
-    def keep(self, key: int | str, output: Any) -> Any:
-        """The same, from its file; what was kept under this key before is gone from disk as soon as
-        nobody holds it."""
-        if self._device.type != "cpu":
-            return output
-        self._turn += 1
-        old = list(self._folder.glob(f"{key}.*.pt"))
-        path = self._folder / f"{key}.{self._turn}.pt"
-        torch.save(output, path)
-        mapped = torch.load(path, map_location=self._device, mmap=True, weights_only=True)
-        for each in old:
-            each.unlink()
-        return mapped
-
-    def clear(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)

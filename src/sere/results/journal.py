@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from sere.checkpoint import weight_hashes
-from sere.files import lock
+from sere.files import is_passing, lock
 from sere.table import Table
 
 
@@ -28,7 +28,11 @@ class JournalError(ValueError):
 
 
 class Journal:
-    """`with Journal(path, settings) as journal:`; removed when the work ends without an error."""
+    """`with Journal(path, settings) as journal:`; removed when the work ends without an error.
+
+    settings: what the pieces depend on. states: a folder beside it, for what has been begun of
+    pieces that are not finished.
+    """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         """settings: all that the pieces depend on, JSON-able.
@@ -37,9 +41,10 @@ class Journal:
         `OSError` if another run is at work on it.
         """
         self.path = Path(path)
+        self.states = Path(f"{path}.layers")
         self._resumes, self._done = True, True
         self._pieces: dict[str, Any] = {}
-        head = json.loads(json.dumps(settings))
+        self.settings = head = json.loads(json.dumps(settings))
         self._file = self._opened()
         try:
             lines = self._lines()
@@ -134,8 +139,9 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        begun = bool(self._pieces) or self.states.is_dir()
         done = kind is None and self._done
-        if done or not self._resumes or not self._pieces:
+        if done or not self._resumes or not begun or is_passing(self.path):
             self.path.unlink(missing_ok=True)
         self._file.close()
 

@@ -24,8 +24,8 @@ from sere.evaluation.evaluate import load
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge
 from sere.files import check_writable, locked, unfinished
-from sere.models.hub import located
 from sere.models.moe import MoELayer
+from sere.models.outline import fetched
 from sere.policy import STOCK, Policy
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
@@ -73,7 +73,7 @@ def run(
     _check_machine(bench, device)
     wanted = Budget.parse(budget)
     pictures.check_result(output, table_path, data, bench)
-    folder = located(model_name)
+    folder = fetched(model_name)
     table = _table(table_path, folder)
     model, layers = load(folder, stream)
     cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})
