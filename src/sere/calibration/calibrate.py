@@ -25,15 +25,16 @@ from sere.calibration.reading import (
 )
 from sere.calibration.saved import save
 from sere.checkpoint import Fingerprint, weight_hashes
+from sere.checkpoint.configured import configured
 from sere.checkpoint.names import experts_by_layer
 from sere.checkpoint.stored import stored_tensors
 from sere.demo_model.tasks import examples
 from sere.files import check_writable
 from sere.maps import beside, identity_of
 from sere.models.fit import check_stored
-from sere.models.hub import check_name, located
+from sere.models.hub import located
 from sere.models.loading import exceeds_memory, load_tokenizer
-from sere.models.outline import check_outline
+from sere.models.outline import check_described, fetched
 from sere.models.skeleton import load_skeleton
 from sere.policy import PolicyError
 from sere.similarity.measures import METHODS
@@ -77,11 +78,12 @@ def calibrate(
     _check_method(method)
     _check_maps(maps, method, stream, until_stable)
     if method in null_models.METHODS:
-        table = _without_text(model_name, located(model_name), method, seed, progress)
+        table = _without_text(model_name, fetched(model_name), method, seed, progress)
         save(table, None, Path(output))
         return table
-    texts = texts_of(named := _whole(demo_model.resolve(model_name), method), data, samples, seed)
-    folder = named if Path(named).is_dir() else _whole(located(named), method)
+    _check_model(named := demo_model.resolve(model_name), method)
+    texts = texts_of(named, data, samples, seed)
+    _check_weights(folder := located(named), method)
     corpus = Corpus.from_texts(
         texts,
         encoder(load_tokenizer(folder), length),
@@ -98,8 +100,7 @@ def calibrate(
         found = streamed(folder, corpus, method, batch, maps, output, progress)
     else:
         found = in_memory(folder, corpus, method, batch, until_stable, progress)
-    about = _about(corpus.first(len(found.sequences)), data, found)
-    table = _table(model_name, folder, found, method, about)
+    table = _table(model_name, folder, found, method, _about(corpus, data, found))
     save(table, found.maps, Path(output))
     found.clean_up()
     return table
@@ -132,15 +133,19 @@ def _check_method(method: str) -> None:
         raise CalibrationError(f"method {method!r}: expected one of {known}")
 
 
-def _whole(folder: str, method: str) -> str:
-    """The model's folder, looked through before any text is read; a download waits until it was."""
-    if Path(folder).is_dir():
-        check_name(folder)
-        check_stored(folder)
-        check_outline(folder)
-        if counts := experts_by_layer(stored_tensors(folder)).values():
-            check_experts(max(counts), method)  # a drafter behind the last layer may have fewer
-    return folder
+def _check_model(model: str, method: str) -> None:
+    """Look through all of it that is there before any text is read; weights that have to be
+    downloaded wait until it was."""
+    E, _ = configured(check_described(model))
+    check_experts(E or 0, method)
+    if Path(model).is_dir():
+        _check_weights(model, method)
+
+
+def _check_weights(folder: str, method: str) -> None:
+    check_stored(folder)
+    if counts := experts_by_layer(stored_tensors(folder)).values():
+        check_experts(max(counts), method)  # a drafter behind the last layer may have fewer
 
 
 def _check_maps(
@@ -195,7 +200,7 @@ def texts_of(folder: str, data: str | Path | None, samples: int, seed: int) -> S
 
 
 def _about(corpus: Corpus, data: str | Path | None, found: Found) -> dict[str, Any]:
-    about = corpus.about(data)
+    about = corpus.first(len(found.sequences)).about(data)
     if found.maps:
         rank = next(iter(found.maps.values())).R
         about["maps"] = {"rank": rank, "identity": identity_of(found.maps)}

@@ -17,9 +17,9 @@ from sere.evaluation.arms import Arm, parse_arm, spelt_out
 from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
 from sere.evaluation.quality import Judge, Sums, figures
 from sere.files import unfinished
-from sere.models.hub import located
 from sere.models.loading import exceeds_memory, load_model
 from sere.models.moe import MoELayer, moe_layers
+from sere.models.outline import fetched
 from sere.models.skeleton import load_skeleton
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
@@ -53,7 +53,7 @@ def run(
     policies = spelt_out(policies, table)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
-    folder = located(model_name)
+    folder = fetched(model_name)
     for own in {arm.table.fingerprint: arm.table for arm in arms}.values():
         own.check_made_for(folder)
     model, layers = load(folder, stream)

@@ -46,18 +46,31 @@ def check_stored(folder: str | Path) -> None:
                 f"({bare[0]} ...) and {why}, so that they would be taken for plain numbers. "
                 f"{_ORIGINAL}"
             )
-    path = Path(folder) / "config.json"
-    config = document(path) if path.is_file() else {}
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    by_kind = any(isinstance(part.get(name), list) for part in parts for name in NUMBERS_OF_EXPERTS)
+    parts, by_kind = _parts(folder)
     if not by_kind:  # ernie4_5_vl_moe: experts for text and for images, not in the same layers
         depth = max((part.get("num_hidden_layers") or 0 for part in parts), default=0)
         counts = experts_by_layer(tensors)  # drafters are numbered as layers behind the last
         check_even(folder, "experts", {i: n for i, n in counts.items() if i < depth or not depth})
+    check_configured(folder)
+
+
+def check_configured(folder: str | Path) -> None:
+    """Refuse what the model's config alone tells. Raises as `check_stored`."""
+    _check_method(folder, quantised.method(folder))
+    parts, by_kind = _parts(folder)
     for names, what in ((NUMBERS_OF_EXPERTS, "experts"), (PER_TOKEN, "experts per token")):
         for part in parts:
             if not (by_kind and what == "experts"):
                 check_even(folder, what, _by_layer(part, names))
+
+
+def _parts(folder: str | Path) -> tuple[list[dict[str, Any]], bool]:
+    """The config with those inside it; whether it counts experts of several kinds."""
+    path = Path(folder) / "config.json"
+    config = document(path) if path.is_file() else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    by_kind = any(isinstance(part.get(name), list) for part in parts for name in NUMBERS_OF_EXPERTS)
+    return parts, by_kind
 
 
 def _by_layer(config: dict[str, Any], names: Sequence[str]) -> dict[int, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sere import demo_model
 from sere.models.loading import LoadError
@@ -12,6 +14,7 @@ _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _UNUSED = ["consolidated*", "original/*"]
 _CONFIGS = ("config.json", "params.json")  # the second is Mistral's own
+_DESCRIBING = [*_CONFIGS, "*.index.json", "*quant*config.json"]
 _SECONDS = 5.0
 
 
@@ -24,7 +27,17 @@ def located(model: str) -> str:
     check_name(named)
     if folder.is_dir():
         return str(folder)
-    return _downloaded(model)
+    return _downloaded(model, _WANTED)
+
+
+def described(model: str) -> str:
+    """A folder with what `model` is configured as: its own, or, of one on the hub, its first files
+    alone, so that it can be refused before its weights are downloaded.
+
+    Raises `LoadError` as `located` does.
+    """
+    check_name(named := demo_model.resolve(model))
+    return named if Path(named).is_dir() else _downloaded(model, _DESCRIBING)
 
 
 def check_name(model: str) -> None:
@@ -45,7 +58,7 @@ def check_name(model: str) -> None:
         raise LoadError(f"{model}: no such folder")
 
 
-def _downloaded(name: str) -> str:
+def _downloaded(name: str, wanted: list[str]) -> str:
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     if (kept := _kept(name)) and constants.HF_HUB_OFFLINE:
@@ -56,8 +69,10 @@ def _downloaded(name: str) -> str:
             "is not asked"
         )
     try:
-        HfApi().model_info(name, timeout=_SECONDS)
-        return str(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNUSED))
+        _check_files(name, HfApi().model_info(name, timeout=_SECONDS).siblings or [])
+        return str(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_UNUSED))
+    except LoadError:
+        raise
     except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
         raise LoadError(
             f"{name}: no such folder, and the hub has no model of this name that may be read "
@@ -72,11 +87,21 @@ def _downloaded(name: str) -> str:
         ) from error
 
 
+def _check_files(name: str, files: Sequence[Any]) -> None:
+    names = [file.rfilename for file in files]
+    if names and not any(each.endswith(".safetensors") for each in names):
+        raise LoadError(
+            f"{name} has no weights in .safetensors on the hub: name the repository that it was "
+            "converted from, or a folder to which transformers' save_pretrained has written it"
+        )
+
+
 def _kept(name: str) -> str | None:
-    """What an earlier download left, if it is there."""
+    """What an earlier download left, if its weights are among it."""
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(name, local_files_only=True))
+        kept = str(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):
         return None
+    return kept if any(Path(kept).glob("*.safetensors")) else None

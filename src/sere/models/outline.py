@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from sere.models.fit import PER_TOKEN, check_even
+from sere.models.fit import PER_TOKEN, check_configured, check_even
+from sere.models.hub import described, located
 from sere.models.loading import config_of, model_class_of
 from sere.models.moe import UNIT, MoELayer, moe_layers
+
+
+def check_described(model: str) -> str:
+    """Refuse by its configuration alone what no table can be made of, before any text is read and
+    any weight is downloaded. The folder that the configuration is in.
+
+    Raises `LoadError` and `NoExpertsError`.
+    """
+    check_configured(folder := described(model))
+    check_outline(folder)
+    return folder
+
+
+def fetched(model: str) -> str:
+    """The model's folder, downloaded if need be, once its configuration has been looked through."""
+    check_described(model)
+    return located(model)
 
 
 def check_outline(folder: str) -> None:
