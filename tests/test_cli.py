@@ -234,6 +234,8 @@ def test_a_rho_that_cannot_be_meant(
         "route-us=inf",
         "seed=-1",
         "samples=0",
+        "bandwidth=1e308",
+        "length=99999999999",
     ],
 )
 def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
@@ -250,11 +252,12 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(
     "argv",
     [
         ["calibrate", "m", "--until-stable=90"],
+        ["calibrate", "m", f"--samples={'9' * 5000}"],
         ["bench", "m", "--rate=0"],
         ["bench", "m", "--skew=nan"],
         ["top", "u", "--interval=0"],
     ],
-    ids=lambda argv: argv[-1],
+    ids=lambda argv: argv[-1][:20],
 )
 def test_numbers_of_other_verbs_have_ranges_too(argv: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -305,7 +305,11 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="also check this model (folder, hub name, demo); or the URL of a running server",
     )
-    parser.add_argument("table", nargs="?", help="... and that this table fits and would be served")
+    parser.add_argument(
+        "table",
+        nargs="?",
+        help="... and that this table fits and would be served; or auto: that it can make its own",
+    )
     parser.add_argument(
         "--bench",
         metavar="FILE",
@@ -318,18 +322,24 @@ def _positive(text: str) -> int:
     return _whole(text, least=1)
 
 
+# What is larger counts or measures nothing, and overflows in the libraries that it is given to.
+_MOST = 2**32 - 1
+
+
 def _whole(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= {least}")
+    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]}: expected a whole number >= {least} (and < 2**32)"
+        )
     return int(text)
 
 
 def _above_0(text: str) -> float:
-    return _number(text, "a number > 0", lambda value: 0 < value < math.inf)
+    return _number(text, "a number > 0 (and < 2**32)", lambda value: 0 < value <= _MOST)
 
 
 def _at_least_0(text: str) -> float:
-    return _number(text, "a number >= 0", lambda value: 0 <= value < math.inf)
+    return _number(text, "a number >= 0 (and < 2**32)", lambda value: 0 <= value <= _MOST)
 
 
 def _share(text: str) -> float:

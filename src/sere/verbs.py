@@ -212,9 +212,18 @@ def report(folder: str, output: str) -> None:
     from sere.page import render
 
     shown, unknown = render.write(folder, output)
-    for name, reason in unknown.items():
-        print(f"not shown: {name}: {reason}", file=sys.stderr)
+    for reason, names in _by_reason(unknown).items():
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"not shown: {', '.join(names[:3])}{others}: {reason}", file=sys.stderr)
     print(f"{output}: {', '.join(f'{one.name} ({one.kind})' for one in shown)}")
+
+
+def _by_reason(unknown: dict[str, str]) -> dict[str, list[str]]:
+    """A folder with code in it has dozens of files that are no results."""
+    found: dict[str, list[str]] = {}
+    for name, reason in unknown.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def bench(

@@ -45,7 +45,7 @@ from sere.serving.contract_front_end import LAST, RUST
 from sere.serving.may_start import check_config
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
-from sere.serving.refusal import ServingError, say_plainly
+from sere.serving.refusal import ServingError, debugging, say_plainly
 from sere.serving.remote import refusing_once
 from sere.serving.session import open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
@@ -62,7 +62,8 @@ def admit(config: Any) -> None:
         _admit(config)
     except (ServingError, PolicyError, TableError) as error:
         say_plainly()
-        raise ServingError(str(error)) from error  # a ValueError would come wrapped by pydantic
+        # a ValueError would come wrapped by pydantic
+        raise ServingError(str(error)) from (error if debugging() else None)
 
 
 def _admit(config: Any) -> None:
