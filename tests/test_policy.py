@@ -99,7 +99,7 @@ def test_nonsense_is_refused_with_the_remedy(settings: dict[str, Any], complaint
         Policy.from_dict(settings)
 
 
-@pytest.mark.parametrize("text", ["{S: 2}", "[1]", '"S"', ""])
+@pytest.mark.parametrize("text", ["{S: 2}", "[1]", '"S"', "", '{"S": 1, "S": 2}'])
 def test_json_that_holds_no_policy_is_refused(text: str) -> None:
     with pytest.raises(PolicyError, match="policy"):
         Policy.from_json(text)

@@ -25,6 +25,16 @@ def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str
             raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads` as object_pairs_hook: it would take the last of two like keys in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PolicyError(f"{twice!r} is given twice: leave one of them out")
+    return found
+
+
 def is_index(key: Any) -> bool:
     """Whether a key, a string in JSON, is a whole number that could count anything."""
     return str(key).isdecimal() and len(str(key)) < 10

@@ -23,6 +23,7 @@ from sere.checks import (
     check_tau,
     checked_rho,
     is_index,
+    once_each,
 )
 from sere.checks import (
     check_keys as check_keys,
@@ -338,10 +339,9 @@ def in_words(policy: Policy | None) -> str:
 
 
 def settings_from_json(text: str) -> Mapping[str, Any]:
-    """What a policy's JSON text holds, its keys and values unchecked; `PolicyError` if it is no
-    JSON object."""
+    """What a policy's JSON text holds, unchecked; `PolicyError` if it is no JSON object."""
     try:
-        settings = json.loads(text)
+        settings = json.loads(text, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f'policy {text[:200]!r}: not JSON such as {{"S": 2}} ({error})') from None
     if not isinstance(settings, Mapping):

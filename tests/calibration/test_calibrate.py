@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sere.calibration.reading
 from sere.calibration.calibrate import CalibrationError, calibrate
 from sere.calibration.observation import Observer, UnfitError
+from sere.calibration.reading import in_memory
 from sere.checkpoint import weight_hashes
 from sere.models.loading import LoadError, load_model, load_tokenizer
 from sere.models.moe import MoELayer, NoExpertsError, moe_layers, observed
 from sere.policy import Policy
 from sere.similarity.sums import FOLDS
 from sere.table import Table
-from sere.text.corpus import CorpusError, read_texts
+from sere.text.corpus import Corpus, CorpusError, read_texts
 from tests.conftest import LAYERS, E, K, enlarge_experts, save_tokenizer
 
 STATISTICS = ("similarity", "load", "gram", "cosine", "directed", "directed_energy")
@@ -436,3 +437,9 @@ def test_layers_with_different_k_are_no_table(
     monkeypatch.setattr("sere.calibration.calibrate.check_outline", lambda _: None)
     with pytest.raises(UnfitError, match=r"layers\.1.* routes a token to . experts, layers before"):
         run(folder, corpus_file, output)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model_dir: Path) -> None:
+    corpus = Corpus([[1, 10**6]], "text", 2, 0)
+    with pytest.raises(LoadError, match="the tokenizer gives token 1000000, where the model has"):
+        in_memory(str(model_dir), corpus, "frobenius", 1, None, False)

@@ -132,14 +132,15 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_the_configuration_is_enough_to_refuse_a_model_of_the_hub(tmp_path: Path) -> None:
-    """Before the text is read, which is not there, and before a weight is asked for."""
+    """Before the text is read, which is none, and before a weight is asked for."""
+    (text := tmp_path / "text.jsonl").write_text("no JSON")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = f"""
 from sere.calibration.calibrate import calibrate
 for name in {list(ON_THE_HUB)}:
     try:
-        calibrate(f"org/{{name}}", {str(tmp_path / "t")!r}, data="/no/such/text.jsonl")
+        calibrate(f"org/{{name}}", {str(tmp_path / "t")!r}, data={str(text)!r})
     except Exception as error:
         print(name, type(error).__name__, error, sep="|")
 """

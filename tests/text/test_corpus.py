@@ -214,6 +214,10 @@ def test_rows_of_a_parquet_file(tmp_path: Path) -> None:
     assert read_texts(tmp_path / "a.parquet") == ["a", "b"]
 
 
+SPOILT = gzip.compress(b'"one"\n' * 99, mtime=0)
+SPOILT = SPOILT[:10] + b"\x07" * 9 + SPOILT[19:]  # within what is packed, not in the header
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -224,6 +228,7 @@ def test_rows_of_a_parquet_file(tmp_path: Path) -> None:
         ("a.txt", b"one\n\ncaf\xe9", r"a\.txt:3: not UTF-8"),
         ("a.jsonl", "{}".encode("utf-16"), r"a\.jsonl: UTF-16 text: save it as UTF-8"),
         ("a.jsonl.gz", b"\x1f\x8b torn", r"a\.jsonl\.gz: a torn or foreign gzip file"),
+        ("b.jsonl.gz", SPOILT, r"b\.jsonl\.gz: a torn or foreign gzip file"),
         ("a.csv", b"text\nhello\n", r"a\.csv: expected one of .*\.jsonl.*\.parquet, not '\.csv'"),
         ("a", b"text", r"a: expected one of .*, not ''"),
         ("a.json", b'[{"text": "a"}', r"a\.json: not JSON"),

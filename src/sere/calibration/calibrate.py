@@ -40,6 +40,7 @@ from sere.policy import PolicyError
 from sere.similarity.measures import METHODS
 from sere.table import FILE_NAME, LayerStatistics, Table, stored_policy
 from sere.text.corpus import Corpus, Text, encoder, read_texts
+from sere.text.records import kind_of
 
 DEMO_TEXT = "the demo model's own task generator"
 
@@ -81,7 +82,7 @@ def calibrate(
         table = _without_text(model_name, fetched(model_name), method, seed, progress)
         save(table, None, Path(output))
         return table
-    _check_model(named := demo_model.resolve(model_name), method)
+    _check_model(named := demo_model.resolve(model_name), data, method)
     texts = texts_of(named, data, samples, seed)
     _check_weights(folder := located(named), method)
     corpus = Corpus.from_texts(
@@ -133,9 +134,10 @@ def _check_method(method: str) -> None:
         raise CalibrationError(f"method {method!r}: expected one of {known}")
 
 
-def _check_model(model: str, method: str) -> None:
+def _check_model(model: str, data: str | Path | None, method: str) -> None:
     """Look through all of it that is there before any text is read; weights that have to be
     downloaded wait until it was."""
+    _check_data(model, data)
     E, _ = configured(check_described(model))
     check_experts(E or 0, method)
     if Path(model).is_dir():
@@ -187,14 +189,21 @@ def _check_untuned(output: str | Path) -> None:
         )
 
 
-def texts_of(folder: str, data: str | Path | None, samples: int, seed: int) -> Sequence[Text]:
-    """Those of a file, or of the demo model's own task."""
+def _check_data(folder: str, data: str | Path | None) -> None:
+    """Whether there is such text, which is not read yet."""
     if data is not None:
-        return read_texts(data)
-    if folder != str(demo_model.PATH):
+        kind_of(data)
+    elif folder != str(demo_model.PATH):
         raise CalibrationError(
             "--data FILE is needed: only the bundled demo model has texts of its own"
         )
+
+
+def texts_of(folder: str, data: str | Path | None, samples: int, seed: int) -> Sequence[Text]:
+    """Those of a file, or of the demo model's own task."""
+    _check_data(folder, data)
+    if data is not None:
+        return read_texts(data)
     drawn = examples(samples, seed=seed, split="train")
     return [example.prompt + example.answer for example in drawn]
 

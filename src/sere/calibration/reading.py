@@ -20,6 +20,7 @@ from sere.calibration.stream import read_by_layer, read_until_stable
 from sere.calibration.unfinished import Unfinished
 from sere.files import unfinished
 from sere.maps import LayerMaps
+from sere.models.fit import check_vocabulary
 from sere.models.loading import load_model
 from sere.models.moe import MoELayer, moe_layers, observed
 from sere.models.outlay import outlay
@@ -195,6 +196,7 @@ def _padded(sequences: list[list[int]], model: Any) -> dict[str, Tensor]:
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),
     }
+    check_vocabulary(model, int(inputs["input_ids"].max()))
     if model.config.is_encoder_decoder:
         inputs |= {f"decoder_{name}": value for name, value in inputs.items()}
     return inputs

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sere.evaluation.routers import RouterOutput as RouterOutput
 from sere.evaluation.routers import router_logits as router_logits
 from sere.models.adapters import Changed
+from sere.models.fit import check_vocabulary
 from sere.models.moe import MoELayer, routed
 
 
@@ -72,6 +73,7 @@ class Reading:
         No other row meets the output matrix: at 150,000 tokens a row's logits are 0.6 MB.
         """
         device = next(model.parameters()).device
+        check_vocabulary(model, int(self.ids.max()))
         given: list[Tensor] = []
 
         def narrow(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor] | None:

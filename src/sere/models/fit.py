@@ -113,6 +113,18 @@ def _check_method(folder: str | Path, method: str) -> None:
         )
 
 
+def check_vocabulary(model: Any, token: int) -> None:
+    """Raise `LoadError` for a token that the model has no row for: torch would name an index."""
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # some keep them elsewhere
+        return
+    if rows is not None and token >= rows:
+        raise LoadError(
+            f"the tokenizer gives token {token}, where the model has {rows}: is it another model's?"
+        )
+
+
 def refuse_unset(folder: str, unset: set[str]) -> None:
     """Raise `LoadError` if the checkpoint left these weights unset."""
     if unset:

@@ -56,7 +56,13 @@ class Shelf:
             return output
         path = self._path(name)
         held = {"of": self._of, "name": name, "done": done, "state": state, "output": output}
-        torch.save(held, temporary := path.with_suffix(".tmp"))
+        try:
+            torch.save(held, temporary := path.with_suffix(".tmp"))
+        except RuntimeError as error:  # of a full disk, whose name torch does not tell
+            raise OSError(
+                f"{self._folder}: hidden states cannot be written ({str(error).splitlines()[0]}): "
+                "make room there, or choose an output on another disk"
+            ) from error
         temporary.replace(path)
         return output if self._device.type != "cpu" else self.output(name)
 

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from sere.checks import once_each
 from sere.policy import Policy, PolicyError, in_words
 from sere.serving.admin_key import admin_key, opens
 from sere.serving.asking import given
@@ -134,7 +135,7 @@ async def _body(receive: Any) -> bytes:
 def _asked(body: bytes) -> Any:
     expected = 'expected {"policy": null}, {"policy": "start"} or {"policy": {"S": 1}}'
     try:
-        asked = json.loads(body)
+        asked = json.loads(body, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"not JSON ({error}): {expected}") from None
     if not isinstance(asked, Mapping) or set(asked) != {"policy"}:

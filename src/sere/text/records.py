@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,25 +59,34 @@ def records(path: str | Path) -> Iterator[Record]:
 
     Raises `CorpusError` for what is no such file.
     """
+    path, (kind, packed) = Path(path), kind_of(path)
+    if kind == ".parquet":
+        return _rows(path)
+    reader = {".jsonl": _lines, ".json": _array}.get(kind, _paragraphs)
+    return reader(path, _bytes_of(path, packed))
+
+
+def kind_of(path: str | Path) -> tuple[str, bool]:
+    """A file of text's ending, and whether it is packed (.gz), told without reading it.
+
+    Raises `CorpusError` for what is no such file.
+    """
     path = Path(path)
     if not path.is_file():
         what = "a folder: name a file in it" if path.is_dir() else "no such file"
         raise CorpusError(f"{path}: {what}")
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = suffixes[-1:] == [".gz"]
-    kind = (suffixes[:-1] if packed else suffixes)[-1:]
-    if kind == [".parquet"] and not packed:
-        return _rows(path)
-    if kind not in ([".txt"], [".md"], [".jsonl"], [".json"]):
+    kind = "".join((suffixes[:-1] if packed else suffixes)[-1:])
+    if kind not in (".txt", ".md", ".jsonl", ".json") and (packed or kind != ".parquet"):
         raise CorpusError(f"{path}: expected one of {_SUFFIXES}, not {''.join(suffixes)!r}")
-    reader = {".jsonl": _lines, ".json": _array}.get(kind[0], _paragraphs)
-    return reader(path, _bytes_of(path, packed))
+    return kind, packed
 
 
 def _bytes_of(path: Path, packed: bool) -> bytes:
     try:
         data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorpusError(f"{path}: a torn or foreign gzip file ({error})") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise CorpusError(f"{path}: UTF-16 text: save it as UTF-8")
