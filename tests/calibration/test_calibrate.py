@@ -434,7 +434,7 @@ def test_layers_with_different_k_are_no_table(
         with pytest.raises(LoadError, match=r"experts per token .layer 0: 2, layer 1: 1. are not"):
             run(folder, tmp_path / "none.jsonl", output)
         return
-    monkeypatch.setattr("sere.calibration.calibrate.check_outline", lambda _: None)
+    monkeypatch.setattr("sere.models.outline.check_outline", lambda _: None)
     with pytest.raises(UnfitError, match=r"layers\.1.* routes a token to . experts, layers before"):
         run(folder, corpus_file, output)
 

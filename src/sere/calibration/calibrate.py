@@ -137,7 +137,8 @@ def _check_method(method: str) -> None:
 def _check_model(model: str, data: str | Path | None, method: str) -> None:
     """Look through all of it that is there before any text is read; weights that have to be
     downloaded wait until it was."""
-    _check_data(model, data)
+    if not Path(model).is_dir():  # before the hub is asked
+        _check_data(model, data)
     E, _ = configured(check_described(model))
     check_experts(E or 0, method)
     if Path(model).is_dir():
