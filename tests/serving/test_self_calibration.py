@@ -19,6 +19,7 @@ from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
 from sere.models.loading import load_tokenizer
 from sere.policy import Policy
+from sere.serving.metrics import families
 from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
 from sere.serving.settings import Settings
@@ -223,6 +224,17 @@ def test_an_engine_is_stock_until_it_knows_its_traffic_and_then_goes_live(runs: 
     assert set(before["observed"].values()) == {0} and len(before["observed"]) == 3
     assert set(after["observed"].values()) == set(moved["observed"].values()) == {tokens}
     assert all(layer["slots_rerouted"] > 0 for layer in moved["layers"].values())
+    # As it travels between processes, where keys are numbers.
+    numbered = {
+        part: {int(index): figures for index, figures in after[part].items()}
+        for part in ("layers", "observed", "shadow")
+    }
+    (exported,) = (
+        family
+        for family in families({0: [{**after, **numbered}]}, up=True)
+        if family.name == "sere_observed_rows"
+    )
+    assert [sample.value for sample in exported.samples] == [tokens] * 3
     said = "\n".join(runs.said["traffic"])
     assert f"LIVE from now on with the table of {tokens} rows of traffic" in said
 
