@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sere.policy import STOCK, Policy, PolicyError
+from sere.results.names import check_names
 
 FULL: dict[str, Any] = {
     "S": 1,
@@ -85,6 +86,7 @@ def test_round_trip_keeps_every_field() -> None:
         ({"max_active": 8, "layers": {3: {"min_active": 9}}}, "exceeds max_active"),
         ({"batches": [8]}, r"batches=\[8\]"),
         ({"batches": {0: {"S": 1}}}, "0 is not a number of rows"),
+        ({"batches": {"08": None}}, "'08' is not a number of rows"),
         ({"batches": {8: 1}}, r"batches\[8\]=1: expected settings"),
         ({"batches": {8: {"rho": 0.5}}}, r"batches\[8\]: unknown key 'rho'"),
         ({"batches": {8: {"tau": 0.1}}}, "give the policy a tau"),
@@ -103,6 +105,12 @@ def test_nonsense_is_refused_with_the_remedy(settings: dict[str, Any], complaint
 def test_json_that_holds_no_policy_is_refused(text: str) -> None:
     with pytest.raises(PolicyError, match="policy"):
         Policy.from_json(text)
+
+
+@pytest.mark.parametrize("name", [5, "two\nlines"])
+def test_a_name_is_a_line_of_text(name: Any) -> None:
+    with pytest.raises(PolicyError, match="expected a line of text"):
+        check_names(["stock", name])
 
 
 def test_a_layer_takes_its_overrides_and_the_rest_from_the_policy() -> None:

@@ -36,8 +36,10 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_index(key: Any) -> bool:
-    """Whether a key, a string in JSON, is a whole number that could count anything."""
-    return str(key).isdecimal() and len(str(key)) < 10
+    """Whether a key, a string in JSON, is a whole number that could count anything, in its only
+    spelling: two would be one number."""
+    text = str(key)
+    return text.isdecimal() and len(text) < 10 and text == str(int(text))
 
 
 def check_count(name: str, value: Any, *, optional: bool, least: int = 1) -> None:

@@ -87,6 +87,8 @@ ON_THE_HUB: dict[str, tuple[dict[str, Any], str]] = {
         "different numbers of experts ",
     ),
     "one-expert": ({**QWEN, "num_experts": 1, "num_experts_per_tok": 1}, "one expert per layer"),
+    "no-k": ({**QWEN, "num_experts_per_tok": 0}, "has 0 experts per token of 8"),
+    "large-k": ({**QWEN, "num_experts_per_tok": 9}, "has 9 experts per token of 8"),
     "gptq": (
         {**QWEN, "quantization_config": {"quant_method": "gptq", "bits": 4}},
         "gptq experts cannot be turned back",

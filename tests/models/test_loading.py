@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sere.calibration.calibrate import calibrate
-from sere.models.loading import LoadError, load_model
+from sere.models.loading import LoadError, load_model, load_tokenizer
 from sere.models.moe import moe_layers
 from sere.table import Table
 from tests.conftest import enlarge_experts, save_tokenizer
@@ -267,3 +267,19 @@ def test_formats_that_would_leave_experts_random_are_refused(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadError, match=f"{method} experts cannot .*supported: fp8.*original"):
         load_model(str(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_told_from_a_text_without_tokens(tmp_path: Path) -> None:
+    """transformers makes an empty one."""
+    with pytest.raises(LoadError, match="has no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_wrong_configuration_is_not_blamed_on_the_tokenizer(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "typed"))
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": "2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"its config\.json cannot be loaded"):
+        load_tokenizer(str(folder))

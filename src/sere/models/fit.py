@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sere.checkpoint import quantised
-from sere.checkpoint.configured import EXPERTS_PER_TOKEN, NUMBERS_OF_EXPERTS
-from sere.checkpoint.names import experts_by_layer
+from sere.checkpoint.configured import EXPERTS_PER_TOKEN, NUMBERS_OF_EXPERTS, configured
+from sere.checkpoint.names import experts_by_layer, is_expert_weight
 from sere.checkpoint.stored import document, stored_tensors
 
 # How much larger a checkpoint is once its weights are bf16. Others are refused.
@@ -37,6 +37,11 @@ def check_stored(folder: str | Path) -> None:
     """
     tensors, how = stored_tensors(folder), quantised.method(folder)
     _check_method(folder, how)
+    if any(t.dtype == "F64" and is_expert_weight(name) for name, t in tensors.items()):
+        raise LoadError(
+            f"{folder}: its experts are stored in float64, which transformers does not compute "
+            "their products in: convert them to bfloat16 or float32"
+        )
     if packed := quantised.packed_experts(tensors):
         bare = packed if not how else quantised.without_scale(tensors)
         if bare:
@@ -57,6 +62,9 @@ def check_stored(folder: str | Path) -> None:
 def check_configured(folder: str | Path) -> None:
     """Refuse what the model's config alone tells. Raises as `check_stored`."""
     _check_method(folder, quantised.method(folder))
+    E, K = configured(folder)
+    if E and K is not None and not 1 <= K <= E:
+        raise LoadError(f"{folder}: its config.json has {K} experts per token of {E}: mend it")
     parts, by_kind = _parts(folder)
     for names, what in ((NUMBERS_OF_EXPERTS, "experts"), (PER_TOKEN, "experts per token")):
         for part in parts:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Models whose parts are models of their own, and the one that decodes text.
 _TEXT_PART = {"Qwen3OmniMoeForConditionalGeneration": "Qwen3OmniMoeThinkerForConditionalGeneration"}
+_TOKENIZERS = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges*", "tekken*", "*.spm")
 # Of the free memory that a model may fill, for its activations need some as well.
 _SHARE = 0.8
 
@@ -32,10 +33,24 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
     from transformers import AutoTokenizer
 
+    if not any(path for kind in _TOKENIZERS for path in Path(folder).glob(kind)):
+        raise LoadError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}): bring its files")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises nothing more precise
-        raise LoadError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+        what = "tokenizer" if _has_config(folder) else "config.json"
+        raise LoadError(f"{folder}: its {what} cannot be loaded: {error}") from error
+
+
+def _has_config(folder: str) -> bool:
+    """Whether it is not the configuration that keeps a tokenizer from being loaded."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception:
+        return False
+    return True
 
 
 def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:

@@ -8,7 +8,11 @@ from sere.policy import PolicyError
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise `PolicyError` if two arms have one name: all that is measured goes by it."""
+    """Raise `PolicyError` if a name is no word, or two arms have one: all that is measured goes by
+    it."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable():
+            raise PolicyError(f'name={name!r}: expected a line of text, as in {{"name": "mine"}}')
     if twice := [name for name in names if names.count(name) > 1]:
         raise PolicyError(
             f'two policies are called {twice[0]!r}: name one of them, {{"name": "mine", ...}}'

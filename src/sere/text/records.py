@@ -73,7 +73,8 @@ def kind_of(path: str | Path) -> tuple[str, bool]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "a folder: name a file in it" if path.is_dir() else "no such file"
+        there = "a folder: name a file in it" if path.is_dir() else "no regular file: name one"
+        what = there if path.exists() else "no such file"
         raise CorpusError(f"{path}: {what}")
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     packed = suffixes[-1:] == [".gz"]
