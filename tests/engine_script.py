@@ -78,7 +78,8 @@ class Steps:
         for vLLM's `SamplingParams`. Of each: prompt (ids), cached (tokens that were found in the
         cache), answers (token ids and logprobs, as `generate` has them).
 
-        after: [ask, request, answer] of which this is the next turn, counted from 0.
+        after: [ask, request, answer] of which this is the next turn, counted from 0. like: [ask,
+        request] whose prompt it has.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
@@ -86,6 +87,9 @@ class Steps:
         prompts, sampling = [], []
         for request in requests:
             more = dict(request)
+            if "like" in more:
+                which, turn = more.pop("like")
+                more["prompt"] = self.asked[which][turn]["prompt"]
             ids = self._prompt(more.pop("prompt"), more.pop("after", None))
             prompts.append({"prompt_token_ids": ids})
             tier, regex = more.pop("tier", None), more.pop("regex", None)

@@ -35,6 +35,7 @@ TIERS: list[list[Any]] = [
     ["exact", None, "exact", None],
 ]
 S1 = {"S": 1, "min_active": 1}  # also where a request is alone
+POOL = {**S1, "pool": 0.375}
 SWITCHES = {"2": {"S": 2}, "3": None}
 CHATS = [
     [[SYSTEM * (turn == 0) + SAID[9 + 4 * chat + turn], tiers[turn]] for turn in range(4)]
@@ -66,6 +67,15 @@ SESSIONS = [
     [[SYSTEM + SAID[i], "exact"], [SAID[i + 1], None], [SAID[i + 2], "exact"], [SAID[i + 3], None]]
     for i in range(4)
 ]
+# The same, of turns that are independent from the second on (the other two sessions stay fast), and
+# each of those turns as one request beside others.
+OWN = [
+    [[SYSTEM + SAID[i], None], *([SAID[i + n], "independent" if i < 2 else None] for n in (1, 2))]
+    for i in range(4)
+]
+OWN_AT_ONCE = [
+    {"like": [8, turn], "tier": "independent", "max_tokens": TOKENS} for turn in (4, 5, 8, 9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,7 @@ def served(table_path: Path, alone: Starting) -> dict[str, Any]:
     vLLM finds the plug-in by its entry point."""
     nexts = [{**TURN, **more, "after": [4, 0, i]} for i, more in enumerate(NEXT.values())]
     steps: dict[str, list[Any]] = {
+        "first": ["rpc", "sere_policy", S1],
         "chats": ["chat", CHATS, TOKENS, SWITCHES],  # the first four asked
         "told": ["rpc", "sere_telemetry"],
         "on": ["rpc", "sere_policy", S1],
@@ -89,13 +100,17 @@ def served(table_path: Path, alone: Starting) -> dict[str, Any]:
         "crowd": ["ask", CROWD],
         "preempted": ["counted", "vllm:num_preemptions"],
         "session": ["sessions", SESSIONS, TOKENS],
+        "pool": ["rpc", "sere_policy", POOL],
+        "own": ["sessions", OWN, TOKENS],
+        "own, at once": ["ask", [*OWN_AT_ONCE, {**TURN, "tier": "fast"}]],
+        "on again": ["rpc", "sere_policy", S1],
         "behind": ["ask", [{**TURN, "after": [7, 12 + i, 0]} for i in range(4)]],
         "all rows": ["failing", "rpc", "sere_policy", {"S": 1, "rows": "all"}],
         "alive": ["ask", [TURN]],
     }
     options = {**OPTIONS, "enable_prefix_caching": True}
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    sere = {"table": str(table_path), **S1}
+    sere = {"table": str(table_path), **POOL}
     answers = run_engine(list(steps.values()), sere=sere, options=options, env=env)
     return dict(zip(steps, answers, strict=True))
 
@@ -212,6 +227,14 @@ def test_a_session_is_stock_as_soon_as_it_is_exact(
     assert all(same[:4] + same[8:12]) and not any(same[4:8])
     for found, alone in zip(served["behind"], stock["behind"], strict=True):
         assert found["answers"] == alone["answers"]
+
+
+def test_a_session_is_its_own_as_soon_as_it_is_independent(served: dict[str, Any]) -> None:
+    """As the whole in one request beside others would be: nothing is left of its fast turns."""
+    turns = [served["own"][turn] for turn in (4, 5, 8, 9)]
+    for turn, whole in zip(turns, served["own, at once"], strict=False):
+        assert turn["prompt"] == whole["prompt"]
+        assert turn["answers"] == whole["answers"]
 
 
 def test_a_live_engine_refuses_to_reroute_prompts(served: dict[str, Any]) -> None:

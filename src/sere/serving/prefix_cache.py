@@ -244,18 +244,24 @@ def _continuing(original: Callable[..., None]) -> Callable[..., None]:
             return
         exact = prefixes.is_exact(update.sampling_params)
         alone = prefixes.is_independent(update.sampling_params)
-        if not exact and not keyed:
-            first = session.num_computed_tokens // scheduler.hash_block_size
-            prefixes.key(session, first, alone=alone)
+        plain = keyed.plain if keyed else session._block_hasher
+        if not (exact or alone or keyed):
+            prefixes.key(session, session.num_computed_tokens // scheduler.hash_block_size)
         original(scheduler, session, update)
-        if exact and keyed:
-            _start_over(scheduler, session, keyed.plain)
+        # All that was said is a prompt by now, and is computed as one: what another tier decoded
+        # depends on that tier's company, and a preemption would compute it as a prompt, too.
+        if (exact and keyed) or (alone and (keyed or prefixes.all_rows)):
+            _start_over(scheduler, session, plain)
+        if alone:
+            first = 0 if prefixes.all_rows else len(session.block_hashes)
+            prefixes.key(session, first, alone=True)
 
     return _update_request_as_session
 
 
 def _start_over(scheduler: Any, session: Any, plain: Hasher) -> None:
-    """Compute all of a session again that was fast and is to be exact, as after a preemption."""
+    """Compute all of a session again that is to depend on its company no more, as a preemption
+    would."""
     if scheduler.aux_output_connector is not None:
         scheduler.aux_output_connector.request_finished(session)
     scheduler._free_request_blocks(session)
