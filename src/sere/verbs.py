@@ -14,7 +14,7 @@ def calibrate(
 ) -> None:
     """`sere calibrate MODEL --data FILE -o TABLE [--engine vllm [-- ENGINE ARGUMENTS]]`."""
     from sere.calibration.calibrate import calibrate as run
-    from sere.calibration.inspect import too_little_text
+    from sere.similarity.enough import first_with_too_little
 
     model = flags.pop("model")
     if engine:
@@ -29,10 +29,8 @@ def calibrate(
         f"{output}: {len(table.layers)} layers, E={table.fingerprint.E}, "
         f"K={table.fingerprint.K}, {table.provenance['tokens']} tokens, {table.method}"
     )
-    for index, layer in table.layers.items():
-        if reason := too_little_text(layer):
-            print(f"layer {index} (`sere inspect` has all): {reason}", file=sys.stderr)
-            break
+    if reason := first_with_too_little(table.layers):
+        print(reason, file=sys.stderr)
 
 
 def inspect(table: str, rho: float, plot: str | None, compare: str | None, json: bool) -> None:

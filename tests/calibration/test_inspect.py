@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.calibration.inspect import as_text, plot, report, serve_line, too_little_text
+from sere.calibration.inspect import as_text, plot, report, serve_line
 from sere.cli import main
 from sere.policy import Policy
+from sere.similarity.enough import too_little_text
 from sere.table import LayerStatistics, Table
 
 E = 8

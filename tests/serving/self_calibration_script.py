@@ -2,7 +2,8 @@
 longer than they do: read a list of jobs as JSON, write each engine's table.
 
 A job holds `options` for `vllm.LLM` and `output`, the file to write; with `prompts` (token ids) the
-engine is asked for answers before, until it has made a table of them. Printed behind RESULT: of
+engine is asked for answers before, until it has made a table of them; with `policy` it finds what
+an earlier one has kept in another cache, with that policy stored in it. Printed behind RESULT: of
 each what sere said, and the error if it was refused; behind ANSWERED what `answered` gives.
 """
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,17 @@ def table_of(options: dict[str, Any], prompts: list[list[int]]) -> bytes:
         del llm
         gc.collect()
     return bytes(data)
+
+
+def store(policy: dict[str, Any], table: Path, cache: Path) -> None:
+    """As `sere tune` would, in a copy."""
+    from sere.policy import Policy
+    from sere.table import Table
+
+    cache.mkdir()
+    tuned = replace(Table.load(table), policy=Policy.from_dict(policy))
+    tuned.save(cache / table.name)
+    os.environ["SERE_CACHE"] = str(cache)
 
 
 def answered(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -71,6 +85,9 @@ def main() -> None:
     for job in json.load(sys.stdin):
         told.append([])
         try:
+            if "policy" in job:
+                (found,) = Path(os.environ["SERE_CACHE"]).glob("qwen3_moe-*.table")
+                store(job["policy"], found, Path(job["output"]).with_suffix(".cache"))
             Path(job["output"]).write_bytes(table_of(job["options"], job.get("prompts", [])))
         except Exception as error:
             told[-1].append(f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ import torch
 from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
 from sere.models.loading import load_tokenizer
-from sere.policy import Policy
+from sere.policy import Policy, in_words
 from sere.serving.metrics import families
 from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
@@ -64,6 +64,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 LAYERS = {"qwen3_moe": (0, 1, 2), "qwen2_moe": (0, 1, 2), "glm4_moe": (1, 2)}
+
+
+TUNED = {"S": 1, "tau": 0.3, "min_active": 1, "batches": {"4": {"S": 1, "tau": 0.1}}}
 
 
 def checkpoint(family: str, folder: Path) -> Path:
@@ -122,6 +125,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     nothing = {"data": str(folder / "nothing.jsonl"), "otherwise": "stock", "cache": False}
     jobs["stock"] = job("stock", models["qwen3_moe"], **nothing)
     jobs["traffic"] = watching(job("traffic", models["qwen2_moe"]), corpus_file)
+    jobs["tuned"] = {**job("tuned", models["qwen3_moe"]), "policy": TUNED}
     kill_in_the_middle(jobs["first"]["options"], folder / "cache")
     found = subprocess.run(
         [sys.executable, script.__file__],
@@ -262,6 +266,16 @@ def test_an_engine_that_was_killed_at_work_leaves_its_table_to_the_next(runs: Ru
     files = sorted(path.suffix for path in (runs.folder / "cache").glob("qwen3_moe-*"))
     assert files == [".lock", ".table"]
     assert not list((runs.folder / "cache").glob(".*"))  # nor a file that is half written
+
+
+@pytest.mark.modes
+def test_a_later_start_takes_what_was_tuned_meanwhile(runs: Runs) -> None:
+    first, tuned = ("\n".join(runs.said[start]) for start in ("first", "tuned"))
+    assert "S=1 tau=0.02, table made by the engine" in first  # a row has two experts
+    chosen = in_words(Policy.from_dict(TUNED))
+    assert f"the policy is the choice of `sere tune`: {chosen}" in tuned
+    assert f"{chosen}, table made by the engine" in tuned
+    assert "made from too little text" in first and "made from too little text" in tuned
 
 
 @pytest.mark.modes

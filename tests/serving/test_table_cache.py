@@ -78,6 +78,8 @@ def test_engines_share_a_table_only_if_all_is_equal(entry: Entry, table: Table) 
     assert entry.others() == []
     changed = Entry.of("/models/mine", other_K, one)
     assert changed.others() == [entry.path]  # so that a changed checkpoint can be told
+    other_text = Entry.of("/models/mine", table.fingerprint, {**one, "text": 1})
+    assert other_text.others() == []  # the checkpoint is the same
 
 
 @pytest.mark.parametrize("fault", ["cut off", "another model's", "no table"])

@@ -15,12 +15,11 @@ from sere import demo_model
 from sere.calibration import stand_ins
 from sere.policy import in_full
 from sere.results import pictures
+from sere.similarity.enough import too_little_text
 from sere.table import LayerStatistics, Table
 
 # A layer whose farthest pair is this many times its median pair is scaled by an outlier.
 _OUTLIER = 3.0
-_UNSTABLE, _STABLE = 0.8, 0.9
-_TOKENS_AN_EXPERT = 20
 
 
 @dataclass(frozen=True)
@@ -94,28 +93,6 @@ def _warnings(
     if layer.tokens and unused:
         found.append(f"{unused} experts were never chosen by the router on this text")
     return found
-
-
-def too_little_text(layer: LayerStatistics) -> str | None:
-    """Why replacements are not to be trusted, and how many tokens it would take; or None.
-
-    What other text would choose differently falls with the root of the tokens. Of very few the
-    bootstrap knows nothing: then it is the bundled model's 20 an expert that give 90 %.
-    """
-    E = len(layer.load)
-    if 0 < layer.tokens < _TOKENS_AN_EXPERT * E:
-        return (
-            f"{layer.tokens} tokens are too few: with about {_TOKENS_AN_EXPERT * E} of them other "
-            f"text would choose {_STABLE:.0%} of the replacements again; calibrate on more"
-        )
-    if layer.stability is None or layer.stability >= _UNSTABLE:
-        return None
-    needed = layer.tokens * ((1 - layer.stability) / (1 - _STABLE)) ** 2
-    return (
-        f"unstable: other text would choose {1 - layer.stability:.0%} of the replacements "
-        f"differently; calibrate on about {needed:,.0f} tokens and not {layer.tokens:,} for "
-        f"{1 - _STABLE:.0%} at most"
-    )
 
 
 def as_text(table: Table, rho: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ NO_MAPS = (
 _OF_A_TEXT = {"data", "samples", "length", "seed", "allow_fewer", "wait"}
 METHODS = ("frobenius", "cosine", "directed")
 """Not those that depend on which rows are read together."""
+
+
+def cautious(K: int) -> Policy:
+    """`CAUTIOUS` for rows of K experts: S=1 where two are all."""
+    return CAUTIOUS if K > CAUTIOUS.S else replace(CAUTIOUS, S=1)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@ watch traffic for it, to go live with it, to show it."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from sere.policy import in_words
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
 from sere.serving.reading import read
 from sere.serving.refusal import ServingError
 from sere.serving.table_cache import file_of, table_in
 from sere.serving.traffic import Watch, Watched
-from sere.serving.worker import check_layers, session_in
+from sere.serving.worker import check_layers, sere_obstacle, session_in
 from sere.statistics import LayerStatistics
+
+_LOG = logging.getLogger("vllm.sere")
 
 
 def sere_calibrate(
@@ -41,12 +45,26 @@ def sere_watch(worker: Any, watched: Watched) -> None:
 
 
 def sere_take_table(worker: Any, data: bytes | None, reason: str = "") -> None:
-    """Go live with a table's file; None if there is none, and why."""
+    """Go live with a table's file, and with the policy that `sere tune` has stored in it meanwhile
+    if the user named none; None if there is no table, and why."""
     session = session_in(worker)
     if data is None:
         session.take(NoTable(session.table.fingerprint, reason))
+        return
+    table = table_in(data)
+    session.take(table)
+    if table.policy is None or session.settings.named:
+        return
+    if obstacle := sere_obstacle(worker, table.policy.to_dict()):
+        told = (
+            "the policy that `sere tune` stored in the table cannot be taken by an engine that "
+            f'calibrates itself, name the table itself ({{"table": PATH}}): {obstacle}'
+        )
     else:
-        session.take(table_in(data))
+        session.begin_with(table.policy)
+        told = f"the policy is the choice of `sere tune`: {in_words(table.policy)}"
+    if worker.rank == 0:
+        _LOG.log(logging.WARNING if obstacle else logging.INFO, "sere: %s", told)
 
 
 def sere_table(worker: Any) -> bytes:

@@ -27,14 +27,19 @@ from sere.serving.refusal import ServingError
 from sere.serving.session import settings_of
 from sere.serving.settings import Settings
 from sere.serving.symbols import lacking, symbol, vllm_version
-from sere.serving.table_cache import CacheTrouble, Entry, file_of
+from sere.serving.table_cache import CacheTrouble, Entry, file_of, table_in
 from sere.serving.traffic import Watched, obstacle_to_watching
+from sere.similarity.enough import first_with_too_little
 from sere.table import Table
 from sere.text.bundled import BUNDLED
 from sere.text.corpus import Corpus, CorpusError, Text, encoder, file_hash, read_texts
 
 _LOG = logging.getLogger("vllm.sere")
 _FORM = 1  # of what is measured; another one makes other keys
+_MEASURE = (
+    " (`sere evaluate MODEL` with this table tells what a policy costs; `sere tune MODEL` with it "
+    "stores one that was measured, which later starts take if you name none)"
+)
 FOREIGN = (
     "sere: CALIBRATED ON FOREIGN TEXT: the bundled one agrees with text of your own on about half "
     'of the replacements only (docs/calibration.md); give {"auto": {"data": "text.jsonl"}}'
@@ -86,6 +91,8 @@ def prepare(executor: Any) -> None:
         return
     if auto.data is None and auto.traffic is None:
         _LOG.warning(FOREIGN)
+    if reason := first_with_too_little(table_in(data).layers):
+        _LOG.warning("sere: the table is made from too little text: %s", reason)
     _ask(executor, "sere_take_table", data)
 
 
@@ -196,8 +203,8 @@ def _found(entry: Entry, auto: Auto) -> bytes | None:
         _anew(
             auto,
             CacheTrouble(
-                f"{others[0].parent} has {len(others)} table(s) for a model of this name, of "
-                "another checkpoint, quantisation, dtype, K, text or method"
+                f"{others[0].parent} has {len(others)} table(s) for a model of this name, and none "
+                "for this checkpoint (other weights, experts, K or layers)"
             ),
         )
     return None
@@ -214,7 +221,7 @@ def _shared(executor: Any, auto: Auto, entry: Entry) -> bytes:
     data = _made(executor, auto, entry.fingerprint)
     try:
         entry.write(data)
-        _LOG.info("sere: kept for later starts: %s", entry.path)
+        _LOG.info("sere: kept for later starts: %s%s", entry.path, _MEASURE)
     except CacheTrouble as trouble:
         _LOG.warning("sere: %s; the next start calibrates anew", trouble)
     return data

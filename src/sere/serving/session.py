@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
 from sere.serving.asking import KEY, given
+from sere.serving.auto import cautious
 from sere.serving.incidents import Incidents
 from sere.serving.inert import inert
 from sere.serving.invariance import check_tier, may_be_asked_for
@@ -129,6 +130,12 @@ class Session:
         self.live.learn(table)
         self.set_policy(self.policy)
         self.switches = switches  # nobody's
+
+    def begin_with(self, policy: Policy) -> None:
+        """As if the engine had started with it."""
+        switches = self.switches
+        self.set_policy(policy)
+        self.settings, self.switches = replace(self.settings, policy=policy), switches
 
     def _plan(self, index: int, policy: Policy) -> Plan:
         return self.table.plan(index, policy, self.placements.get(index))
@@ -266,6 +273,8 @@ def open_session(config: Any) -> Session:
             settings.policy.rows,
         )
         table = table_of(config, settings)
+        if settings.table is None and not settings.named:
+            settings = replace(settings, policy=cautious(table.fingerprint.K))
         together = settings.union == "all"
         frozen = not config.model_config.enforce_eager
         lone = sees_lone_rows(config) and not (frozen and settings.policy.pools)

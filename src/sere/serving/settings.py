@@ -46,7 +46,8 @@ class Settings:
     table: path of the side file; None where the engine calibrates itself.
     policy: what it starts with; it can be switched on the live engine. Where the user names no
         setting of it, the one that `sere tune` left in the table, or else the defaults; `CAUTIOUS`
-        where the engine calibrates itself.
+        where the engine is still to find or make its table.
+    named: whether the user named settings of it.
     fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
         "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
         compares only architecture, E, K and layers (engines with random weights).
@@ -74,6 +75,7 @@ class Settings:
     shadow: ShadowSettings | None = None
     auto: Auto | None = None
     maps: bool = False
+    named: bool = True
 
     @classmethod
     def parse(
@@ -133,6 +135,7 @@ class Settings:
             shadow=shadow,
             auto=auto,
             maps=_flag(merged, "maps"),
+            named=bool(own),
             any_version=_flag(merged, "any_version"),
         )
 

@@ -72,9 +72,17 @@ class Entry:
         return data
 
     def others(self) -> list[Path]:
-        """Tables of a model by this name that are not for this one as it is served now."""
+        """Tables of a model by this name, if none of them is for this checkpoint: it has changed.
+        One of another text, method or dtype says that it has not."""
         name = self.path.name.rsplit("-", 1)[0]
-        return sorted(p for p in self.path.parent.glob(f"{name}-*.table") if p != self.path)
+        found = sorted(p for p in self.path.parent.glob(f"{name}-*.table") if p != self.path)
+        return [] if any(map(self._is_for_this, found)) else found
+
+    def _is_for_this(self, path: Path) -> bool:
+        try:
+            return Table.load(path).fingerprint == self.fingerprint
+        except (TableError, OSError):
+            return False
 
     def write(self, data: bytes) -> None:
         """Put a table's file in its place, whole or not at all. Raises `CacheTrouble`."""

@@ -1,0 +1,40 @@
+"""Whether a table was made from enough text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sere.statistics import LayerStatistics
+
+_UNSTABLE, _STABLE = 0.8, 0.9
+_TOKENS_AN_EXPERT = 20
+
+
+def first_with_too_little(layers: Mapping[int, LayerStatistics]) -> str | None:
+    """What is to be said of a table: of the first layer that was made from too little, or None."""
+    for index, layer in layers.items():
+        if reason := too_little_text(layer):
+            return f"layer {index} (`sere inspect` has all): {reason}"
+    return None
+
+
+def too_little_text(layer: LayerStatistics) -> str | None:
+    """Why replacements are not to be trusted, and how many tokens it would take; or None.
+
+    What other text would choose differently falls with the root of the tokens. Of very few the
+    bootstrap knows nothing: then it is the bundled model's 20 an expert that give 90 %.
+    """
+    E = len(layer.load)
+    if 0 < layer.tokens < _TOKENS_AN_EXPERT * E:
+        return (
+            f"{layer.tokens} tokens are too few: with about {_TOKENS_AN_EXPERT * E} of them other "
+            f"text would choose {_STABLE:.0%} of the replacements again; calibrate on more"
+        )
+    if layer.stability is None or layer.stability >= _UNSTABLE:
+        return None
+    needed = layer.tokens * ((1 - layer.stability) / (1 - _STABLE)) ** 2
+    return (
+        f"unstable: other text would choose {1 - layer.stability:.0%} of the replacements "
+        f"differently; calibrate on about {needed:,.0f} tokens and not {layer.tokens:,} for "
+        f"{1 - _STABLE:.0%} at most"
+    )
