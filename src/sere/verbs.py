@@ -33,14 +33,16 @@ def calibrate(
         print(reason, file=sys.stderr)
 
 
-def inspect(table: str, rho: float, plot: str | None, compare: str | None, json: bool) -> None:
+def inspect(
+    table: str, rho: float | None, plot: str | None, compare: str | None, json: bool
+) -> None:
     """`sere inspect TABLE [--plot PNG] [--compare TABLE] [--json]`."""
     from sere.calibration import inspect as inspection
     from sere.files import check_writable
     from sere.policy import Policy
     from sere.table import Table
 
-    rho = Policy(rho=rho).rho  # refuses one that cannot be meant
+    rho = None if rho is None else Policy(rho=rho).rho  # refuses one that cannot be meant
     if plot:
         check_writable(plot, table, compare, kind="picture")
     loaded = Table.load(table)
@@ -57,11 +59,12 @@ def inspect(table: str, rho: float, plot: str | None, compare: str | None, json:
         print(_json(inspection.report(loaded, rho)) if json else inspection.as_text(loaded, rho))
         if not json:
             model = str(loaded.provenance.get("model", "MODEL"))
-            print(f"\n{inspection.serve_line(model, table)}")
+            print(f"\n{inspection.serve_line(model, table, inspection.advised(loaded))}")
             if loaded.policy is None:
-                print("(as it is, that serves S=2; `sere tune` stores a policy within a budget)")
+                print("(a guess that is cautious; `sere tune` stores a policy within a budget)")
     if plot:
         inspection.plot(loaded, plot)
+        print(f"written: {plot}", file=sys.stderr)
 
 
 def _json(layers: Sequence[Any]) -> str:
@@ -75,7 +78,7 @@ def demo(output: str, **flags: Any) -> None:
     run(output, **flags)
 
 
-_POLICIES = ('{"S": 2}', '{"S": 1}', '{"S": 1, "tau": 0.02}', '{"S": 1, "tau": 0.1}')
+_POLICIES = ('{"S": 2}', '{"S": 1}', '{"S": 2, "tau": 0.02}', '{"S": 1, "tau": 0.1}')
 
 
 def _policies_for(table: str) -> list[str]:

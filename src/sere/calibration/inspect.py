@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sere import demo_model
 from sere.calibration import stand_ins
-from sere.policy import in_full
+from sere.cautious import cautious, spoken
+from sere.policy import in_full, in_words
 from sere.results import pictures
 from sere.similarity.enough import too_little_text
 from sere.table import LayerStatistics, Table
 
+RHO = 0.3  # where nobody names one
 # A layer whose farthest pair is this many times its median pair is scaled by an outlier.
 _OUTLIER = 3.0
 
@@ -45,12 +51,15 @@ class LayerReport:
     warnings: list[str]
 
 
-def report(table: Table, rho: float) -> list[LayerReport]:
-    """Judge every layer of a table for the threshold `rho`."""
+def report(table: Table, rho: float | None = None) -> list[LayerReport]:
+    """Judge every layer of a table for the threshold `rho`; with None `RHO` is counted by, and is
+    nothing to warn of."""
     return [_layer_report(index, layer, rho, table.method) for index, layer in table.layers.items()]
 
 
-def _layer_report(index: int, layer: LayerStatistics, rho: float, method: str) -> LayerReport:
+def _layer_report(
+    index: int, layer: LayerStatistics, rho: float | None, method: str
+) -> LayerReport:
     similarity = layer.similarity
     E = similarity.shape[0]
     pairs = similarity[~torch.eye(E, dtype=torch.bool)]
@@ -65,9 +74,9 @@ def _layer_report(index: int, layer: LayerStatistics, rho: float, method: str) -
         round(nearest.mean().item(), 4),
         ends[:3],
         ends[:-4:-1],
-        round((nearest < rho).float().mean().item(), 4),
+        round((nearest < (RHO if rho is None else rho)).float().mean().item(), 4),
         None if layer.stability is None else round(layer.stability, 4),
-        list(_warnings(layer, pairs, nearest, rho, method)),
+        list(_warnings(layer, pairs, nearest, rho or 0, method)),
     )
 
 
@@ -95,9 +104,10 @@ def _warnings(
     return found
 
 
-def as_text(table: Table, rho: float) -> str:
+def as_text(table: Table, rho: float | None = None) -> str:
     """The report for people."""
     about = table.provenance
+    threshold = RHO if rho is None else rho
     lines = [
         f"{about.get('model', '?')} ({table.fingerprint.architecture}): "
         f"{len(table.layers)} MoE layers, E={table.fingerprint.E}, K={table.fingerprint.K}",
@@ -106,7 +116,7 @@ def as_text(table: Table, rho: float) -> str:
         *_engine(about.get("engine")),
         *_policy(table),
         "",
-        f"layer  5% / median / 95%      nearest  critical at rho={rho}  stable   "
+        f"layer  5% / median / 95%      nearest  critical at rho={threshold}  stable   "
         "most / least replaceable",
     ]
     for layer in report(table, rho):
@@ -125,7 +135,11 @@ def as_text(table: Table, rho: float) -> str:
 
 def _policy(table: Table) -> list[str]:
     if table.policy is None:
-        return ["policy: none stored (`sere tune` stores one; served without, S=2)"]
+        own = in_words(cautious(table.fingerprint.K))
+        return [
+            "policy: none stored (`sere tune` stores one); settings beside the table are served, "
+            f"without any S=2, or {own} by an engine that calibrates itself"
+        ]
     lines = (f"  {line}" for line in in_full(table.policy))
     return ["policy (`sere tune`), by the rows of a step:", *lines]
 
@@ -138,24 +152,38 @@ def _engine(made: object) -> list[str]:
     return [f"made by vLLM {made.get('vllm', '?')}: {made.get('dtype', '?')}, {stored}"]
 
 
-_ON_CPUS = (
-    "VLLM_CPU_KVCACHE_SPACE=4 python -m vllm.entrypoints.openai.api_server --enforce-eager --model"
-)
+_ON_CPUS = "-m vllm.entrypoints.openai.api_server --enforce-eager --model"
 
 
-def serve_line(model: str, table: str | Path) -> str:
-    """What serves a model with a table, or with the word "auto", ready for a shell.
+def serve_line(model: str, table: str | Path, settings: Mapping[str, Any] | None = None) -> str:
+    """What serves a model with a table and settings beside it, or with the word "auto", ready for a
+    shell.
 
     vLLM's wheel for CPUs goes by another name, at which its `vllm serve` fails: there the same
     server by its module, in eager mode (it compiles for minutes otherwise) and with a bound on its
     KV cache (which takes nearly all memory otherwise).
     """
-    asked = json.dumps({"sere": "auto" if table == "auto" else {"table": str(table)}})
+    own = "auto" if table == "auto" else {"table": str(table), **(settings or {})}
+    asked = json.dumps({"sere": own})
     names = {distribution.metadata["Name"] for distribution in distributions()}
     on_cpus = "vllm-cpu" in names and "vllm" not in names
-    start = _ON_CPUS if on_cpus else "vllm serve"
+    start = f"VLLM_CPU_KVCACHE_SPACE=4 {_python()} {_ON_CPUS}" if on_cpus else "vllm serve"
     folder = shlex.quote(demo_model.resolve(model))
     return f"{start} {folder} --additional-config {shlex.quote(asked)}"
+
+
+def _python() -> str:
+    """This interpreter, by its path where its environment is not activated."""
+    found = shutil.which("python")
+    here = found is not None and Path(found).absolute() == Path(sys.executable).absolute()
+    return "python" if here else shlex.quote(sys.executable)
+
+
+def advised(table: Table) -> dict[str, Any]:
+    """Settings to serve a table with: none where it carries a policy, or knows no losses; else what
+    is cautious."""
+    knows = all(layer.tokens for layer in table.layers.values())
+    return spoken(table.fingerprint.K) if table.policy is None and knows else {}
 
 
 def _percent(share: float | None) -> str:

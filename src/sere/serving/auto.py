@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from sere.files import is_file
-from sere.policy import Policy, PolicyError, check_keys
+from sere.policy import PolicyError, check_keys
 
-CAUTIOUS = Policy(tau=0.02)
-"""Where no policy is given: S=2, and no replacement may lose more than 0.02 (see `Policy.tau`). Not
-measured on your model: `sere tune` chooses within a budget."""
 NO_MAPS = (
     "an engine fits no linear maps for itself: run `sere calibrate MODEL --maps 16` and name its "
     "table"
@@ -20,11 +17,6 @@ NO_MAPS = (
 _OF_A_TEXT = {"data", "samples", "length", "seed", "allow_fewer", "wait"}
 METHODS = ("frobenius", "cosine", "directed")
 """Not those that depend on which rows are read together."""
-
-
-def cautious(K: int) -> Policy:
-    """`CAUTIOUS` for rows of K experts: S=1 where two are all."""
-    return CAUTIOUS if K > CAUTIOUS.S else replace(CAUTIOUS, S=1)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ from sere.serving.worker import check_layers, kernels_of
 from sere.table import TableError
 
 RESULT = "REHEARSAL "
+_OTHER_TORCH = (
+    "torchvision is a build for another torch, which breaks vLLM and transformers; text models do "
+    "not need it: pip uninstall torchvision torchaudio torchcodec"
+)
 
 
 class Rehearsal:
@@ -43,6 +47,7 @@ class Rehearsal:
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
         )
         self._said: tuple[str, str] | None = None
+        self._told = False  # why it died
 
     def found(self) -> dict[str, Any]:
         """What it found, once it is through.
@@ -55,7 +60,7 @@ class Rehearsal:
         table is or will be, or None. unbuilt: why its layers could not be built here to be asked,
         or None. kernels: of each of these layers, the expert kernel that would serve and the one
         that stock vLLM would take.
-        Raises `RuntimeError` with the end of its output if the process died.
+        Raises `RuntimeError` with the end of its output if the process died, that once.
         """
         if self._said is None:
             self._said = self._process.communicate()
@@ -64,11 +69,23 @@ class Rehearsal:
             if line.startswith(RESULT):
                 found: dict[str, Any] = json.loads(line[len(RESULT) :])
                 return found
-        status, end = self._process.returncode, (errors or output).strip()[-600:]
+        if self._told:
+            raise RuntimeError("not known: the process of the first failure above died")
+        self._told = True
+        status, end = self._process.returncode, _end(errors or output)
         if status < 0:
             name = signal.Signals(-status).name
             raise RuntimeError(f"vLLM's process was ended by {name}, in native code: {end}")
         raise RuntimeError(end or f"exit {status}")
+
+
+def _end(output: str) -> str:
+    """The last of what a process said, whole lines of it; and what to do, where it is known."""
+    lines, end = output.strip().splitlines(), ""
+    while lines and len(end) + len(lines[-1]) < 600:
+        end = f"{lines.pop()}\n{end}"
+    known = "operator torchvision::" in end
+    return (end + _OTHER_TORCH if known else end or output[-600:]).strip()
 
 
 def _missing() -> list[str]:

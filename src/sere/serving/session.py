@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from sere.cautious import cautious
 from sere.checkpoint import Fingerprint
 from sere.kernels import Plan
 from sere.kernels.plan import Placement
 from sere.policy import Policy, PolicyError
 from sere.serving.asking import KEY, given
-from sere.serving.auto import cautious
 from sere.serving.incidents import Incidents
 from sere.serving.inert import inert
 from sere.serving.invariance import check_tier, may_be_asked_for

@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sere.cautious import CAUTIOUS
 from sere.files import is_file
 from sere.policy import Policy, PolicyError, check_keys
 from sere.serving import admin_key
 from sere.serving.asking import AUTO
-from sere.serving.auto import CAUTIOUS, NO_MAPS, Auto
+from sere.serving.auto import NO_MAPS, Auto
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
 from sere.table import FILE_NAME, TableError, stored_policy
