@@ -237,6 +237,7 @@ def test_pydantics_words_are_taken_off() -> None:
     assert rehearsal.sentence("S=5 exceeds\n  [it does]") == "S=5 exceeds\n  [it does]"
 
 
+@pytest.mark.usefixtures("rehearsed")
 def test_the_whole_policy_is_told(table: Table, tmp_path: Path) -> None:
     tuned = Policy(S=1, tau=0.1, batches={1: None, 8: {"tau": 0.02, "layers": {0: {"tau": 0.3}}}})
     replace(table, policy=tuned).save(tmp_path / "t")

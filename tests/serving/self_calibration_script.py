@@ -38,12 +38,14 @@ def table_of(options: dict[str, Any], prompts: list[list[int]]) -> bytes:
 
 
 def store(policy: dict[str, Any], table: Path, cache: Path) -> None:
-    """As `sere tune` would, in a copy."""
+    """As `sere tune` would, in a copy; which is as if made from little text."""
     from sere.policy import Policy
     from sere.table import Table
 
     cache.mkdir()
-    tuned = replace(Table.load(table), policy=Policy.from_dict(policy))
+    made = Table.load(table)
+    layers = {index: replace(layer, stability=0.5) for index, layer in made.layers.items()}
+    tuned = replace(made, policy=Policy.from_dict(policy), layers=layers)
     tuned.save(cache / table.name)
     os.environ["SERE_CACHE"] = str(cache)
 
