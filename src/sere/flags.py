@@ -135,9 +135,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='e.g. {"tau": 0.02}, {"S": 1, "rho": 0.5, "name": "mine"}, {"rival": "oea", "k0": 1} '
         '(no rivals with --engine and --tasks), or the word tuned; in one pass also "table": '
-        '"other.table"; may be repeated ('
-        "default: S of 2 and 1, and, if the table was made from text, S=2 with tau=0.02 and S=1 "
-        "with tau=0.1)",
+        '"other.table"; may be repeated (default: S=2, S=1, and, if the table was made from text, '
+        "S=2 tau=0.02 and S=1 tau=0.1)",
     )
 
 
