@@ -196,7 +196,8 @@ def _check_data(folder: str, data: str | Path | None) -> None:
         kind_of(data)
     elif folder != str(demo_model.PATH):
         raise CalibrationError(
-            "--data FILE is needed: only the bundled demo model has texts of its own"
+            "--data FILE is needed: some 400 texts like those which the model serves (the bundled "
+            "demo model alone has texts of its own)"
         )
 
 

@@ -108,8 +108,8 @@ def run(
 
 def _table(path: str, folder: str) -> Table:
     """That the policy is to be stored in."""
+    table = Table.load(path)  # first: what is no table is not to be replaced, but named otherwise
     check_writable(path, kind="table")
-    table = Table.load(path)
     table.check_made_for(folder)
     return table
 
