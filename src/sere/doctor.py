@@ -107,7 +107,7 @@ def examine(
 def _served(url: str) -> Iterator[Check]:
     """What a running server tells of itself."""
     try:
-        from sere.monitoring.scrape import ScrapeError, read, view
+        from sere.monitoring.scrape import ScrapeError, policy_in_words, read, view
 
         seen = view(read(url))
     except ImportError as error:
@@ -120,9 +120,8 @@ def _served(url: str) -> Iterator[Check]:
     for engine, policy in seen.policies.items():
         why = seen.fallbacks.get(engine, "the policy is stock: sere_policy switches it on")
         on = policy != "stock"
-        yield Check(
-            f"engine {engine}: policy", on, policy if on else f"NOTHING IS RE-ROUTED: {why}"
-        )
+        answer = policy_in_words(policy) if on else f"NOTHING IS RE-ROUTED: {why}"
+        yield Check(f"engine {engine}: policy", on, answer)
         steps = seen.unclassified.get(engine, 0)
         answer = f"{steps} left to stock routing as something failed: see the server's log"
         answer = answer if steps else "none failed"

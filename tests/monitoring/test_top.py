@@ -65,7 +65,8 @@ def test_a_real_server_is_shown(server: Server, capsys: pytest.CaptureFixture[st
     assert json.loads(seen["policies"]["0"])["S"] == 3
 
     assert main(["top", server.url.removeprefix("http://"), "--once"]) == 0
-    assert "since start" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "since start" in told and "engine 0: S=3" in told
     before = read(server.url)
     server.complete(PROMPTS, 12, ignore_eos=True)
     now = read(server.url)

@@ -7,11 +7,14 @@ a server does not tell is None, never 0.
 from __future__ import annotations
 
 import http.client
+import json
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from sere.policy import Policy, PolicyError
 
 # The names that sere exports: sere.serving.metrics. These are vLLM's own; a server that is started
 # with --disable-log-stats has none of them, and one of several API servers has no start time.
@@ -138,6 +141,14 @@ def _address(url: str) -> str:
 def _reason(error: Exception) -> str:
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return str(reason) or type(reason).__name__
+
+
+def policy_in_words(policy: str) -> str:
+    """A policy as `sere_policy_info` has it, for people; as it is where another version told it."""
+    try:
+        return Policy.from_dict(json.loads(policy)).brief()
+    except (PolicyError, ValueError):
+        return policy
 
 
 def view(now: Reading, before: Reading | None = None) -> View:

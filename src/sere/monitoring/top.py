@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sere.monitoring.scrape import LayerView, ScrapeError, View, read, view
+from sere.monitoring.scrape import LayerView, ScrapeError, View, policy_in_words, read, view
 
 _ACTIVE = len("  12.3 ->   12.3")
 _BAR = 24  # characters
@@ -86,7 +86,7 @@ def _head(url: str, seen: View) -> list[Text]:
         )
     for engine, policy in seen.policies.items():
         idle = ", NOTHING IS RE-ROUTED" if engine in seen.idle else ""
-        lines.append(Text.assemble(f"engine {engine}: {policy}", (idle, "bold yellow")))
+        lines.append(Text.assemble(f"engine {engine}: {policy_in_words(policy)}", (idle, "bold yellow")))
     for engine, reason in seen.fallbacks.items():
         text = f"engine {engine} FELL BACK TO STOCK ROUTING: {reason}"
         lines.append(Text(text, style="bold red"))
