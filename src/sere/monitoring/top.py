@@ -86,7 +86,9 @@ def _head(url: str, seen: View) -> list[Text]:
         )
     for engine, policy in seen.policies.items():
         idle = ", NOTHING IS RE-ROUTED" if engine in seen.idle else ""
-        lines.append(Text.assemble(f"engine {engine}: {policy_in_words(policy)}", (idle, "bold yellow")))
+        lines.append(
+            Text.assemble(f"engine {engine}: {policy_in_words(policy)}", (idle, "bold yellow"))
+        )
     for engine, reason in seen.fallbacks.items():
         text = f"engine {engine} FELL BACK TO STOCK ROUTING: {reason}"
         lines.append(Text(text, style="bold red"))
