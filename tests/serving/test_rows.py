@@ -40,16 +40,25 @@ def session(table: Table, gate: str = "decode") -> Session:
 def runner(own: Session, **more: Any) -> Any:
     """A stand-in for a model runner whose worker has this session."""
     compilation = SimpleNamespace(_sere_session=own)
-    config = SimpleNamespace(compilation_config=compilation, uniform_decode_query_len=3)
+    config = SimpleNamespace(
+        compilation_config=compilation,
+        uniform_decode_query_len=3,
+        parallel_config=SimpleNamespace(rank=0),
+    )
     return SimpleNamespace(vllm_config=config, **more)
 
 
 def news(
-    requests: dict[str, Any] | None = None, finished: Sequence[str] = (), rows: int = 0
+    requests: dict[str, Any] | None = None,
+    finished: Sequence[str] = (),
+    rows: int = 0,
+    tokens: int = 8,
 ) -> Any:
     """A scheduler's output: requests that join, with what they ask of sere, and that leave."""
     joining = [
-        SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=asked))
+        SimpleNamespace(
+            req_id=name, sampling_params=SimpleNamespace(extra_args=asked, max_tokens=tokens)
+        )
         for name, asked in (requests or {}).items()
     ]
     return SimpleNamespace(
@@ -93,6 +102,25 @@ def seen(own: Session) -> list[int]:
 
 def padded(*rows: int) -> list[int]:
     return [*rows, *[VOID] * (MOST - len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("first", "rows", "told"), [(1, "decode", True), (8, "decode", False), (1, "all", False)]
+)
+def test_answers_of_one_token_are_said_to_be_stock(
+    first: int, rows: str, told: bool, table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the first requests ask for no more; once, and not of prompts that are re-routed."""
+    own = session(table)
+    own.rows.gate = rows
+    take = worker.tracking(lambda *args: None)
+    take(runner(own), news(dict.fromkeys("abc"), tokens=1))  # of warm-up
+    own.rows.incidents.serving = True
+    take(runner(own), news({"first": None}, tokens=first))
+    for step in range(8):
+        take(runner(own), news({f"{step} {i}": None for i in range(4)}, tokens=1))
+    said = [r for r in caplog.records if "ask for one token each" in r.getMessage()]
+    assert len(said) == told
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -118,7 +118,7 @@ _REROUTING = Needs(
             "total_num_scheduled_tokens",
         ),
         ("vllm.v1.core.sched.output", "NewRequestData"): ("req_id", "sampling_params"),
-        ("vllm.sampling_params", "SamplingParams"): ("extra_args",),
+        ("vllm.sampling_params", "SamplingParams"): ("extra_args", "max_tokens"),
         SYMBOLS["InputProcessor"]: ("vllm_config",),
         SYMBOLS["Executor"]: ("vllm_config",),
         SYMBOLS["WorkerBase"]: ("vllm_config", "rank"),

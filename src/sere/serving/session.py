@@ -26,6 +26,7 @@ from sere.serving.loaded_maps import Answers, ranks_to_load, unloaded
 from sere.serving.model_fit import check_model, model_folder, untold
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observer
+from sere.serving.only_prompts import OnlyPrompts
 from sere.serving.overrun import LatestPass
 from sere.serving.parallel import BATCHES_DISAGREE
 from sere.serving.refusal import ServingError
@@ -68,6 +69,7 @@ class Session:
     alone: bool = False  # no step has two decoded rows, here or on a rank that has a say
     independent: bool = False  # requests may ask to be so
     latest: LatestPass = field(default_factory=LatestPass)
+    only_prompts: OnlyPrompts = field(default_factory=OnlyPrompts)
     observer: Observer | None = None  # while the engine measures its experts
     traffic: Watch | None = None  # ... on what it serves, or has done so
 

@@ -98,7 +98,7 @@ def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
         session = session_of(runner.vllm_config)
         if session is not None:
             try:
-                _take_in(session, scheduler_output)
+                _take_in(session, scheduler_output, runner.vllm_config.parallel_config.rank)
             except Exception as error:
                 session.tiers.distrust()
                 session.rows.incidents.survive("noting what requests ask for", error)
@@ -107,13 +107,15 @@ def tracking(original: Callable[..., Any]) -> Callable[..., Any]:
     return take
 
 
-def _take_in(session: Session, news: Any) -> None:
+def _take_in(session: Session, news: Any, rank: int) -> None:
     if news.finished_req_ids:
         session.end(news.finished_req_ids)
         session.tiers.remove(news.finished_req_ids)
     session.latest.forget()
     for new in news.scheduled_new_reqs:
         session.tiers.add(new.req_id, asked_by(new.sampling_params))
+        if session.incidents.serving and session.rows.gate == "decode":
+            session.only_prompts.note(new.sampling_params, says=rank == 0)
 
 
 def voiding(original: Callable[..., Any]) -> Callable[..., Any]:
