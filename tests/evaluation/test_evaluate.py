@@ -337,7 +337,7 @@ def test_a_table_made_without_text_has_defaults_of_its_own(
         assert main(["evaluate", str(model_dir), str(folder / "t"), *flags, "-o", str(output)]) == 0
         names[folder] = [arm["name"] for arm in json.loads(output.read_text())["arms"]]
     assert names[tmp_path] == ["stock", "S=2", "S=1"]
-    assert names[tiny.folder] == ["stock", "S=2", "S=1", "S=1 tau=0.02", "S=1 tau=0.1"]
+    assert names[tiny.folder] == ["stock", "S=2", "S=1", "S=2 tau=0.02", "S=1 tau=0.1"]
 
 
 def test_errors_are_those_of_whole_batches() -> None:

@@ -195,9 +195,9 @@ class ToyServer:
     def complete(self, prompt: list[int], max_tokens: int) -> list[int]:
         return [7 + self.wrong] * max_tokens
 
-    def drive(self, *, rate: float, requests: int, seed: int, **lengths: int) -> dict[str, float]:
-        if seed == 0:  # and not the warm-up
-            self.driven.append(f"{self.name} at {rate}")
+    def drive(self, *, rate: float, **load: int) -> dict[str, float]:
+        assert load["warm"] > 0
+        self.driven.append(f"{self.name} at {rate}")
         return {"tpot_ms": 1.0}
 
 

@@ -86,9 +86,12 @@ class Server:
         return json.loads(text) if text else None
 
     def drive(
-        self, *, rate: float, requests: int, input_len: int, output_len: int, seed: int
+        self, *, rate: float, requests: int, input_len: int, output_len: int, seed: int, warm: int
     ) -> dict[str, float]:
-        """`vllm bench serve` at so many requests per second (inf: all at once)."""
+        """`vllm bench serve` at so many requests per second (inf: all at once).
+
+        warm: requests before, which do not count.
+        """
         with TemporaryDirectory() as folder:
             flags = {
                 "--backend": "openai",
@@ -102,6 +105,7 @@ class Server:
                 "--random-output-len": output_len,
                 "--num-prompts": requests,
                 "--request-rate": rate,
+                "--num-warmups": warm,
                 "--seed": seed,
                 "--temperature": 0,
                 "--result-dir": folder,

@@ -91,17 +91,13 @@ def _drive(
     journal: Journal,
 ) -> None:
     lengths = {"input_len": traffic.input_len, "output_len": traffic.output_len}
-    warm = {"rate": float("inf"), "requests": GATE_PROMPTS, "seed": traffic.seed + 1}
-    server.drive(**warm, **lengths)  # type: ignore[arg-type]
     for rate in traffic.rates:
         for name, policy in arms:
             if journal.get(_piece(name, rate)) is None:
                 if policy is not None:
                     server.set_policy(policy)
-                found = server.drive(
-                    rate=rate, requests=traffic.requests, seed=traffic.seed, **lengths
-                )
-                journal.add(_piece(name, rate), found)
+                load = {"requests": traffic.requests, "seed": traffic.seed, "warm": GATE_PROMPTS}
+                journal.add(_piece(name, rate), server.drive(rate=rate, **load, **lengths))
 
 
 def as_text(rates: Sequence[dict[str, Any]]) -> str:
