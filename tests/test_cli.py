@@ -187,7 +187,6 @@ def test_calibrate_then_inspect(
     ("more", "said"),
     [
         (["--", "--max-model-len", "64"], "engine arguments go with --engine vllm"),
-        (["--engine", "vllm", "--maps", "4"], "--maps: not with --engine vllm"),
         (["--engine", "vllm", "--batch", "8", "--no-stream"], "--batch, --stream: not with"),
         (["--engine", "vllm", "--method", "cka-rbf"], "an engine measures frobenius, cosine"),
     ],

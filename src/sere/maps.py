@@ -1,7 +1,7 @@
 """The second side file: what answers for an expert that is not loaded, without any other expert.
 
 For every expert of a layer a linear map of the experts' own input, in bf16, and how much of the
-expert's output it leaves unexplained (`sere.calibration.regression`). The file lies beside the
+expert's output it leaves unexplained (`sere.fitting.regression`). The file lies beside the
 table (`t.table.maps` beside `t.table`), which names it.
 """
 
@@ -65,6 +65,19 @@ class LayerMaps:
         ranks, tokens = torch.full((E,), R, dtype=torch.int32), torch.zeros(E, dtype=torch.int64)
         wide = (down.bfloat16(), up.bfloat16(), centre, constant)
         return cls(*wide, left, ranks, tokens, torch.ones(E, E))
+
+    @classmethod
+    def empty(cls, E: int, H: int, R: int) -> LayerMaps:
+        """Maps that answer with 0: the room for others. On the CPU and of the types above, whatever
+        the defaults are while a model is built."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device="cpu")
+
+        down, up = (zeros(E, R, H, dtype=torch.bfloat16) for _ in range(2))
+        counts = zeros(E, dtype=torch.int32), zeros(E, dtype=torch.int64)
+        left, affine = zeros(E, R + 1) + 1, zeros(E, E) + 1
+        return cls(down, up, zeros(E, R), zeros(E, H), left, *counts, affine)
 
     def of_rank(self, rank: int) -> LayerMaps:
         """The maps cut to their first `rank` ranks; 0: the constants."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.calibration.regression import RIDGES, LinearMap, Moments, fit
+from sere.fitting.regression import RIDGES, LinearMap, Moments, fit
 
 H = 12
 

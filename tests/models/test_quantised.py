@@ -108,7 +108,7 @@ def test_an_engine_measures_int8_experts_as_transformers_does_with_their_scales(
     text.write_text("".join(json.dumps({"text": e.prompt + e.answer}) + "\n" for e in drawn))
     program = f"import sys; sys.path.insert(0, {str(INT8_EXPERTS)!r}); from sere.cli import main; "
     words = ["calibrate", str(int8_folder), "--engine", "vllm", "--data", str(text)]
-    words += ["--allow-fewer", "-o", str(output), "--", "--dtype", "bfloat16"]
+    words += ["--allow-fewer", "--maps", "4", "-o", str(output), "--", "--dtype", "bfloat16"]
     ran = run_program(
         f"{program}raise SystemExit(main())",
         *[*words, "--max-model-len", "128"],
@@ -120,9 +120,11 @@ def test_an_engine_measures_int8_experts_as_transformers_does_with_their_scales(
     )
     mine = Table.load(output)
     assert mine.provenance["text_hashes"] == reference.provenance["text_hashes"]
+    assert mine.maps is not None and mine.maps.R == 4
     for index, layer in reference.layers.items():
         own = mine.layers[index]
         assert own.tokens == layer.tokens
+        assert mine.maps.layer(index).tokens.sum() == mine.fingerprint.K * layer.tokens
         assert (own.similarity - layer.similarity).abs().max() < 0.02
         assert (own.gram - layer.gram).abs().max() < 0.03 * layer.gram.abs().max()
         assert same_nearest(own.similarity, layer.similarity) > 0.9

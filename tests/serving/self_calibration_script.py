@@ -3,7 +3,8 @@ longer than they do: read a list of jobs as JSON, write each engine's table.
 
 A job holds `options` for `vllm.LLM` and `output`, the file to write; with `prompts` (token ids) the
 engine is asked for answers before, until it has made a table of them; with `policy` it finds what
-an earlier one has kept in another cache, with that policy stored in it. Printed behind RESULT: of
+an earlier one has kept in another cache, with that policy stored in it, as all that follow do; with
+`named` (a pattern) it is given the table that an earlier one has kept. Printed behind RESULT: of
 each what sere said, and the error if it was refused; behind ANSWERED what `answered` gives.
 """
 
@@ -90,6 +91,9 @@ def main() -> None:
             if "policy" in job:
                 (found,) = Path(os.environ["SERE_CACHE"]).glob("qwen3_moe-*.table")
                 store(job["policy"], found, Path(job["output"]).with_suffix(".cache"))
+            if "named" in job:
+                (kept,) = Path(os.environ["SERE_CACHE"]).glob(job["named"])
+                job["options"]["additional_config"]["sere"]["table"] = str(kept)
             Path(job["output"]).write_bytes(table_of(job["options"], job.get("prompts", [])))
         except Exception as error:
             told[-1].append(f"{type(error).__name__}: {error}")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LAYERS = {"qwen3_moe": (0, 1, 2), "qwen2_moe": (0, 1, 2), "glm4_moe": (1, 2)}
 
 
+TEXTS, RANK = 120, 4
+LINEAR = {"S": 1, "min_active": 1, "fill": "linear"}
 TUNED = {"S": 1, "tau": 0.3, "min_active": 1, "batches": {"4": {"S": 1, "tau": 0.1}}}
 
 
@@ -87,15 +90,21 @@ def checkpoint(family: str, folder: Path) -> Path:
 @dataclass
 class Runs:
     """folder: of the engines' tables, by name. said: by each engine. models: by family. answered:
-    by the one that watches its traffic."""
+    by those that were asked, by name. text: of those that fit maps."""
 
     folder: Path
     said: dict[str, list[str]]
     models: dict[str, Path]
-    answered: dict[str, Any]
+    answered: dict[str, dict[str, Any]]
+    text: Path
 
     def table(self, name: str) -> Table:
         return Table.load(self.folder / f"{name}.table")
+
+    def kept(self, family: str) -> Path:
+        """The one table in the cache that engines of a family have kept."""
+        (found,) = (self.folder / "cache").glob(f"{family}-*.table")
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     nothing = {"data": str(folder / "nothing.jsonl"), "otherwise": "stock", "cache": False}
     jobs["stock"] = job("stock", models["qwen3_moe"], **nothing)
     jobs["traffic"] = watching(job("traffic", models["qwen2_moe"]), corpus_file)
+    text = tasks(folder / "tasks.jsonl")
+    jobs |= mapping(lambda name: job(name, models["glm4_moe"]), text)
     jobs["tuned"] = {**job("tuned", models["qwen3_moe"]), "policy": TUNED}
     kill_in_the_middle(jobs["first"]["options"], folder / "cache")
     found = subprocess.run(
@@ -141,7 +152,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
         for mark in (script.RESULT, script.ANSWERED)
     )
     assert said and answered, f"{said}\n{found.stderr[-4000:]}"
-    return Runs(folder, dict(zip(jobs, said[0], strict=True)), models, answered[0])
+    asked = [name for name, each in jobs.items() if "prompts" in each]
+    told, answers = (dict(zip(*pair, strict=True)) for pair in ((jobs, said[0]), (asked, answered)))
+    return Runs(folder, told, models, answers, text)
+
+
+def tasks(path: Path) -> Path:
+    """A text that is enough for maps of most experts."""
+    drawn = [example.prompt + example.answer for example in examples(TEXTS, seed=3, split="train")]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn))
+    return path
+
+
+def mapping(job: Callable[[str], dict[str, Any]], text: Path) -> dict[str, dict[str, Any]]:
+    """Jobs of engines that fit maps and let them answer: a first and a second start, and of one
+    that is given their table."""
+    own = {"auto": {"data": str(text), "length": LENGTH, "maps": RANK}, **LINEAR}
+    given = {"maps": own, "maps found": own, "maps named": dict(LINEAR)}
+    made = {name: job(name) for name in given}
+    encode = encoder(load_tokenizer(made["maps"]["options"]["model"]), LENGTH)
+    prompts = [encode(example.prompt) for example in examples(16, seed=7, split="held_out")]
+    for name, sere in given.items():
+        made[name]["options"]["additional_config"] = {"sere": sere}
+        made[name]["prompts"] = prompts
+    made["maps named"]["named"] = "glm4_moe-*.table"
+    return made
 
 
 def kill_in_the_middle(options: dict[str, Any], cache: Path) -> None:
@@ -214,13 +249,12 @@ def test_the_table_of_served_prompts_is_that_of_their_text(runs: Runs) -> None:
     assert mine.provenance["text_hashes"] == []
     assert_equal(mine, reference)
     assert all(layer.stability is not None for layer in mine.layers.values())
-    (kept,) = (runs.folder / "cache").glob("qwen2_moe-*.table")
-    assert (runs.folder / "traffic.table").read_bytes() == kept.read_bytes()
+    assert (runs.folder / "traffic.table").read_bytes() == runs.kept("qwen2_moe").read_bytes()
 
 
 @pytest.mark.modes
 def test_an_engine_is_stock_until_it_knows_its_traffic_and_then_goes_live(runs: Runs) -> None:
-    answered = runs.answered
+    answered = runs.answered["traffic"]
     before, after, moved = (answered[when] for when in ("before", "after", "moved"))
     assert before["inert"].startswith(script.WATCHING) and after["inert"] is None
     assert answered["watched"] == answered["stock"] != answered["live"]
@@ -243,12 +277,59 @@ def test_an_engine_is_stock_until_it_knows_its_traffic_and_then_goes_live(runs: 
     assert f"LIVE from now on with the table of {tokens} rows of traffic" in said
 
 
+# --- linear maps ----------------------------------------------------------------------------------
+
+
+def assert_maps_equal(mine: Table, reference: Table) -> None:
+    """To rounding, of the same rows. In float32 an expert's outputs differ in their last bits by
+    how many rows a kernel is given; what is fitted to them is stored in bf16, where two such fits
+    are the same or neighbours."""
+    assert mine.maps is not None and reference.maps is not None
+    rows = torch.randn(64, _COMMON["hidden_size"], generator=torch.Generator().manual_seed(0))
+    fitted = 0
+    for index in reference.layers:
+        own, their = mine.maps.layer(index), reference.maps.layer(index)
+        for name in ("tokens", "ranks"):
+            assert torch.equal(getattr(own, name), getattr(their, name)), name
+        for name in ("left", "affine"):
+            torch.testing.assert_close(getattr(own, name), getattr(their, name), atol=2e-5, rtol=0)
+        for u, rank in enumerate(their.ranks.tolist()):
+            asked = (rows, torch.full((len(rows), 1), u), torch.ones(len(rows), 1))
+            mapped, expected = own.answers(*asked), their.answers(*asked)
+            assert (mapped - expected).norm() <= 2**-8 * expected.norm()
+            fitted += rank == RANK and their.left[u, -1].item() < 0.9
+    assert fitted >= 8  # of 16 experts
+
+
+@pytest.mark.modes
+def test_an_engines_own_maps_are_those_of_sere_calibrate(runs: Runs, tmp_path: Path) -> None:
+    path = tmp_path / "table"
+    settings = {"samples": TEXTS, "length": LENGTH, "maps": RANK, "progress": False}
+    calibrate(str(runs.models["glm4_moe"]), path, data=runs.text, **settings)
+    mine, reference = Table.load(runs.kept("glm4_moe")), Table.load(path)
+    assert_equal(mine, reference)
+    assert_maps_equal(mine, reference)
+
+
+@pytest.mark.modes
+def test_maps_that_an_engine_has_fitted_answer_as_those_that_it_is_given(runs: Runs) -> None:
+    first, second, named = (runs.answered[name] for name in ("maps", "maps found", "maps named"))
+    assert first["live"] != first["stock"] == named["stock"]
+    assert first["live"] == second["live"] == named["live"]
+    for answered in (first, second, named):
+        assert all(layer["slots_rerouted"] > 0 for layer in answered["moved"]["layers"].values())
+    said, later = ("\n".join(runs.said[name]) for name in ("maps", "maps found"))
+    assert "linear maps of rank 4 in 2 layers" in said and "reserved with the model" in said
+    assert "too few for a map" in said
+    assert "calibrated at an earlier start" in later and "calibrating on" not in later
+
+
 # --- a start that needs nothing else --------------------------------------------------------------
 
 
 @pytest.mark.modes
 def test_a_second_start_finds_the_table_of_the_first(runs: Runs) -> None:
-    (kept,) = (runs.folder / "cache").glob("qwen3_moe-*.table")
+    kept = runs.kept("qwen3_moe")
     data = kept.read_bytes()
     assert (runs.folder / "first.table").read_bytes() == data
     assert (runs.folder / "second.table").read_bytes() == data
@@ -288,11 +369,12 @@ def test_an_engine_that_cannot_calibrate_serves_stock_if_that_was_chosen(runs: R
 
 @pytest.mark.modes
 def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
-    runs: Runs, corpus_file: Path, tmp_path: Path
+    runs: Runs, tmp_path: Path
 ) -> None:
-    """Compiled, and of two ranks with half of the experts each: its table is that of one rank."""
+    """Compiled, and of two ranks with half of the experts each: its table and maps are those of one
+    rank."""
     prompts = [example.prompt for example in examples(16, seed=7, split="held_out")]
-    own = {"auto": {"data": str(corpus_file), "length": LENGTH}, "S": 1, "min_active": 1}
+    own = {"auto": {"data": str(runs.text), "length": LENGTH, "maps": RANK}, **LINEAR}
     told, stats, _, counted = run_engine(
         [
             ["rpc", "sere_description"],
@@ -303,7 +385,7 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
         sere=own,
         options={
             **OPTIONS,
-            "model": str(runs.models["qwen3_moe"]),
+            "model": str(runs.models["glm4_moe"]),
             "enforce_eager": False,
             "compilation_config": {"backend": "eager"},  # traced as ever, no C++ written
             "tensor_parallel_size": 2,
@@ -313,12 +395,14 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
         paths=(EXPERT_MAP,),
     )
     assert [rank["inert"] for rank in told] == [None, None]
-    assert told[0]["policy"] == "S=1 min_active=1"
+    assert told[0]["policy"] == "S=1 min_active=1 fill=linear"
     assert not any(any(layer.values()) for layer in stats[0].values())  # nobody counts that text
     assert counted[0] == counted[1]
     assert all(layer["slots_rerouted"] > 0 for layer in counted[0].values())
     (kept,) = tmp_path.glob("*.table")
-    assert_equal(Table.load(kept), runs.table("qwen3_moe"))
+    mine, reference = Table.load(kept), Table.load(runs.kept("glm4_moe"))
+    assert_equal(mine, reference)
+    assert_maps_equal(mine, reference)
 
 
 @pytest.mark.parametrize("own", [None, "the shadow check's"])
@@ -389,8 +473,9 @@ def test_without_a_policy_the_cautious_default_is_served() -> None:
         ({"auto": {"method": "cka-linear"}}, "depend on which rows are read together"),
         ({"auto": {"otherwise": "wait"}}, 'expected "calibrate" or "stock"'),
         ({"auto": {"wait": -1}}, "expected seconds"),
-        ({"auto": {"maps": 16}}, "fits no linear maps for itself: run `sere calibrate"),
-        ({"auto": True, "maps": True}, "fits no linear maps for itself: run `sere calibrate"),
+        ({"auto": {"maps": 0}}, "maps=0: expected a whole number >= 1"),
+        ({"auto": {"maps": 4, "traffic": True}}, "maps: of a text, and with traffic none is read"),
+        ({"auto": True, "maps": True}, "fits linear maps if it is told their rank"),
         ({"auto": {"samples": 0}}, "expected a whole number >= 1"),
         ({"auto": {"traffic": {}, "samples": 9}}, "samples: of a text, and with traffic none"),
         ({"auto": {"traffic": {"share": 0}}}, "expected 0 < share <= 1"),
@@ -412,6 +497,8 @@ def test_settings_that_cannot_be_meant_are_refused(given: dict[str, Any], reason
         ({"pipeline_parallel_size": 2}, {}, "each pipeline stage has a part of the layers"),
         ({"skip_tokenizer_init": True}, {}, "without a tokenizer"),
         ({}, {"fill": "linear"}, "needs linear maps"),
+        ({}, {"auto": {"maps": 4}, "fill": "linear", "rank": 8}, "rank=8 exceeds"),
+        ({"enable_lora": True}, {"auto": {"maps": 4}}, "the maps know nothing of adapters"),
         ({}, {"layers": {"9": {"S": 1}}}, r"layers \[9\] of the policy are not among"),
     ],
     ids=str,
@@ -425,7 +512,7 @@ def test_what_an_engine_cannot_calibrate_is_refused_before_weights_are_loaded(
 ) -> None:
     monkeypatch.setenv("SERE_CACHE", str(tmp_path))
     with pytest.raises(ServingError, match=reason):
-        configure(options, auto=True, **sere)
+        configure(options, **{"auto": True, **sere})
 
 
 def test_a_file_without_text_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:

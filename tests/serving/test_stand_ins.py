@@ -18,8 +18,10 @@ from sere.kernels import RowClass
 from sere.maps import LayerMaps, Maps, beside, served_bytes
 from sere.policy import Policy, PolicyError
 from sere.serving import loaded_maps
+from sere.serving.auto import Auto
 from sere.serving.compile_key import keyed
 from sere.serving.loaded_maps import Answers, check_finalized, ranks_to_load, unloaded
+from sere.serving.no_table import NoTable
 from sere.serving.refusal import ServingError
 from sere.serving.rows import RowClasses
 from sere.serving.session import maps_of
@@ -76,7 +78,7 @@ def attached(table: Table, one: Any, policy: Policy = LINEAR) -> Answers:
     rows.buffer[:T] = int(RowClass.FAST)
     rows.filled = T
     settings = Settings(Path("t"), policy, maps=True)
-    answers = Answers(table, policy, ranks_to_load(settings, table), rows, say=False)
+    answers = Answers(table, policy, ranks_to_load(settings, table), rows, say=None)
     one.sere.stand_ins = answers.attach(one)
     return answers
 
@@ -128,6 +130,31 @@ def test_the_maps_of_freed_slots_are_added_to_the_experts_output(
     one.sere.stand_ins.forget()  # a pass that the operator leaves alone
     x = torch.randn(T, H)
     assert not one.routed_experts.forward_modular(x, torch.rand(T, K), torch.ones(T, K)).any()
+
+
+def test_room_that_is_filled_answers_as_what_was_loaded(
+    table: Table, first: Callable[[int], None]
+) -> None:
+    """Reserved while vLLM builds the model, under its own default type."""
+    assert table.maps is not None
+    settings = Settings(None, LINEAR, auto=Auto(maps=R))
+    known, rows = NoTable(table.fingerprint), RowClasses(8, "cpu", "decode")
+    rows.buffer[:T], rows.filled = int(RowClass.FAST), T
+    one = runner()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        answers = Answers(known, LINEAR, ranks_to_load(settings, known), rows, say=None)
+        one.sere.stand_ins = answers.attach(one)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert answers.size == served_bytes(E, H, R)
+    answers.follow(LINEAR)
+    assert not a_pass(one).any()
+    answers.learn(0, table.maps.layer(0))
+    assert not a_pass(one).any()  # nor before the table is there
+    answers.go_by(table)
+    answers.follow(LINEAR)
+    torch.testing.assert_close(a_pass(one), wanted(table.maps.layer(0)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ import torch
 
 from sere.checkpoint import Fingerprint
 from sere.kernels import reroute
+from sere.maps import LayerMaps, beside, identity_of, save
 from sere.policy import Policy, PolicyError
 from sere.serving import table_cache
 from sere.serving.no_table import NoTable
+from sere.serving.own_maps import Own
 from sere.serving.table_cache import CacheTrouble, Entry, cache_folder, file_of, table_in
 from sere.table import Table
 
@@ -91,6 +94,38 @@ def test_a_broken_table_is_told_and_not_used(
     entry.path.write_bytes({"cut off": data[:-100], "no table": b"what"}.get(fault, data))
     with pytest.raises(CacheTrouble, match="the table in the cache cannot be used"):
         entry.read()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("gone", "its file of linear maps, is gone"),
+        ("cut off", "not a complete file of maps"),
+        ("another calibration's", "belongs to another calibration"),
+    ],
+)
+def test_a_table_whose_maps_are_of_no_use_is_not_used(
+    make_table: Callable[..., Table], fault: str, told: str
+) -> None:
+    own, other = ({i: LayerMaps.imagined(4, 8, 2, seed=s + i) for i in range(3)} for s in (0, 9))
+    about = {"maps": {"rank": 2, "identity": identity_of(own)}}
+    table = replace(make_table(), provenance=about)
+    entry = Entry.of("/models/mine", table.fingerprint, {"maps": 2})
+    entry.write(data := file_of(table), own)
+    assert entry.read() == data
+    found = Own.found(data, entry)
+    assert [index for index, _ in found.layers()] == [0, 1, 2]
+    maps = beside(entry.path)
+    if fault == "gone":
+        maps.unlink()
+    elif fault == "cut off":
+        maps.write_bytes(maps.read_bytes()[:-100])
+    else:
+        save(maps, {i: replace(layer, constant=layer.constant + 1) for i, layer in other.items()})
+    with pytest.raises(CacheTrouble, match=f"the table in the cache cannot be used: .*{told}"):
+        entry.read()
+    with pytest.raises(CacheTrouble):
+        Own.found(data, entry)
 
 
 def test_a_folder_that_cannot_be_written_is_told(entry: Entry, tmp_path: Path) -> None:

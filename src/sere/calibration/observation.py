@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sere.calibration.mapping import HELD_OUT, Rows
+from sere.fitting.mapping import Rows, is_held_out
 from sere.maps import LayerMaps
 from sere.models.moe import MoELayer
 from sere.similarity.sums import FOLDS, LayerSums, chosen
@@ -46,11 +46,13 @@ class Observer:
     method: one of `sere.similarity.measures.METHODS`.
     K: experts per token, as seen.
     maps: largest rank of the maps to fit; None for none.
+    batch: sequences of a pass, but for the last one.
     """
 
     method: str
     K: int = 0
     maps: int | None = None
+    batch: int = 1
     _layers: dict[int, _Layer] = field(default_factory=dict)
     _real: Tensor | None = None
     _held: Tensor | None = None
@@ -60,8 +62,8 @@ class Observer:
     def begin(self, number: int, real: Tensor) -> None:
         """Announce forward pass `number`; real: [B, length] bool, False where there is padding."""
         self._real, self._fold = real.flatten(), number % FOLDS
-        sequence = torch.arange(len(real), device=real.device) + number * len(real)
-        self._held = (sequence % HELD_OUT == HELD_OUT - 1)[:, None].expand_as(real)[real]
+        held = [is_held_out(number * self.batch + i) for i in range(len(real))]
+        self._held = torch.tensor(held, device=real.device)[:, None].expand_as(real)[real]
 
     def __call__(self, layer: MoELayer, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         if self._fitting:  # the experts are being asked for their outputs once more
@@ -75,7 +77,7 @@ class Observer:
                 f"{self.K}: layers that differ in this are not supported"
             )
         if layer.index not in self._layers:
-            rows = None if self.maps is None else Rows(layer.E, hidden.shape[1])
+            rows = None if self.maps is None else Rows()
             self._layers[layer.index] = _Layer(layer.E, self.method, rows)
         own = self._layers[layer.index]
         sent = chosen(ids, weights[self._real], layer.E)
@@ -105,7 +107,13 @@ class Observer:
             return found, None
         self._fitting = True
         try:
-            return found, own.rows.maps(layer, self.maps, found.directed, found.directed_energy)
+            return found, own.rows.maps(
+                layer.adapter.output,
+                self.maps,
+                found.directed,
+                found.directed_energy,
+                device=next(layer.experts.parameters()).device,
+            )
         finally:
             self._fitting = False
 

@@ -112,7 +112,7 @@ def streamed(
         "maps": maps,
         "versions": versions(),
     }
-    observer = Observer(method, maps=maps)
+    observer = Observer(method, maps=maps, batch=batch)
     inputs = _batches(corpus.sequences, batch, skeleton.model)
     _say(skeleton, inputs, output)
     work = Unfinished(unfinished(output), settings, skeleton.model.device)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sere.calibration.mapping import HELD_OUT
-from sere.calibration.regression import ENOUGH
 from sere.files import KINDS, is_file
+from sere.fitting.mapping import shortcomings
 from sere.maps import LayerMaps, beside, size_bytes
 from sere.maps import save as save_maps
 from sere.table import Table
@@ -30,14 +29,5 @@ def _say(maps: dict[int, LayerMaps], path: Path) -> None:
     E, R, H = next(iter(maps.values())).down.shape
     size = size_bytes(len(maps), E, H, R)
     print(f"{path}: {size / 1e6:.1f} MB, linear maps of rank {R} at most", file=sys.stderr)
-    for index, layer in maps.items():
-        thin = (layer.tokens < HELD_OUT * ENOUGH).nonzero().flatten().tolist()
-        lowered = int((layer.ranks < R).sum()) - len(thin)
-        if thin:
-            print(
-                f"layer {index}: {len(thin)} experts saw fewer than {HELD_OUT * ENOUGH} tokens, "
-                f"too few for a map ({', '.join(map(str, thin[:8]))}): calibrate on more text",
-                file=sys.stderr,
-            )
-        if lowered > 0:
-            print(f"layer {index}: {lowered} experts got a lower rank", file=sys.stderr)
+    for line in shortcomings(maps):
+        print(line, file=sys.stderr)

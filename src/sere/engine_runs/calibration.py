@@ -36,6 +36,7 @@ def calibrate(
     allow_fewer: bool,
     overwrite: bool,
     data: str | Path | None = None,
+    maps: int | None = None,
     **elsewhere: Any,
 ) -> Table:
     """As `sere.calibration.calibrate.calibrate`; arguments: of vLLM's engine, as on its command
@@ -51,7 +52,7 @@ def calibrate(
     check_output(output, data, overwrite)
     folder = demo_model.resolve(model_name)
     with nullcontext(data) if data else _written(folder, samples, seed) as text:
-        found = table_by_engine(
+        found, fitted = table_by_engine(
             folder,
             {
                 "data": str(text),
@@ -60,7 +61,7 @@ def calibrate(
                 "length": length,
                 "seed": seed,
                 "allow_fewer": allow_fewer,
-                "cache": False,
+                "maps": maps,
             },
             arguments,
         )
@@ -68,7 +69,7 @@ def calibrate(
     if not data:
         about |= {"corpus": DEMO_TEXT, "file_hash": None}
     table = replace(found, provenance={**found.provenance, **about})
-    save(table, None, Path(output))
+    save(table, fitted, Path(output))
     return table
 
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sere.checks import check_count
 from sere.files import is_file
 from sere.policy import PolicyError, check_keys
 
 NO_MAPS = (
-    "an engine fits no linear maps for itself: run `sere calibrate MODEL --maps 16` and name its "
-    "table"
+    "an engine that calibrates itself fits linear maps if it is told their rank: "
+    '{"auto": {"maps": 16}}'
 )
-_OF_A_TEXT = {"data", "samples", "length", "seed", "allow_fewer", "wait"}
+_OF_A_TEXT = {"data", "samples", "length", "seed", "allow_fewer", "wait", "maps"}
 METHODS = ("frobenius", "cosine", "directed")
 """Not those that depend on which rows are read together."""
 
@@ -70,6 +71,8 @@ class Auto:
     method, samples, length, seed, allow_fewer: as of `sere calibrate`; sequences are cut to what
         the engine can read whole.
     traffic: measure on what is served instead, under stock routing until then; None for the text.
+    maps: the largest rank of linear maps to fit as well, as of `sere calibrate`; the room for them
+        is reserved in every layer, whatever the policy is.
     cache: whether the table is looked for, and kept, in the cache folder.
     wait: seconds for another engine that is at work on the same table; then this one calibrates for
         itself. vLLM's front end gives a whole start `VLLM_ENGINE_READY_TIMEOUT_S`, 600 s.
@@ -80,6 +83,7 @@ class Auto:
 
     data: Path | None = None
     traffic: Traffic | None = None
+    maps: int | None = None
     method: str = "frobenius"
     samples: int = 400
     length: int = 128
@@ -100,8 +104,6 @@ class Auto:
             raise PolicyError(
                 f'auto={given!r}: expected true, or settings, e.g. {{"data": "text.jsonl"}}'
             )
-        if "maps" in given:
-            raise PolicyError(f"auto: maps={given['maps']!r}: {NO_MAPS}")
         check_keys("auto", given, [field.name for field in fields(cls)])
         own = {**given, "traffic": Traffic.parse(given.get("traffic"))}
         if own["traffic"] and (unread := sorted(_OF_A_TEXT & set(given))):
@@ -123,6 +125,7 @@ class Auto:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PolicyError(f"auto: {name}={value!r}: expected a whole number >= {least}")
+        check_count("auto: maps", self.maps, optional=True)
         for name in ("allow_fewer", "cache"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(f"auto: {name}={value!r}: expected true or false")

@@ -207,6 +207,7 @@ _LINEAR = Needs(
         (f"{_MOE}.config", "FusedMoEConfig"): ("hidden_dim_unpadded", "use_deferred_moe_finalize"),
         (_PARALLEL, "GroupCoordinator"): ("rank_in_group",),
         ("vllm.config", "ParallelConfig"): ("rank",),
+        ("vllm.config", "ModelConfig"): ("get_hidden_size",),
     },
     parameters=EXPERTS_CALL,
 )

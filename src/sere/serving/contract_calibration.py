@@ -23,6 +23,7 @@ CALIBRATION_SYMBOLS: dict[str, Where] = {
     "SchedulerOutput": (_OUTPUT, "SchedulerOutput"),
     "NewRequestData": (_OUTPUT, "NewRequestData"),
     "cached_tokenizer_from_config": ("vllm.tokenizers.registry", "cached_tokenizer_from_config"),
+    "set_forward_context": ("vllm.forward_context", "set_forward_context"),
     "FlexibleArgumentParser": ("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
 }
 SELF_CALIBRATION = Needs(
@@ -31,6 +32,7 @@ SELF_CALIBRATION = Needs(
         "NewRequestData": (),
         "cached_tokenizer_from_config": (),
         "get_tp_group": (),
+        "set_forward_context": (),
         "EngineArgs": ("add_cli_args", "from_cli_args"),
         "LLMEngine": ("from_engine_args", "collective_rpc"),
         "FlexibleArgumentParser": ("parse_args",),

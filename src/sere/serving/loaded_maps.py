@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sere.kernels.answers import NOTHING
-from sere.maps import served_bytes
+from sere.maps import LayerMaps, served_bytes
 from sere.policy import Policy
 from sere.serving.contract import LINEAR
 from sere.serving.no_table import NoTable
@@ -31,9 +31,11 @@ _LOG = logging.getLogger("vllm.sere")
 
 
 def ranks_to_load(settings: Settings, table: Table | NoTable) -> dict[int, int]:
-    """By layer, of which rank maps are loaded: what the first policy needs, or all if asked."""
+    """By layer, of which rank maps are loaded: what the first policy needs, or all if asked; or
+    will be, once the engine has fitted them."""
     if isinstance(table, NoTable):
-        return {}
+        rank = settings.auto and settings.auto.maps
+        return dict.fromkeys(table.layers, rank) if rank else {}
     if settings.maps:
         return dict.fromkeys(table.layers, table.maps_for(Policy(fill="linear")).R)
     own = {index: settings.policy.for_layer(index) for index in table.layers}
@@ -67,9 +69,15 @@ class Answers:
     """
 
     def __init__(
-        self, table: Table, policy: Policy, ranks: Mapping[int, int], rows: RowClasses, say: bool
+        self,
+        table: Table | NoTable,
+        policy: Policy,
+        ranks: Mapping[int, int],
+        rows: RowClasses,
+        say: int | None,
     ) -> None:
-        """policy: the first. say: log what is loaded."""
+        """policy: the first. say: the model's width, to log what is loaded; None logs nothing.
+        Without a table there is room, which answers nothing until `learn` has filled it."""
         self.ranks = dict(ranks)
         self._table, self._policy, self._rows = table, policy, rows
         self._layers: dict[int, StandIns] = {}
@@ -78,12 +86,14 @@ class Answers:
             for dtype in (torch.int32, torch.float32)
         )
         if say:
-            H = table.maps_for(Policy(fill="linear")).H
-            size = sum(served_bytes(table.fingerprint.E, H, rank) for rank in ranks.values())
+            to_come, E = isinstance(table, NoTable), table.fingerprint.E
+            H = say if isinstance(table, NoTable) else table.maps_for(Policy(fill="linear")).H
+            size = sum(served_bytes(E, H, min(rank, H)) for rank in ranks.values())
             _LOG.info(
                 "sere: linear maps of rank %d in %d layers: %.1f MB on every device (shared among "
-                "pipeline stages), loaded with the model",
+                "pipeline stages), %s with the model",
                 *(max(ranks.values()), len(ranks), size / 1e6),
+                "reserved" if to_come else "loaded",
             )
 
     @property
@@ -99,9 +109,9 @@ class Answers:
         index, experts = runner.layer_id, runner.routed_experts
         if index not in self.ranks:
             return None
-        assert self._table.maps is not None
-        maps = self._table.maps.layer(index).of_rank(self.ranks[index])
-        H, served = maps.constant.shape[1], runner.moe_config.hidden_dim_unpadded
+        served = runner.moe_config.hidden_dim_unpadded
+        maps = self._maps_of(index, served)
+        H = maps.constant.shape[1]
         if reason := _obstacle(experts, H, served):
             raise ServingError(f"{_CANNOT} {runner.layer_name}: {reason}")
         adds = functools.partial(_adds, runner)
@@ -114,6 +124,23 @@ class Answers:
         self._follow(index, self._policy)
         return own
 
+    def _maps_of(self, index: int, H: int) -> LayerMaps:
+        """A layer's maps, or the room for them; H: the width of what they are to map."""
+        rank = self.ranks[index]
+        if isinstance(self._table, NoTable):
+            return LayerMaps.empty(self._table.fingerprint.E, H, min(rank, H))
+        assert self._table.maps is not None
+        return self._table.maps.layer(index).of_rank(rank)
+
+    def learn(self, index: int, maps: LayerMaps) -> None:
+        """Fill the room of a layer; another pipeline stage's is left to that."""
+        if index in self._layers:
+            self._layers[index].learn(maps)
+
+    def go_by(self, table: Table) -> None:
+        """Answer by policies for this table from the next one on."""
+        self._table = table
+
     def follow(self, policy: Policy | None) -> None:
         """Answer by a policy from now on; None is stock routing."""
         for index in self._layers:
@@ -121,7 +148,8 @@ class Answers:
 
     def _follow(self, index: int, policy: Policy | None) -> None:
         own = policy and policy.for_layer(index)
-        rank = own.rank_of(self._table.R) if own and own.frees else NOTHING
+        R = None if isinstance(self._table, NoTable) else self._table.R
+        rank = own.rank_of(R) if own and own.frees and R is not None else NOTHING
         self._layers[index].follow(rank)
 
 

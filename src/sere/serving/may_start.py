@@ -32,13 +32,15 @@ def check_config(config: Any) -> None:
     table = table_of(config, settings)
     check_default(config, settings, table.fingerprint)
     if isinstance(table, NoTable):
-        table.check_asked(settings.policy)
-        self_calibration.check(config, settings)
-        return
-    table.check_policy(settings.policy)
+        table.check_asked(settings.policy, settings.auto.maps if settings.auto else None)
+    else:
+        table.check_policy(settings.policy)
     if ranks_to_load(settings, table) and (reason := obstacle_to_maps(config)):
         raise ServingError(f"sere cannot let linear maps answer for experts here: {reason}")
-    check_model(config, settings, table)
+    if isinstance(table, NoTable):
+        self_calibration.check(config, settings)
+    else:
+        check_model(config, settings, table)
 
 
 def _check_rows_are_known(config: Any) -> None:

@@ -42,11 +42,18 @@ class NoTable:
         """Nothing can be switched on."""
         raise PolicyError(self.reason)
 
-    def check_asked(self, policy: Policy) -> None:
-        """Raise `PolicyError` for a policy that no table of this model could serve."""
+    def check_asked(self, policy: Policy, maps: int | None) -> None:
+        """Raise `PolicyError` for a policy that no table of this model could serve; maps: the rank
+        of those that the engine fits."""
         policy.check_against(self.fingerprint.K, self.fingerprint.E)
-        if policy.frees_anywhere:
+        if policy.frees_anywhere and maps is None:
             raise PolicyError(f'fill="{policy.fill}" needs linear maps, and {NO_MAPS}')
+        ranks = [policy.for_layer(index).rank or 0 for index in self.layers]
+        if (largest := max(ranks)) > (maps or largest):
+            raise PolicyError(
+                f"rank={largest} exceeds that of the maps which the engine fits, {maps}: lower it, "
+                f'or write {{"auto": {{"maps": {largest}}}}}'
+            )
         by_size = (policy.for_bucket(bucket) for bucket in policy.batches)
         named = set(policy.layers).union(*(own.layers for own in by_size if own))
         if unknown := sorted(named - set(self.layers)):

@@ -2,9 +2,10 @@
 and scales: a layer's `forward_modular` is replaced on the instance while the engine reads text, and
 given back.
 
-Nothing of a row is kept but sums [E, E]. Beyond those, a layer holds at a time: outputs of all
-experts on some rows (256 MiB at most), two float64 copies of a part of them (128 MiB each), and a
-kernel call's rows, at most as many as the engine's workspaces were profiled for.
+Nothing of a row is kept but sums [E, E], unless linear maps are to be fitted to it: see
+`fitted_maps`. Beyond those, a layer holds at a time: outputs of all experts on some rows (256 MiB
+at most), two float64 copies of a part of them (128 MiB each), and a kernel call's rows, at most as
+many as the engine's workspaces were profiled for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sere.fitting.mapping import Rows
 from sere.serving import expert_kernels
 from sere.serving.refusal import ServingError
 from sere.serving.symbols import symbol
@@ -61,12 +63,14 @@ class Observation:
         adds_up: bool,
         ranks: int,
         serves: bool = False,
+        keeps: bool = False,
     ) -> None:
         """runners: vLLM's `MoERunner` of each layer. method: of `similarity.measures`.
 
         rows: what a kernel call may have at most. adds_up: whether this rank keeps the sums; every
         rank runs its part of all experts. ranks: how many have a part of each row's output.
         serves: whether the steps are requests', who must not notice if something fails.
+        keeps: whether inputs are kept, for linear maps (`kept`), on every rank.
         """
         if reason := next(filter(None, map(_obstacle, runners)), None):
             raise ServingError(f"sere cannot calibrate in this engine: {reason}")
@@ -75,27 +79,32 @@ class Observation:
         self.closed = False
         self.broken: str | None = None
         self.sums = {r.layer_id: LayerSums(_E(r), method) for r in runners}
-        self._parts: list[tuple[slice | Tensor, int]] = []  # rows of the pass, and their fold
-        self._folds: Mapping[str, int] = {}
+        self.kept = {r.layer_id: Rows() for r in runners} if keeps else {}
+        self.asked: dict[int, Experts] = {}  # of the layers that were read, by index
+        # Rows of the pass, their fold, and which of them the fit of maps does not see.
+        self._parts: list[tuple[slice | Tensor, int, Sequence[bool]]] = []
+        self._requests: Mapping[str, tuple[int, bool]] = {}
         self._checked: set[int] = set()
 
-    def expect(self, folds: Mapping[str, int]) -> None:
-        """A pass over these requests follows; folds: the part of the text that each belongs to."""
-        self._folds, self._parts = folds, []
+    def expect(self, requests: Mapping[str, tuple[int, bool]]) -> None:
+        """A pass over these requests follows: the part of the text that each belongs to, and
+        whether a fit of maps does not see it."""
+        self._requests, self._parts = requests, []
 
     def begin(self, requests: Sequence[str], lengths: Any, prefilling: Any) -> None:
         """See `Observer.begin`: all rows are read."""
         rows = [1] * len(requests) if lengths is None else [int(n) for n in lengths]
-        folds = [self._folds[name] for name in requests]
-        pairs = groupby(zip(rows, folds, strict=True), key=lambda pair: pair[1])
+        known = [self._requests[name] for name in requests]
+        pairs = groupby(zip(rows, known, strict=True), key=lambda pair: pair[1][0])
         start, self._parts = 0, []
         for fold, part in pairs:
-            self._parts.append((slice(start, start := start + sum(n for n, _ in part)), fold))
+            held = [apart for n, (_, apart) in part for _ in range(n)]
+            self._parts.append((slice(start, start := start + len(held)), fold, held))
 
     def follow(self, parts: Sequence[tuple[Tensor, int]]) -> None:
         """Of the coming pass these rows alone are read: numbers of rows, and the part of the text
         that they belong to."""
-        self._parts = list(parts)
+        self._parts = [(rows, fold, ()) for rows, fold in parts]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,7 +114,8 @@ class Observation:
         before = [vars(experts).get(_HOOKED) for experts in layers]
         try:
             for runner, experts in zip(self._runners, layers, strict=True):
-                own = _Experts(runner, experts.forward_modular, self._ranks, self._note)
+                run = _unanswered(experts)
+                own = Experts(runner, run, self._ranks, self._rows, self._note)
                 experts.forward_modular = partial(self._watch, own)
             yield
         finally:
@@ -150,52 +160,67 @@ class Observation:
         self.broken = self.broken or str(error).splitlines()[0]
 
     def _watch(
-        self, experts: _Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **more: Any
+        self, experts: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **more: Any
     ) -> Any:
         """Stands in for the layer's `forward_modular`; x: [T, H], padding behind the real rows."""
         try:
-            for part, fold in self._parts:
+            for part, fold, held in self._parts:
                 # copies, as kernels may write over their input
-                self._take_in(experts, x[part].clone(), topk_weights[part], topk_ids[part], fold)
+                own = (x[part].clone(), topk_weights[part], topk_ids[part])
+                self._take_in(experts, *own, fold, held)
         except Exception as error:
             self._note(error)
         return experts.run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **more)
 
     def _take_in(
-        self, experts: _Experts, x: Tensor, weights: Tensor, ids: Tensor, fold: int
+        self,
+        experts: Experts,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        fold: int,
+        held: Sequence[bool],
     ) -> None:
         layer, E = experts.runner.layer_id, experts.E
         sums, sent = self.sums[layer], chosen(ids.long(), weights, E)
+        if kept := self.kept.get(layer):
+            kept.add(x[:, : experts.H], sent, torch.tensor(held, device="cpu"))
+            self.asked[layer] = experts
         adds_up = self._adds_up and not self.closed and self.broken is None
         if adds_up:
             sums.count(sent)
         step = max(1, min(_CHUNK, self._rows, _BYTES // (4 * E * x.shape[-1])))
         for first in range(0, len(x), step):
             part = slice(first, first + step)
-            outputs = experts.outputs(x[part], weights, ids, self._rows)
+            outputs = experts.outputs(x[part], weights, ids)
             try:
                 if layer not in self._checked:
                     self._checked.add(layer)
                     experts.check(x[part], weights[part], ids[part], outputs)
                 if adds_up:
                     sums.add(outputs, sent[part], fold)
+                if adds_up and kept:
+                    kept.add_outputs(outputs[:, :, : experts.H], sent[part])
             except Exception as error:
                 self._note(error)
             del outputs  # before the next is made
 
 
-@dataclass(frozen=True)
-class _Experts:
+@dataclass
+class Experts:
     """One layer's experts, asked past whoever observes them.
 
     runner: vLLM's `MoERunner`. run: its own `forward_modular`. ranks: how many have a part of each
-    row's output. note: called with what fails, raises it unless a step must go on.
+    row's output. most: rows of a kernel call. note: called with what fails, raises it unless a step
+    must go on.
     """
 
     runner: Any
     run: Callable[..., Any]
     ranks: int
+    most: int
     note: Callable[[Exception], None]
+    _routed: tuple[Tensor, Tensor, int] | None = None  # weights, ids, width of x: for their kinds
 
     @property
     def name(self) -> str:
@@ -205,27 +230,48 @@ class _Experts:
     def E(self) -> int:
         return _E(self.runner)
 
-    def outputs(self, x: Tensor, weights: Tensor, ids: Tensor, most: int) -> Tensor:
+    @property
+    def H(self) -> int:
+        """The width of what is mapped: kernels may be given more, which is 0."""
+        return int(self.runner.moe_config.hidden_dim_unpadded)
+
+    def outputs(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """[E, n, H] float32: every expert on every row of x [n, H], reduced over ranks. weights,
-        ids: as the router gives them, for their dtypes and number of slots. most: rows a call."""
+        ids: as the router gives them, for their dtypes and number of slots."""
+        self._routed = (weights[:0], ids[:0], x.shape[1])
         E, n = self.E, len(x)
-        any_slots = expert_kernels.serving(self.runner).startswith(_ANY_SLOTS)
-        K = 1 if any_slots else ids.shape[1]
         found: Tensor | None = None
-        at_once = max(1, most // n)
+        at_once = max(1, self.most // n)
         for first in range(0, E, at_once):
             experts = torch.arange(first, min(first + at_once, E), device=x.device)
-            # Slots beyond the first have no weight, and other experts, as kernels may count them.
-            named = (experts[:, None] + torch.arange(K, device=x.device)) % E
-            share = torch.zeros(len(experts) * n, K, dtype=weights.dtype, device=x.device)
-            share[:, 0] = 1
-            named = named.repeat_interleave(n, dim=0).to(ids.dtype)
-            out = self._mixture(x.repeat(len(experts), 1), share, named)
+            out = self._alone(x.repeat(len(experts), 1), experts.repeat_interleave(n))
             if found is None:
                 found = torch.empty(E, n, out.shape[-1], dtype=torch.float32, device=x.device)
             found[first : first + len(experts)] = out.view(len(experts), n, -1)
         assert found is not None
         return found
+
+    def output(self, x: Tensor, u: int) -> Tensor:
+        """[n, H] float32: expert u on rows [n, H] as `Observation.kept` has them, reduced over
+        ranks; once the layer has been observed."""
+        assert self._routed is not None
+        wide = torch.nn.functional.pad(x, (0, self._routed[2] - x.shape[1]))
+        expert = torch.tensor([u], device=x.device)
+        split = torch.split(wide, self.most)
+        parts = [self._alone(part.clone(), expert.expand(len(part))) for part in split]
+        return torch.cat(parts)[:, : self.H]
+
+    def _alone(self, x: Tensor, experts: Tensor) -> Tensor:
+        """[n, H] float32: what one expert makes of each row; experts: [n]."""
+        assert self._routed is not None
+        weights, ids, _ = self._routed
+        any_slots = expert_kernels.serving(self.runner).startswith(_ANY_SLOTS)
+        K = 1 if any_slots else ids.shape[1]
+        # Slots beyond the first have no weight, and other experts, as kernels may count them.
+        named = (experts[:, None] + torch.arange(K, device=x.device)) % self.E
+        share = torch.zeros(len(x), K, dtype=weights.dtype, device=x.device)
+        share[:, 0] = 1
+        return self._mixture(x, share, named.to(ids.dtype))
 
     def check(self, x: Tensor, weights: Tensor, ids: Tensor, outputs: Tensor) -> None:
         """Raise `ServingError` unless the outputs [E, n, H] add up to the layer's own mixture."""
@@ -267,6 +313,12 @@ class _Experts:
             f"sere cannot calibrate in this engine: {self.name} defers its sums; "
             "choose another --moe-backend, or calibrate without --engine"
         )
+
+
+def _unanswered(experts: Any) -> Callable[..., Any]:
+    """A layer's `forward_modular` without what linear maps add."""
+    *_, alone = getattr(experts, "_sere", (experts.forward_modular,))
+    return alone  # type: ignore[no-any-return]
 
 
 def _obstacle(runner: Any) -> str | None:

@@ -4,9 +4,13 @@ watch traffic for it, to go live with it, to show it."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+from sere.maps import LayerMaps, Maps
 from sere.policy import in_words
+from sere.serving.fitted_maps import at_once, fitted
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
 from sere.serving.reading import read
@@ -19,21 +23,49 @@ from sere.statistics import LayerStatistics
 _LOG = logging.getLogger("vllm.sere")
 
 
+Measured = tuple[str, LayerStatistics, LayerMaps | None]
+"""A layer's name, its statistics, and its maps if they were asked for."""
+
+
 def sere_calibrate(
-    worker: Any, sequences: list[list[int]], method: str
-) -> dict[int, tuple[str, LayerStatistics]] | None:
-    """Let the model read token sequences and measure its experts: by decoder layer index, the
-    layer's name and statistics, of the first rank; None of the others."""
+    worker: Any,
+    sequences: list[list[int]],
+    method: str,
+    rank: int | None = None,
+    done: Collection[int] = (),
+) -> dict[int, Measured] | None:
+    """Let the model read token sequences and measure its experts, by decoder layer index; None of
+    ranks that are not the first.
+
+    rank: of the linear maps to fit as well; then of some of the layers, beside those that are done.
+    """
     session, runners = session_in(worker), check_layers(worker.vllm_config)
-    session.observer = observation = _observation(worker, runners, method, serves=False)
+    runners = [runner for runner in runners if runner.layer_id not in done]
+    tokens = sum(map(len, sequences))
+    if rank is not None:
+        runners = runners[: at_once(runners, tokens, worker.model_config.dtype)]
+    observation = _observation(worker, runners, method, serves=False, keeps=rank is not None)
+    session.observer = observation
     try:
         read(worker, observation, sequences)
     finally:
         session.observer = None
-    found = observation.finished(sum(map(len, sequences)))
+    maps: dict[int, LayerMaps] = {}
+    if rank is None:
+        found = observation.finished(tokens)
+    else:
+        found, maps = fitted(worker, observation, tokens, rank)
     if found is None:
         return None
-    return {r.layer_id: (r.layer_name, found[r.layer_id]) for r in runners}
+    return {r.layer_id: (r.layer_name, found[(i := r.layer_id)], maps.get(i)) for r in runners}
+
+
+def sere_take_maps(worker: Any, index: int, layer: LayerMaps) -> None:
+    """Put one layer's maps where room was reserved; none answers before the table is there."""
+    session = session_in(worker)
+    if session.answers is None:
+        raise ServingError("sere has no place for maps: the engine was started without")
+    session.answers.learn(index, layer)
 
 
 def sere_watch(worker: Any, watched: Watched) -> None:
@@ -44,14 +76,17 @@ def sere_watch(worker: Any, watched: Watched) -> None:
     session.observer = session.traffic = Watch(worker, observation, watched, session)
 
 
-def sere_take_table(worker: Any, data: bytes | None, reason: str = "") -> None:
+def sere_take_table(
+    worker: Any, data: bytes | None, reason: str = "", maps: Maps | None = None
+) -> None:
     """Go live with a table's file, and with the policy that `sere tune` has stored in it meanwhile
-    if the user named none; None if there is no table, and why."""
+    if the user named none; None if there is no table, and why. maps: those that were taken before.
+    """
     session = session_in(worker)
     if data is None:
         session.take(NoTable(session.table.fingerprint, reason))
         return
-    table = table_in(data)
+    table = replace(table_in(data), maps=maps)
     session.take(table)
     if table.policy is None or session.settings.named:
         return
@@ -75,10 +110,12 @@ def sere_table(worker: Any) -> bytes:
     return file_of(session.table)
 
 
-REMOTE_CALLS = (sere_calibrate, sere_watch, sere_take_table, sere_table)
+REMOTE_CALLS = (sere_calibrate, sere_watch, sere_take_maps, sere_take_table, sere_table)
 
 
-def _observation(worker: Any, runners: list[Any], method: str, *, serves: bool) -> Observation:
+def _observation(
+    worker: Any, runners: list[Any], method: str, *, serves: bool, keeps: bool = False
+) -> Observation:
     config = worker.vllm_config
     return Observation(
         runners,
@@ -87,4 +124,5 @@ def _observation(worker: Any, runners: list[Any], method: str, *, serves: bool) 
         adds_up=worker.rank == 0,
         ranks=config.parallel_config.tensor_parallel_size,
         serves=serves,
+        keeps=keeps,
     )

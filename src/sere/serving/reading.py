@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from sere.fitting.mapping import is_held_out
 from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
 from sere.serving.symbols import symbol
@@ -68,7 +69,8 @@ def read(worker: Any, observation: Observation, sequences: Sequence[list[int]]) 
         try:
             for part in _passes(runner, sequences, worker.vllm_config):
                 requests = {_name(i): sequences[i] for i in part}
-                observation.expect({_name(i): i // _BATCH % FOLDS for i in part})
+                parts = {_name(i): (i // _BATCH % FOLDS, is_held_out(i)) for i in part}
+                observation.expect(parts)
                 output = _scheduled(runner, requests)
                 output.finished_req_ids, known = known, set(requests)
                 if worker.execute_model(output) is None:

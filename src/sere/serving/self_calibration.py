@@ -18,10 +18,13 @@ from sere import __version__
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.checkpoint.quantised import settings as quantisation
 from sere.checkpoint.samples import sample_hash
+from sere.maps import LayerMaps, identity_of
 from sere.policy import PolicyError
 from sere.serving.auto import Auto
 from sere.serving.contract import CALIBRATION
 from sere.serving.model_fit import model_folder, untold
+from sere.serving.own_maps import Own
+from sere.serving.own_table import Measured
 from sere.serving.reading import longest, obstacle_to_reading
 from sere.serving.refusal import ServingError
 from sere.serving.session import settings_of
@@ -81,8 +84,8 @@ def prepare(executor: Any) -> None:
     if (auto := settings.auto) is None:
         return
     try:
-        data = _found_or_watched(executor, auto) if auto.traffic else _found_or_made(executor, auto)
-        if data is None:
+        own = _found_or_watched(executor, auto) if auto.traffic else _found_or_made(executor, auto)
+        if own is None:
             return
     except (CacheTrouble, ServingError, CorpusError, OSError) as error:
         if auto.otherwise != "stock":
@@ -91,9 +94,11 @@ def prepare(executor: Any) -> None:
         return
     if auto.data is None and auto.traffic is None:
         _LOG.warning(FOREIGN)
-    if reason := first_with_too_little(table_in(data).layers):
+    if reason := first_with_too_little(table_in(own.data).layers):
         _LOG.warning("sere: the table is made from too little text: %s", reason)
-    _ask(executor, "sere_take_table", data)
+    for index, layer in own.layers():
+        _ask(executor, "sere_take_maps", index, layer)
+    _ask(executor, "sere_take_table", own.data, "", own.maps)
 
 
 def entry_of(config: Any, auto: Auto) -> Entry | None:
@@ -118,6 +123,8 @@ def entry_of(config: Any, auto: Auto) -> Entry | None:
             "length": min(auto.length, longest(config)),
             "seed": auto.seed,
         }
+        if auto.maps is not None:
+            facts["maps"] = auto.maps
     else:
         facts |= {"tokens": auto.traffic.tokens, "stable": auto.traffic.stable}
     return Entry.of(model.model, _fingerprint(config), facts)
@@ -155,13 +162,13 @@ def _obstacle_to_watching(config: Any) -> str | None:
     )
 
 
-def _found_or_watched(executor: Any, auto: Auto) -> bytes | None:
+def _found_or_watched(executor: Any, auto: Auto) -> Own | None:
     """None where workers watch their traffic from now on; raises as `_found_or_made`."""
     config = executor.vllm_config
     assert auto.traffic is not None
     entry = entry_of(config, auto)
-    if entry is not None and (data := _found(entry, auto)) is not None:
-        return data
+    if entry is not None and (own := _found(entry, auto)) is not None:
+        return own
     if reason := _obstacle_to_watching(config):
         raise ServingError(reason)
     about = {
@@ -177,26 +184,27 @@ def _found_or_watched(executor: Any, auto: Auto) -> bytes | None:
     return None
 
 
-def _found_or_made(executor: Any, auto: Auto) -> bytes:
+def _found_or_made(executor: Any, auto: Auto) -> Own:
     """Raises `CacheTrouble` where the user chose stock routing rather than to calibrate anew."""
     if (entry := entry_of(executor.vllm_config, auto)) is None:
-        return _made(executor, auto, _fingerprint(executor.vllm_config))
-    if (data := _found(entry, auto)) is not None:
-        return data
+        return Own.made(*_made(executor, auto, _fingerprint(executor.vllm_config)))
+    if (own := _found(entry, auto)) is not None:
+        return own
     try:
         with entry.held(auto.wait, lambda waited: _tell(entry, auto, waited)):
             return _shared(executor, auto, entry)
     except CacheTrouble as trouble:
         _anew(auto, trouble)
-    return _made(executor, auto, entry.fingerprint)
+    return Own.made(*_made(executor, auto, entry.fingerprint))
 
 
-def _found(entry: Entry, auto: Auto) -> bytes | None:
+def _found(entry: Entry, auto: Auto) -> Own | None:
     """What an earlier start has made, or None to make it now; raises as `_found_or_made`."""
     try:
         if (data := entry.read()) is not None:
+            own = Own.found(data, entry)
             _LOG.info("sere: calibrated at an earlier start: %s", entry.path)
-            return data
+            return own
     except CacheTrouble as trouble:
         _anew(auto, trouble)
     if others := entry.others():
@@ -210,21 +218,22 @@ def _found(entry: Entry, auto: Auto) -> bytes | None:
     return None
 
 
-def _shared(executor: Any, auto: Auto, entry: Entry) -> bytes:
+def _shared(executor: Any, auto: Auto, entry: Entry) -> Own:
     """What another engine has made meanwhile, or what this one makes and keeps."""
     try:
         if (data := entry.read()) is not None:
+            own = Own.found(data, entry)
             _LOG.info("sere: calibrated by an engine that started beside this one: %s", entry.path)
-            return data
+            return own
     except CacheTrouble:
         pass  # said before; it is replaced
-    data = _made(executor, auto, entry.fingerprint)
+    data, maps = _made(executor, auto, entry.fingerprint)
     try:
-        entry.write(data)
+        entry.write(data, maps)
         _LOG.info("sere: kept for later starts: %s%s", entry.path, _MEASURE)
     except CacheTrouble as trouble:
         _LOG.warning("sere: %s; the next start calibrates anew", trouble)
-    return data
+    return Own.made(data, maps)
 
 
 def _anew(auto: Auto, trouble: CacheTrouble) -> None:
@@ -243,8 +252,11 @@ def _tell(entry: Entry, auto: Auto, waited: float) -> None:
     )
 
 
-def _made(executor: Any, auto: Auto, fingerprint: Fingerprint) -> bytes:
-    """A new table's file, for the model of this fingerprint. Raises as `prepare` takes it."""
+def _made(
+    executor: Any, auto: Auto, fingerprint: Fingerprint
+) -> tuple[bytes, dict[int, LayerMaps]]:
+    """A new table's file and its maps, for the model of this fingerprint. Raises as `prepare` takes
+    it."""
     config = executor.vllm_config
     if reason := _obstacle(config):
         raise ServingError(reason)
@@ -256,17 +268,24 @@ def _made(executor: Any, auto: Auto, fingerprint: Fingerprint) -> bytes:
         corpus.tokens,
         corpus.source,
     )
-    told = _ask(executor, "sere_calibrate", corpus.sequences, auto.method)
-    layers = next(answer for answer in told if answer is not None)
-    about = corpus.about(auto.data or BUNDLED)
-    table = Table(
-        fingerprint,
-        {index: layer for index, (_, layer) in layers.items()},
-        auto.method,
-        {**_about(config), "layer_names": [name for name, _ in layers.values()], **about},
-    )
+    asked = (corpus.sequences, auto.method, auto.maps)
+    layers: dict[int, Measured] = {}
+    while len(layers) < len(fingerprint.layers):  # at once, unless maps are fitted
+        told = _ask(executor, "sere_calibrate", *asked, [*layers])
+        layers |= next(answer for answer in told if answer is not None)
+        if auto.maps is not None:
+            _LOG.info(
+                "sere: maps are fitted of %d of %d layers", len(layers), len(fingerprint.layers)
+            )
+    about = {**_about(config), "layer_names": [name for name, *_ in layers.values()]}
+    about |= corpus.about(auto.data or BUNDLED)
+    maps = {index: own for index, (_, _, own) in layers.items() if own is not None}
+    if maps:
+        about["maps"] = {"rank": next(iter(maps.values())).R, "identity": identity_of(maps)}
+    statistics = {index: layer for index, (_, layer, _) in layers.items()}
+    table = Table(fingerprint, statistics, auto.method, about)
     _LOG.info("sere: calibrated %d layers in %.1f s", len(layers), time.monotonic() - began)
-    return file_of(table)
+    return file_of(table), maps
 
 
 def _about(config: Any) -> dict[str, Any]:

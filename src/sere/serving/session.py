@@ -130,6 +130,8 @@ class Session:
             raise ServingError("sere was given a table of other layers than it is bound to")
         switches, self.table = self.switches, table
         self.live.learn(table)
+        if self.answers is not None:
+            self.answers.go_by(table)
         self.set_policy(self.policy)
         self.switches = switches  # nobody's
 
@@ -286,9 +288,9 @@ def open_session(config: Any) -> Session:
         alone = not together and _decodes_one_row(config)
         own = may_be_asked_for(config, settings.policy, table.fingerprint)
         session = Session(settings, table, rows, live, tiers, alone=alone, independent=own)
-        if not isinstance(table, NoTable) and (ranks := ranks_to_load(settings, table)):
-            first = config.parallel_config.rank == 0
-            session.answers = Answers(table, settings.policy, ranks, rows, say=first)
+        if ranks := ranks_to_load(settings, table):
+            H = None if config.parallel_config.rank else config.model_config.get_hidden_size()
+            session.answers = Answers(table, settings.policy, ranks, rows, say=H)
         session.overlapping = bool(config.scheduler_config.async_scheduling)
         object.__setattr__(config.compilation_config, _ATTRIBUTE, session)
     return session
@@ -345,7 +347,7 @@ def maps_of(config: Any) -> dict[int, int]:
     refused anyway."""
     try:
         settings = settings_of(config)
-        if settings.maps or settings.policy.frees_anywhere:
+        if settings.auto or settings.maps or settings.policy.frees_anywhere:
             return ranks_to_load(settings, table_of(config, settings))
     except ValueError:
         pass

@@ -182,7 +182,7 @@ def _auto(given: Mapping[str, Any], merged: Mapping[str, Any]) -> Auto | None:
             f'"auto" and table={given["table"]!r}: an engine that has a table does not calibrate '
             "itself; leave one of the two out"
         )
-    if auto and merged.get("maps"):
+    if auto and merged.get("maps") and auto.maps is None:
         raise PolicyError(f'"auto" and maps={merged["maps"]!r}: {NO_MAPS}')
     return auto
 

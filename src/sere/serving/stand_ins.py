@@ -15,6 +15,7 @@ from sere.kernels import implementation_for
 from sere.kernels.answers import NOTHING
 from sere.kernels.implementations import load_answers
 from sere.maps import LayerMaps
+from sere.serving import second_engine
 from sere.serving.rows import RowClasses
 
 
@@ -49,7 +50,9 @@ class StandIns(nn.Module):
         rank = torch.tensor([NOTHING], dtype=torch.int32)
         for name, tensor in {**own, "rank": rank, "ids": ids, "weights": weights}.items():
             self.register_buffer(name, tensor.to(device).contiguous(), persistent=False)
-        self._kernels = load_answers(implementation_for(device))
+        if (name := implementation_for(device)) == "numba":
+            second_engine.allow()
+        self._kernels = load_answers(name)
         self._rows = rows
         self._adds = adds
         self._off = True  # known on the host, and heeded on CPUs alone: graphs hold what may be on
@@ -71,6 +74,17 @@ class StandIns(nn.Module):
         """Answer with maps cut to this rank from now on, or not at all (`NOTHING`)."""
         self.rank.fill_(rank)
         self._off = rank == NOTHING and self.rank.device.type == "cpu"
+
+    def learn(self, maps: LayerMaps) -> None:
+        """Take other maps of the same shapes into the buffers. Raises `ValueError`."""
+        for name in ("down", "up", "centre", "constant"):
+            own, new = getattr(self, name), getattr(maps, name)
+            if own.shape != new.shape:
+                raise ValueError(
+                    f"maps of another shape than was reserved: {name} is {list(new.shape)}, "
+                    f"expected {list(own.shape)}"
+                )
+            own.copy_(new)
 
     def forget(self) -> None:
         """A pass begins: nothing is asked yet."""

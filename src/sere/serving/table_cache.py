@@ -1,5 +1,6 @@
 """Where tables that engines made for themselves are kept: one file for each model, quantisation,
-dtype, text and method, written whole or not at all, by one engine while others wait.
+dtype, text and method (and one of maps beside it, where they were asked for), written whole or not
+at all, by one engine while others wait.
 
 The folder is `SERE_CACHE`, else `$XDG_CACHE_HOME/sere`, else `~/.cache/sere`.
 """
@@ -21,8 +22,10 @@ from typing import IO, Any
 
 from sere.checkpoint import Fingerprint
 from sere.files import lock, replaced
+from sere.maps import LayerMaps, MapsError, beside, save
 from sere.table import FILE_NAME, Table, TableError
 
+CACHE = "SERE_CACHE"
 _LOOK = 0.5  # seconds between two looks at a lock
 _TELL = 10  # seconds between two words about it
 
@@ -33,7 +36,7 @@ class CacheTrouble(RuntimeError):
 
 def cache_folder() -> Path:
     """See above; need not be there yet."""
-    if own := os.environ.get("SERE_CACHE"):
+    if own := os.environ.get(CACHE):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "sere"
@@ -60,15 +63,21 @@ class Entry:
 
     def read(self) -> bytes | None:
         """The table's file, checked; None if there is none. Raises `CacheTrouble` if it is broken
-        or another model's."""
+        or another model's, or if the maps that it names are."""
         try:
             data = self.path.read_bytes()
-            Table.load(self.path).check_against(self.fingerprint)
+            table = Table.load(self.path)
+            table.check_against(self.fingerprint)
         except FileNotFoundError:
             return None
-        except (TableError, OSError) as error:
+        except (TableError, MapsError, OSError) as error:
             said = str(error).splitlines()[0]
             raise CacheTrouble(f"the table in the cache cannot be used: {said}") from None
+        if table.maps is None and "maps" in table.provenance:
+            raise CacheTrouble(
+                f"the table in the cache cannot be used: {beside(self.path)}, its file of linear "
+                "maps, is gone"
+            )
         return data
 
     def others(self) -> list[Path]:
@@ -81,13 +90,16 @@ class Entry:
     def _is_for_this(self, path: Path) -> bool:
         try:
             return Table.load(path).fingerprint == self.fingerprint
-        except (TableError, OSError):
+        except (TableError, MapsError, OSError):
             return False
 
-    def write(self, data: bytes) -> None:
-        """Put a table's file in its place, whole or not at all. Raises `CacheTrouble`."""
+    def write(self, data: bytes, maps: Mapping[int, LayerMaps] | None = None) -> None:
+        """Put a table's file in its place, whole or not at all; the maps that it names before.
+        Raises `CacheTrouble`."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if maps:
+                save(beside(self.path), maps)
             with replaced(self.path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
