@@ -250,7 +250,9 @@ RAISES = {
         *("model_fit.untold", "reading._blocks"),
         # while an engine reads for its own calibration, which is before it serves
         *("observing.__init__", "observing.outputs", "observing._own", "observing._note"),
-        *("observing.check", "observing.finished"),
+        *("observing.check", "observing.finished", "observing._alone", "observing.output"),
+        *("fitted_maps.fitted", "own_maps.found", "own_table.sere_take_maps"),
+        *("loaded_maps._maps_of", "stand_ins.learn"),
         *("self_calibration.check", "self_calibration.prepare", "self_calibration._anew"),
         *("self_calibration._made", "self_calibration._ask", "self_calibration._texts"),
         "self_calibration._found_or_watched",

@@ -24,7 +24,7 @@ from sere.serving.session import ServingError
 from sere.serving.settings import Settings
 from sere.table import Table
 from tests.conftest import E, K
-from tests.engines import EXPERT_MAP, GATHERV, run_ranks
+from tests.engines import EXPERT_MAP, GATHERV, leave, run_ranks
 from tests.serving.test_rows import session
 from tests.serving.test_serving import configure
 
@@ -236,8 +236,7 @@ def _rank(rank: int, port: int, results: Any) -> None:
     ids, weights, _ = _batches(rank)[0]
     told.append(layer(ids, weights).tolist())
     results.put((rank, told, layer.stats()))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave(results)
 
 
 def _constructed() -> Table:

@@ -27,7 +27,7 @@ from sere.serving.server import free_port
 from sere.serving.session import ServingError
 from sere.serving.shadow import PATIENCE, Shadow, ShadowSettings
 from sere.table import LayerStatistics, Table
-from tests.engines import run_engine
+from tests.engines import leave, run_engine
 from tests.serving.test_serving import configure
 
 T, K, E, H = 6, 2, 8, 5
@@ -294,7 +294,7 @@ def _rank(rank: int, port: int, results: Any) -> None:
     for _ in range(4):
         layers.step()
     results.put([(f.checks, f.error_sum) for f in layers.shadow.figures.values()])
-    torch.distributed.destroy_process_group()
+    leave(results)
 
 
 def test_ranks_that_disagree_on_what_moved_do_not_wait_for_each_other() -> None:
