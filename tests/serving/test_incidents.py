@@ -246,7 +246,13 @@ RAISES = {
     "start-up": {
         *("session.bind", "session.check_bound", "session.take", "may_start.check_config"),
         *("may_start._check_rows_are_known", "may_start._check_ranks", "may_start._check_shadow"),
-        *("auto.parse", "auto.__post_init__", "auto._file", "no_table.check_asked"),
+        *(
+            "auto.parse",
+            "auto._settings",
+            "auto.__post_init__",
+            "auto._file",
+            "no_table.check_asked",
+        ),
         *("model_fit.untold", "reading._blocks"),
         # while an engine reads for its own calibration, which is before it serves
         *("observing.__init__", "observing.outputs", "observing._own", "observing._note"),

@@ -39,14 +39,7 @@ class Traffic:
         """From the user's true, false or settings; raises `PolicyError`."""
         if given is None or given is False:
             return None
-        if given is True:
-            return cls()
-        if not isinstance(given, Mapping):
-            raise PolicyError(
-                f'auto: traffic={given!r}: expected true, or settings, e.g. {{"share": 0.1}}'
-            )
-        check_keys("auto: traffic", given, [field.name for field in fields(cls)])
-        return cls(**given)
+        return cls(**_settings(cls, given, "auto: traffic", '{"share": 0.1}'))
 
     def __post_init__(self) -> None:
         for name in ("share", "stable"):
@@ -55,11 +48,7 @@ class Traffic:
             if not number or not 0 < value <= 1:
                 raise PolicyError(f"auto: traffic: {name}={value!r}: expected 0 < {name} <= 1")
         for name, least in (("rows", 1), ("tokens", 2)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PolicyError(
-                    f"auto: traffic: {name}={value!r}: expected a whole number >= {least}"
-                )
+            check_count(f"auto: traffic: {name}", getattr(self, name), optional=False, least=least)
 
 
 @dataclass(frozen=True)
@@ -98,13 +87,7 @@ class Auto:
         """From the user's true, false or settings; raises `PolicyError`."""
         if given is False:
             return None
-        if given is True:
-            return cls()
-        if not isinstance(given, Mapping):
-            raise PolicyError(
-                f'auto={given!r}: expected true, or settings, e.g. {{"data": "text.jsonl"}}'
-            )
-        check_keys("auto", given, [field.name for field in fields(cls)])
+        given = _settings(cls, given, "auto", '{"data": "text.jsonl"}')
         own = {**given, "traffic": Traffic.parse(given.get("traffic"))}
         if own["traffic"] and (unread := sorted(_OF_A_TEXT & set(given))):
             raise PolicyError(
@@ -122,9 +105,7 @@ class Auto:
                 "the others depend on which rows are read together: use `sere calibrate`"
             )
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PolicyError(f"auto: {name}={value!r}: expected a whole number >= {least}")
+            check_count(f"auto: {name}", getattr(self, name), optional=False, least=least)
         check_count("auto: maps", self.maps, optional=True)
         for name in ("allow_fewer", "cache"):
             if not isinstance(value := getattr(self, name), bool):
@@ -136,6 +117,16 @@ class Auto:
             raise PolicyError(
                 f'auto: otherwise={self.otherwise!r}: expected "calibrate" or "stock"'
             )
+
+
+def _settings(cls: Any, given: Any, what: str, example: str) -> Mapping[str, Any]:
+    """The fields of a dataclass that the user named; none where they wrote true."""
+    if given is True:
+        return {}
+    if not isinstance(given, Mapping):
+        raise PolicyError(f"{what}={given!r}: expected true, or settings, e.g. {example}")
+    check_keys(what, given, [field.name for field in fields(cls)])
+    return given
 
 
 def _file(named: Any) -> Path:

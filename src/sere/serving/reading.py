@@ -38,16 +38,25 @@ def longest(config: Any) -> int:
     return int(min(config.model_config.max_model_len - 1, scheduler.max_num_batched_tokens))
 
 
-def obstacle_to_reading(config: Any) -> str | None:
-    """Why an engine of such a config cannot calibrate itself, or None."""
-    parallel, model = config.parallel_config, config.model_config
-    obstacles = {
+def obstacles_to_measuring(config: Any) -> dict[str, bool]:
+    """What may keep an engine from measuring its experts, be it on a text or on what it serves, and
+    whether it is there."""
+    parallel = config.parallel_config
+    return {
         "data-parallel ranks run their experts in lockstep": parallel.data_parallel_size > 1,
         "each pipeline stage has a part of the layers": parallel.pipeline_parallel_size > 1,
         "context parallel splits the rows": parallel.prefill_context_parallel_size > 1
         or parallel.decode_context_parallel_size > 1,
         "expert load balancing (EPLB) moves and copies experts": parallel.enable_eplb,
         "adapters (LoRA) change the experts": config.lora_config is not None,
+    }
+
+
+def obstacle_to_reading(config: Any) -> str | None:
+    """Why an engine of such a config cannot calibrate itself, or None."""
+    model = config.model_config
+    obstacles = {
+        **obstacles_to_measuring(config),
         "a drafter would have to follow (speculative decoding)": (
             config.speculative_config is not None
         ),
@@ -55,7 +64,7 @@ def obstacle_to_reading(config: Any) -> str | None:
         "the model reads more than text (encoder-decoder)": model.is_encoder_decoder,
         "the engine was started without a tokenizer": model.skip_tokenizer_init,
         "the order of the rows is not known (external_launcher)": (
-            parallel.distributed_executor_backend == "external_launcher"
+            config.parallel_config.distributed_executor_backend == "external_launcher"
         ),
     }
     return next((reason for reason, there in obstacles.items() if there), None)

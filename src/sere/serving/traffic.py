@@ -29,7 +29,7 @@ from sere.serving.auto import Traffic
 from sere.serving.incidents import Incidents
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
-from sere.serving.reading import written_out
+from sere.serving.reading import obstacles_to_measuring, written_out
 from sere.serving.symbols import symbol
 from sere.serving.table_cache import CacheTrouble, Entry, file_of, table_in
 from sere.similarity.agreement import stability
@@ -68,18 +68,10 @@ class Watched:
 
 def obstacle_to_watching(config: Any) -> str | None:
     """Why an engine of such a config cannot measure its experts on what it serves, or None."""
-    parallel, compilation = config.parallel_config, config.compilation_config
-    largest, captured = (
-        config.scheduler_config.max_num_batched_tokens,
-        compilation.max_cudagraph_capture_size or 0,
-    )
+    largest = config.scheduler_config.max_num_batched_tokens
+    captured = config.compilation_config.max_cudagraph_capture_size or 0
     obstacles = {
-        "data-parallel ranks run their experts in lockstep": parallel.data_parallel_size > 1,
-        "each pipeline stage has a part of the layers": parallel.pipeline_parallel_size > 1,
-        "context parallel splits the rows": parallel.prefill_context_parallel_size > 1
-        or parallel.decode_context_parallel_size > 1,
-        "expert load balancing (EPLB) moves and copies experts": parallel.enable_eplb,
-        "adapters (LoRA) change the experts": config.lora_config is not None,
+        **obstacles_to_measuring(config),
         "rows of drafts are no rows of prompts (speculative decoding)": (
             config.speculative_config is not None
         ),
