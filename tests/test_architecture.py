@@ -33,7 +33,8 @@ HOUSE = """
     statistics  cautious
     kernels
     policy  checkpoint  maps
-    files  checks  extras  text
+    files  typed  extras  text
+    checks
 """
 FLOORS = [set(line.split()) for line in HOUSE.splitlines() if line.strip()]
 CORE = {

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sere import files
 from sere.cli import main
 from sere.files import KINDS, check_writable, locked, replaced, unfinished
+from sere.maps import Maps, MapsError
+from sere.models import shelf
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, JournalError
-from sere.table import Table
+from sere.table import Table, TableError
 
 POLICY = ["--policy", '{"S": 1}']
 # What a user types, with TABLE for a table and OUT for the output.
@@ -289,6 +293,64 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=complaint), replaced(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def _locked_away(path: Path) -> None:
+    """As whoever may not read it: root may."""
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _full(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        file.write(b"x")
+
+
+# kind: (the place, what is done there, what is said)
+FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "missing": ("absent", Path.read_bytes, "absent: No such file or directory; check its name"),
+    "folder": (".", Path.read_bytes, ": Is a directory; name a file inside it"),
+    "permission": ("sealed", _locked_away, "sealed: Permission denied; change its permissions"),
+    "full disk": ("/dev/full", _full, "No space left on device"),
+    "our own": ("x", lambda path: check_writable(path / "y"), "create it or choose another"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_the_system_refuses_is_said_in_words(
+    kind: str,
+    tmp_path: Path,
+    table: Table,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place, do, said = FAULTS[kind]
+    monkeypatch.setattr("sere.verbs.inspect", lambda **_: do(tmp_path / place))
+    assert main(["inspect", "table"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sere: error: ") and error.count("\n") == 1
+    assert said in error and "Errno" not in error
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing_or_torn(
+    tmp_path: Path, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.save(tmp_path / "t")
+    monkeypatch.setattr(Path, "open", lambda path, *_: _locked_away(path))
+    with pytest.raises(TableError, match="t: Permission denied; change its permissions"):
+        Table.load(tmp_path / "t")
+    with pytest.raises(MapsError, match="t: Permission denied"):
+        Maps.open(tmp_path / "t")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_libraries_that_write_tell_of_a_full_disk(table: Table, tmp_path: Path) -> None:
+    """torch gave a line of its own source, safetensors Rust's words."""
+    with pytest.raises(OSError) as torchs:
+        shelf.save(torch.zeros(9999), Path("/dev/full"))
+    assert files.plainly(torchs.value).startswith("/dev/full: No space left on device; make room")
+    inner = SafetensorError("while serializing: No space left on device (os error 28)")
+    found = files.unwritten(tmp_path / "t", inner)
+    assert files.plainly(found).startswith(f"{tmp_path / 't'}: No space left on device; make room")
 
 
 def test_work_goes_on_where_its_journal_finds_no_room(

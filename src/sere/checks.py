@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -13,15 +13,19 @@ class PolicyError(ValueError):
     """A policy that cannot be meant: names the value, what was expected and what to do."""
 
 
+def nearest(given: str, known: Iterable[str]) -> str | None:
+    """The known word that somebody may have meant, or None."""
+    alike = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(given.lower(), alike, n=1)
+    return alike[near[0]] if near else None
+
+
 def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:
     """Raise `PolicyError` for a key that nobody would read, with the nearest known one."""
     for key in given:
         if key not in known:
-            alike = {name.lower(): name for name in known}
-            near = difflib.get_close_matches(str(key).lower(), alike, n=1)
-            hint = (
-                f"did you mean {alike[near[0]]!r}?" if near else f"known keys: {', '.join(known)}"
-            )
+            near = nearest(str(key), known)
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
             raise PolicyError(f"{what}: unknown key {key!r}; {hint}")
 
 

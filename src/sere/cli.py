@@ -15,7 +15,9 @@ from importlib import import_module
 from typing import Any
 
 from sere import __version__, files, flags
+from sere.checks import nearest
 from sere.extras import with_remedy
+from sere.typed import Parser
 
 # argparse keeps what the verb's function does not take under these names.
 _VERB = "verb"
@@ -81,15 +83,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of all verbs."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="sere",
         description="Similarity-based expert re-routing for MoE models in vLLM.",
         epilog=_WORDS,
     )
     top.add_argument("--version", action="version", version=f"sere {__version__}")
-    verbs = top.add_subparsers(dest=_VERB, required=True, metavar="VERB")
+    verbs = top.add_subparsers(dest=_VERB, metavar="VERB")
     for name, (summary, add_flags, _) in VERBS.items():
         verb = verbs.add_parser(
             name,
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _say_what_dies()
     with _interruptible() as interrupted:
         own, for_engine = _split(sys.argv[1:] if argv is None else argv)
-        arguments = vars(parser().parse_args(own))
+        arguments = _parsed(own)
         if for_engine:
             arguments["engine_arguments"] = for_engine
         module, function = VERBS[arguments.pop(_VERB)][2].split(":")
@@ -130,10 +132,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 130
             if debug or not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
                 raise
-            said = with_remedy(error) if isinstance(error, ImportError) else error
+            said = with_remedy(error) if isinstance(error, ImportError) else files.plainly(error)
             print(f"sere: error: {said}", file=sys.stderr)
             return 1
     return int(status or 0)
+
+
+def _parsed(argv: Sequence[str]) -> dict[str, Any]:
+    """The verb and its arguments. Ends with a sentence and status 2 where they cannot be meant."""
+    top = parser()
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        near = nearest(verb, VERBS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(VERBS)}"
+        top.error(f"{verb}: no such verb; {hint}")
+    arguments = vars(top.parse_args(argv))
+    if verb is None:
+        top.error(f"expected a verb: {', '.join(VERBS)}")
+    return arguments
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

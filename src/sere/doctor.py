@@ -19,6 +19,7 @@ from sere import demo_model
 from sere.calibration.inspect import advised, serve_line
 from sere.calibration.stand_ins import in_a_line
 from sere.extras import with_remedy
+from sere.files import plainly
 from sere.models.hub import check_name
 from sere.models.loading import LoadError
 from sere.policy import in_full
@@ -137,7 +138,7 @@ def _answered(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, True, check())
     except (RuntimeError, ValueError, ImportError, OSError) as error:
-        return Check(name, False, str(error))
+        return Check(name, False, plainly(error))
 
 
 def _versions() -> Iterator[str]:

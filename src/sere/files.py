@@ -11,7 +11,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,56 @@ from typing import IO, Any
 
 FORCE: ContextVar[bool] = ContextVar("force", default=False)
 """Whether the user said that outputs may replace what is not ours."""
+
+
+_NEXT = {
+    errno.ENOENT: "check its name",
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.EISDIR: "name a file inside it",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "make room there, or choose another place",
+}
+
+
+def plainly(error: BaseException) -> str:
+    """What an error says, without Python's [Errno 13]: of a file its path, the reason in the
+    system's words, and what to do."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    path = error.filename
+    where = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes | os.PathLike) else ""
+    step = _NEXT.get(error.errno or 0)
+    ours = error.errno is None or error.strerror != os.strerror(error.errno)
+    return where + error.strerror + (f"; {step}" if where and step and not ours else "")
+
+
+def why(error: BaseException) -> str:
+    """The same of a file that has been named already."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def unwritten(path: str | Path, error: BaseException) -> OSError:
+    """What a library met that wrote a file: the system's own error, if it wraps one."""
+    inner = error if isinstance(error, OSError) else error.__context__
+    number = inner.errno if isinstance(inner, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # Rust's words
+        number = int(found[1])
+    if number is None:
+        return OSError(f"{path} cannot be written: {str(error).splitlines()[0]}")
+    return OSError(number, os.strerror(number), str(path))
+
+
+def unreadable(path: Path, absent: str) -> str | None:
+    """Why a regular file cannot be read, in words, or None. absent: what to say where none is."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return f"{path}: {absent}"
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        there = error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+        return plainly(error) if there else f"{path}: {absent}"
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""The flags of every verb, each number with its range. Imports neither torch nor vllm."""
+"""The flags of every verb. Imports neither torch nor vllm."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
+
+from sere.typed import above_0, at_least_0, positive, rate, share, threshold, whole
 
 # `sere.similarity.measures.METHODS`, named here because importing that takes torch.
 _METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
@@ -33,16 +33,16 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
         choices=(*_METHODS, *_NULL_MODELS),
         help="how to measure similarity; weights and random need no text, to compare with",
     )
-    parser.add_argument("--samples", type=_positive, default=400, help="texts to draw")
-    parser.add_argument("--length", type=_positive, default=128, help="tokens per text, at most")
-    parser.add_argument("--batch", type=_positive, default=16, help="texts per forward pass")
-    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("--samples", type=positive, default=400, help="texts to draw")
+    parser.add_argument("--length", type=positive, default=128, help="tokens per text, at most")
+    parser.add_argument("--batch", type=positive, default=16, help="texts per forward pass")
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument(
         "--allow-fewer", action="store_true", help="accept a corpus that is shorter"
     )
     parser.add_argument(
         "--until-stable",
-        type=_share,
+        type=share,
         metavar="SHARE",
         help="stop early once every layer would choose this share of its replacements again",
     )
@@ -56,7 +56,7 @@ def calibrate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(engine_arguments=[])
     parser.add_argument(
         "--maps",
-        type=_positive,
+        type=positive,
         metavar="RANK",
         help="fit linear maps of at most this rank too, into FILE.maps (fill: linear)",
     )
@@ -77,7 +77,9 @@ def _stream(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", help="a table made by `sere calibrate`")
-    parser.add_argument("--rho", type=float, help="threshold to judge the layers by (default: 0.3)")
+    parser.add_argument(
+        "--rho", type=threshold, help="threshold to judge the layers by (default: 0.3)"
+    )
     parser.add_argument("--plot", metavar="PNG", help="write heatmaps of all layers")
     parser.add_argument("--compare", metavar="TABLE", help="another table of the same model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -85,8 +87,8 @@ def inspect(parser: argparse.ArgumentParser) -> None:
 
 def demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="out", metavar="FOLDER")
-    parser.add_argument("--prompts", type=_positive, default=640, help="held-out prompts")
-    parser.add_argument("--batch", type=_positive, default=32, help="requests decoded together")
+    parser.add_argument("--prompts", type=positive, default=640, help="held-out prompts")
+    parser.add_argument("--batch", type=positive, default=32, help="requests decoded together")
     parser.add_argument("--method", default="frobenius", choices=_METHODS)
     parser.add_argument(
         "--speed",
@@ -95,7 +97,7 @@ def demo(parser: argparse.ArgumentParser) -> None:
         default="qwen3-30b-a3b",
         help="whose speed to measure: a shape, of which a layer is served (8 on a GPU), or a model",
     )
-    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +117,10 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("vllm", "hf"), help="what --tasks runs on (default: vllm)"
     )
-    parser.add_argument("--limit", type=_positive, help="examples of each task, at most")
+    parser.add_argument("--limit", type=positive, help="examples of each task, at most")
     parser.add_argument(
         "--fewshot",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="solved examples in each prompt (default: each task's own)",
     )
@@ -166,24 +168,24 @@ def tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bandwidth",
-        type=_above_0,
+        type=above_0,
         metavar="GB/s",
         help="of the memory to serve from (default: an H100's 3350)",
     )
     parser.add_argument(
         "--expert-mb",
-        type=_above_0,
+        type=above_0,
         metavar="MB",
         help="size of one expert as it is served (default: this model's in bf16)",
     )
     parser.add_argument(
         "--tflops",
-        type=_above_0,
+        type=above_0,
         help="that the expert kernels reach where you serve (default: 400)",
     )
     parser.add_argument(
         "--route-us",
-        type=_at_least_0,
+        type=at_least_0,
         metavar="US",
         help="what re-routing adds to a layer (default: 5, about a launch in a CUDA graph)",
     )
@@ -203,19 +205,19 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "(default: S=2 and S=1)",
     )
     _batch_flag(parser)
-    parser.add_argument("--input-len", type=_positive, default=128, help="tokens of a prompt")
-    parser.add_argument("--output-len", type=_positive, default=32, help="tokens to generate")
-    parser.add_argument("--rounds", type=_positive, default=5, help="measured, after a warm-up")
+    parser.add_argument("--input-len", type=positive, default=128, help="tokens of a prompt")
+    parser.add_argument("--output-len", type=positive, default=32, help="tokens to generate")
+    parser.add_argument("--rounds", type=positive, default=5, help="measured, after a warm-up")
     parser.add_argument(
         "--rate",
         dest="rates",
-        type=_rate,
+        type=rate,
         action="append",
         metavar="R",
         help="measure a server instead, with vLLM's load generator at R requests per second "
         "(inf: all at once); may be repeated",
     )
-    parser.add_argument("--requests", type=_positive, default=100, help="at each --rate")
+    parser.add_argument("--requests", type=positive, default=100, help="at each --rate")
     parser.add_argument(
         "--against",
         choices=("off", "stock"),
@@ -223,10 +225,10 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "process of its own; processes take turns, a round is a pair (default: off, unless stock "
         "vLLM would take another expert kernel)",
     )
-    parser.add_argument("--layers", type=_positive, help="cut a shape to so many layers")
+    parser.add_argument("--layers", type=positive, help="cut a shape to so many layers")
     parser.add_argument(
         "--skew",
-        type=_at_least_0,
+        type=at_least_0,
         default=0.0,
         help="load a shape's experts as rank^-SKEW (0: alike)",
     )
@@ -235,7 +237,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", help="of the engine (default: float32 on CPUs, else bfloat16)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("-o", "--output", default="bench.json", metavar="FILE")
 
 
@@ -247,10 +249,10 @@ def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
         "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
     )
     parser.add_argument("-o", "--output", default=output, metavar="FILE")
-    parser.add_argument("--samples", type=_positive, help="passages, at most (default: 512)")
-    parser.add_argument("--prompt", type=_positive, help="tokens a text begins with (default: 64)")
-    parser.add_argument("--length", type=_positive, help="tokens of a text to decode (default: 64)")
-    parser.add_argument("--seed", type=_whole, default=0)
+    parser.add_argument("--samples", type=positive, help="passages, at most (default: 512)")
+    parser.add_argument("--prompt", type=positive, help="tokens a text begins with (default: 64)")
+    parser.add_argument("--length", type=positive, help="tokens of a text to decode (default: 64)")
+    parser.add_argument("--seed", type=whole, default=0)
 
 
 def _switch(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
@@ -262,7 +264,7 @@ def _batch_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         dest="batches",
-        type=_positive,
+        type=positive,
         action="append",
         metavar="B",
         help="requests decoded together; may be repeated (default: 1, 8 and 32)",
@@ -271,7 +273,7 @@ def _batch_flag(parser: argparse.ArgumentParser) -> None:
 
 def top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", help="of a vLLM server, e.g. localhost:8000")
-    parser.add_argument("--interval", type=_above_0, default=2.0, metavar="S", help="seconds")
+    parser.add_argument("--interval", type=above_0, default=2.0, metavar="S", help="seconds")
     parser.add_argument("--once", action="store_true", help="print one picture, since the start")
     parser.add_argument("--json", action="store_true", help="print one reading as JSON")
 
@@ -316,45 +318,3 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         help="a result of `sere bench` on this machine: does decoding reach its bandwidth?",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-
-
-def _positive(text: str) -> int:
-    return _whole(text, least=1)
-
-
-# What is larger counts or measures nothing, and overflows in the libraries that it is given to.
-_MOST = 2**32 - 1
-
-
-def _whole(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= _MOST:
-        raise argparse.ArgumentTypeError(
-            f"{text[:40]}: expected a whole number >= {least} (and < 2**32)"
-        )
-    return int(text)
-
-
-def _above_0(text: str) -> float:
-    return _number(text, "a number > 0 (and < 2**32)", lambda value: 0 < value <= _MOST)
-
-
-def _at_least_0(text: str) -> float:
-    return _number(text, "a number >= 0 (and < 2**32)", lambda value: 0 <= value <= _MOST)
-
-
-def _share(text: str) -> float:
-    return _number(text, "a share from 0 to 1, e.g. 0.9", lambda value: 0 <= value <= 1)
-
-
-def _rate(text: str) -> float:
-    return _number(text, "requests per second > 0, or inf", lambda value: value > 0)
-
-
-def _number(text: str, expected: str, right: Callable[[float], bool]) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not right(value):
-        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
-    return value

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sere.files import is_file, replaced
+from sere.files import is_file, replaced, unreadable, unwritten
 
 FORMAT = 1
 _UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError)
@@ -140,6 +140,8 @@ class Maps:
     def open(cls, path: str | Path) -> Maps:
         """Raises `MapsError` for what is no complete file of maps."""
         path = Path(path)
+        if fault := unreadable(path, "no such file of maps; run `sere calibrate --maps` again"):
+            raise MapsError(fault)
         try:
             with safe_open(path, framework="pt") as file:
                 document = json.loads((file.metadata() or {})["sere_maps"])
@@ -213,4 +215,4 @@ def save(path: str | Path, layers: Mapping[int, LayerMaps]) -> None:
         try:
             save_file(tensors, temporary, metadata={"sere_maps": json.dumps(document)})
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise unwritten(path, error) from error

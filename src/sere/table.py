@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere.checkpoint import Fingerprint, configured, weight_hashes
-from sere.files import is_file, replaced
+from sere.files import replaced, unreadable, unwritten
 from sere.kernels import Plan
 from sere.kernels.plan import OUTPUTS_UNKNOWN, Placement, Substitution, can_move, settings_of
 from sere.maps import Maps, MapsError, opened
@@ -236,16 +236,15 @@ class Table:
             try:
                 save_file(tensors, temporary, metadata={"sere": json.dumps(document)})
             except SafetensorError as error:  # its own wrapper of "No space left on device" etc.
-                raise OSError(f"{path} cannot be written: {error}") from error
+                raise unwritten(path, error) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Table:
         """Read and check a table; `TableError` names the file, the fault and the remedy."""
         path = Path(path)
-        if not is_file(path):
-            raise TableError(
-                f"{path}: no such table; make one with `sere calibrate MODEL -o {path}`"
-            )
+        absent = f"no such table; make one with `sere calibrate MODEL -o {path}`"
+        if fault := unreadable(path, absent):
+            raise TableError(fault)
         try:
             with safe_open(path, framework="pt") as file:
                 document = _document(file.metadata() or {})

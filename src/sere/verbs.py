@@ -39,10 +39,8 @@ def inspect(
     """`sere inspect TABLE [--plot PNG] [--compare TABLE] [--json]`."""
     from sere.calibration import inspect as inspection
     from sere.files import check_writable
-    from sere.policy import Policy
     from sere.table import Table
 
-    rho = None if rho is None else Policy(rho=rho).rho  # refuses one that cannot be meant
     if plot:
         check_writable(plot, table, compare, kind="picture")
     loaded = Table.load(table)

@@ -19,7 +19,7 @@ import torch
 
 from sere.files import lock, replaced
 from sere.maps import LayerMaps
-from sere.models.shelf import is_whole
+from sere.models.shelf import is_whole, save
 from sere.table import LayerStatistics
 
 _LOCK = "lock"
@@ -101,7 +101,7 @@ class Unfinished:
         folder = self._outputs(len(self.finished) + 1)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{batch}.pt"
-        torch.save(output, path)
+        save(output, path)
         return self._load(path)
 
     def output(self, batch: int) -> Any:
@@ -117,9 +117,9 @@ class Unfinished:
     ) -> None:
         """Record that all batches are through a decoder layer, and what was found in it."""
         for index, (layer, maps) in found.items():
-            torch.save(asdict(layer), self._folder / f"layer-{index}.pt")
+            save(asdict(layer), self._folder / f"layer-{index}.pt")
             if maps is not None:
-                torch.save(vars(maps), self._folder / f"maps-{index}.pt")
+                save(vars(maps), self._folder / f"maps-{index}.pt")
         self.finished.append(unit)
         self.K = K
         files = sorted(path.name for path in self._folder.glob("*.pt"))

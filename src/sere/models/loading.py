@@ -15,6 +15,7 @@ import torch
 
 from sere.checkpoint import quantised
 from sere.checkpoint.stored import INDEX, stored_tensors
+from sere.files import plainly
 from sere.models.fit import DEQUANTISED, check_stored, refuse_unapplied, refuse_unset
 from sere.models.fit import LoadError as LoadError
 from sere.models.scales import scales_applied
@@ -39,7 +40,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises nothing more precise
         what = "tokenizer" if _has_config(folder) else "config.json"
-        raise LoadError(f"{folder}: its {what} cannot be loaded: {error}") from error
+        raise LoadError(f"{folder}: its {what} cannot be loaded: {plainly(error)}") from error
 
 
 def _has_config(folder: str) -> bool:
@@ -78,7 +79,9 @@ def load_model(folder: str, device_map: Any = None) -> PreTrainedModel:
     except LoadError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{folder}: cannot be loaded as a transformers model: {error}") from error
+        raise LoadError(
+            f"{folder}: cannot be loaded as a transformers model: {plainly(error)}"
+        ) from error
     refuse_unset(folder, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     refuse_unapplied(folder, set(info["unexpected_keys"]))
     return model.eval()

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from sere.files import unwritten
+
 _OURS = re.compile(r"[0-9a-f]{16}\.(?:pt|tmp)")
 _FOREIGN = (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError)
 
@@ -29,6 +31,15 @@ def is_whole(path: Path) -> bool:
             return archive.testzip() is None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError):
         return False
+
+
+def save(value: Any, path: Path) -> None:
+    """As `torch.save`. Raises `OSError`, which says of a full disk that it is full."""
+    try:
+        with path.open("wb") as file:  # given a path, torch would not tell
+            torch.save(value, file)
+    except (OSError, RuntimeError) as error:
+        raise unwritten(path, error) from error
 
 
 class Shelf:
@@ -56,13 +67,7 @@ class Shelf:
             return output
         path = self._path(name)
         held = {"of": self._of, "name": name, "done": done, "state": state, "output": output}
-        try:
-            torch.save(held, temporary := path.with_suffix(".tmp"))
-        except RuntimeError as error:  # of a full disk, whose name torch does not tell
-            raise OSError(
-                f"{self._folder}: hidden states cannot be written ({str(error).splitlines()[0]}): "
-                "make room there, or choose an output on another disk"
-            ) from error
+        save(held, temporary := path.with_suffix(".tmp"))
         temporary.replace(path)
         return output if self._device.type != "cpu" else self.output(name)
 

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sere.files import why
 from sere.policy import Policy, PolicyError
 
 # The names that sere exports: sere.serving.metrics. These are vLLM's own; a server that is started
@@ -139,8 +140,8 @@ def _address(url: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(reason) or type(reason).__name__
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    return (inner if isinstance(inner, str) else why(inner)) or type(inner).__name__
 
 
 def policy_in_words(policy: str) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sere.files import why
+
 VARIABLE = "SERE_ADMIN_KEY"
 _PATIENCE_S = 200  # the server itself waits for its engines, three times at most
 
@@ -42,7 +44,7 @@ def key_from(path: str | None) -> str:
     try:
         key = Path(path).read_text() if path else os.environ.get(VARIABLE, "")
     except (OSError, ValueError) as error:
-        raise SwitchError(f"{path}: no key can be read from it ({error})") from error
+        raise SwitchError(f"{path}: no key can be read from it ({why(error)})") from error
     if not key.strip():
         raise SwitchError(
             f"no key: give the server's with --key-file FILE, or in {VARIABLE} (docs/serving.md)"
@@ -70,8 +72,8 @@ def _ask(url: str, key: str, body: Mapping[str, Any] | None = None) -> States:
     except urllib.error.HTTPError as error:
         raise SwitchError(_refusal(address, error)) from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise SwitchError(f"{address} cannot be reached ({reason}): is the server up?") from error
+        said = why(getattr(error, "reason", None) or error)
+        raise SwitchError(f"{address} cannot be reached ({said}): is the server up?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise SwitchError(f"{address} gives no answer of sere's: is that vLLM's server?") from error
 

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sere.files import why
 from sere.table import FILE_NAME, Table, TableError
 
 
@@ -113,7 +114,7 @@ def _document(path: Path) -> Source:
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UnknownFile(f"cannot be read as JSON ({error})") from error
+        raise UnknownFile(f"cannot be read as JSON ({why(error)})") from error
     kinds = [k for k, fits in KINDS.items() if isinstance(content, dict) and fits(content)]
     if not kinds:
         raise UnknownFile("JSON, but not a result that this page has a figure for")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sere.files import why
 from sere.policy import PolicyError
 
 VARIABLE = "SERE_ADMIN_KEY"
@@ -37,8 +38,7 @@ def admin_key(settings: Mapping[str, Any]) -> bytes | None:
     try:
         key = Path(named).read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PolicyError(f"{SETTING}={named}: cannot be read ({reason})") from None
+        raise PolicyError(f"{SETTING}={named}: cannot be read ({why(error)})") from None
     return _long_enough(key.strip(), f"{SETTING}={named}")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from sere.files import plainly
 from sere.policy import PolicyError
 from sere.serving import self_calibration, wiring
 from sere.serving.asking import AUTO, KEY
@@ -122,7 +123,7 @@ def _started(model: str, table: str | None) -> dict[str, Any]:
             if table == AUTO:
                 found["auto"] = self_calibration.kept(config)
     except Exception as error:  # whatever vLLM raises is the answer
-        return {**found, "refused": sentence(str(error))}
+        return {**found, "refused": sentence(plainly(error))}
     if table is None:
         return found
     try:

@@ -18,6 +18,7 @@ from sere import __version__
 from sere.checkpoint import Fingerprint, weight_hashes
 from sere.checkpoint.quantised import settings as quantisation
 from sere.checkpoint.samples import sample_hash
+from sere.files import plainly
 from sere.maps import LayerMaps, identity_of
 from sere.policy import PolicyError
 from sere.serving.auto import Auto
@@ -88,9 +89,10 @@ def prepare(executor: Any) -> None:
         if own is None:
             return
     except (CacheTrouble, ServingError, CorpusError, OSError) as error:
+        said = plainly(error)
         if auto.otherwise != "stock":
-            raise ServingError(str(error)) from error
-        _ask(executor, "sere_take_table", None, f"no table, and stock was asked for then: {error}")
+            raise ServingError(said) from error
+        _ask(executor, "sere_take_table", None, f"no table, and stock was asked for then: {said}")
         return
     if auto.data is None and auto.traffic is None:
         _LOG.warning(FOREIGN)
@@ -311,7 +313,7 @@ def _without_text(auto: Auto) -> str | None:
     try:
         _texts(auto)
     except (CorpusError, OSError) as error:
-        return f"sere cannot calibrate in this engine: {error}"
+        return f"sere cannot calibrate in this engine: {plainly(error)}"
     return None
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sere.checkpoint import Fingerprint
-from sere.files import lock, replaced
+from sere.files import lock, plainly, replaced, why
 from sere.maps import LayerMaps, MapsError, beside, save
 from sere.table import FILE_NAME, Table, TableError
 
@@ -71,7 +71,7 @@ class Entry:
         except FileNotFoundError:
             return None
         except (TableError, MapsError, OSError) as error:
-            said = str(error).splitlines()[0]
+            said = plainly(error).splitlines()[0]
             raise CacheTrouble(f"the table in the cache cannot be used: {said}") from None
         if table.maps is None and "maps" in table.provenance:
             raise CacheTrouble(
@@ -103,7 +103,7 @@ class Entry:
             with replaced(self.path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
-            raise CacheTrouble(f"the table cannot be kept: {error}") from None
+            raise CacheTrouble(f"the table cannot be kept: {plainly(error)}") from None
 
     @contextmanager
     def held(self, wait: float, tell: Callable[[float], None]) -> Iterator[None]:
@@ -117,7 +117,7 @@ class Entry:
         try:
             file = lock_path.open("ab")
         except OSError as error:
-            raise CacheTrouble(f"{self.path.parent} cannot be written to: {error}") from None
+            raise CacheTrouble(f"{self.path.parent} cannot be written to: {why(error)}") from None
         with file:
             began = time.monotonic()
             told = -math.inf
@@ -136,7 +136,7 @@ def _made(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheTrouble(f"{folder} cannot be made: {error}") from None
+        raise CacheTrouble(f"{folder} cannot be made: {why(error)}") from None
 
 
 def _taken(file: IO[Any], path: Path) -> str | None:
@@ -147,7 +147,7 @@ def _taken(file: IO[Any], path: Path) -> str | None:
     except OSError as error:
         if isinstance(error.__context__, BlockingIOError):
             return f"another engine was still at work on this table ({path})"
-        raise CacheTrouble(f"{path} cannot be locked: {error}") from None
+        raise CacheTrouble(f"{path} cannot be locked: {why(error)}") from None
     return None
 
 

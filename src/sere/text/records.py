@@ -131,13 +131,14 @@ def _rows(path: Path) -> Iterator[Record]:
     except ImportError as error:
         raise CorpusError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
     number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", record
-    except (ArrowException, OSError) as error:
-        raise CorpusError(f"{path}: not a whole parquet file ({error})") from error
+    with path.open("rb") as file:
+        try:
+            for batch in parquet.ParquetFile(file).iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", record
+        except (ArrowException, OSError) as error:
+            raise CorpusError(f"{path}: not a whole parquet file ({error})") from error
 
 
 def _decoded(line: bytes) -> Any:
