@@ -408,15 +408,20 @@ def _answers(options: dict[str, Any], next_steps: Callable[[], str]) -> str:
 
 
 def serve(
-    options: dict[str, Any], variables: dict[str, str], paths: list[str], log: str, pipe: Connection
+    options: dict[str, Any],
+    variables: dict[str, str],
+    paths: list[str],
+    log: str,
+    pipe: Connection,
+    spawns: bool,
 ) -> None:
     """The engine in a fork of a process that has imported vLLM and nothing else (tests/engines.py):
     takes steps from `pipe` and answers there.
 
     variables: the whole environment. paths: further folders to import from. log: the file for all
-    that is printed.
+    that is printed. spawns: whether what it starts imports vLLM for itself.
     """
-    _settle(variables, log, log)
+    _settle(variables, log, log, spawns=spawns)
     sys.path[:0] = paths
     pipe.send(_answers(options, pipe.recv))
     atexit._run_exitfuncs()  # a forked process runs none by itself: engines end their children so
@@ -434,12 +439,13 @@ def execute(
         atexit._run_exitfuncs()
 
 
-def _settle(variables: dict[str, str], out: str, errors: str) -> None:
+def _settle(variables: dict[str, str], out: str, errors: str, *, spawns: bool = False) -> None:
+    from tests.forked import fork_what_is_spawned, settle
+
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    os.environ.clear()
-    os.environ.update(variables)
-    for number, file in ((1, out), (2, errors)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    settle(variables, out, errors)
+    if not spawns:
+        fork_what_is_spawned()
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 vLLM's global state are exactly what a user's process has.
 
 Importing vLLM takes most of an engine's start, so it is done once: engines are forks of a process
-that has run `from vllm import LLM` and nothing else, neither a plug-in nor a model. What such an
-engine starts in turn (an engine core, workers) imports for itself, as at a user's.
+that has run `from vllm import LLM` and nothing else, neither a plug-in nor a model. So is what such
+an engine starts in turn (an engine core, workers), unless it `spawns`: then these import for
+themselves, as at a user's.
 """
 
 from __future__ import annotations
@@ -72,11 +73,13 @@ def run_engine(
     options: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,
     paths: tuple[Path, ...] = (),
+    spawns: bool = False,
     timeout: int = 600,
 ) -> list[Any]:
     """Results of `steps` on a fresh engine; `sere` is the value in `additional_config`, `paths` are
     further folders to import from (and to find plug-ins in)."""
-    return Starting(sere=sere, options=options, env=env, paths=paths).run(steps, timeout)
+    starting = Starting(sere=sere, options=options, env=env, paths=paths, spawns=spawns)
+    return starting.run(steps, timeout)
 
 
 class Starting:
@@ -89,6 +92,7 @@ class Starting:
         options: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         paths: tuple[Path, ...] = (),
+        spawns: bool = False,
     ) -> None:
         settings = {**OPTIONS, **(options or {})}
         if sere is not None:
@@ -100,7 +104,7 @@ class Starting:
         os.close(descriptor)
         self._process = _IMPORTED.Process(
             target=engine_script.serve,
-            args=(settings, variables, [*map(str, paths)], self._log, theirs),
+            args=(settings, variables, [*map(str, paths)], self._log, theirs, spawns),
             daemon=True,  # ends with this process, whatever happens
         )
         self._process.start()

@@ -172,6 +172,7 @@ def test_a_killed_worker_is_reported_and_nothing_hangs(table_path: Path) -> None
         sere={"table": str(table_path), **S1},
         options={"distributed_executor_backend": "mp"},
         env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        spawns=True,
         timeout=240,
     )
     assert "EngineDeadError" in said

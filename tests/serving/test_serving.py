@@ -195,6 +195,7 @@ def test_switching_writes_into_the_same_buffers(with_plugin: dict[str, Any]) -> 
 # --- the ways vLLM runs ---------------------------------------------------------------------------
 
 # Workers are processes; the engine's core is one where that is said too, and beside them in one.
+# All are forks, except in the first mode.
 OWN_CORE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "multi-process": (
@@ -228,7 +229,8 @@ def test_engine_modes(mode: str, mapped_path: Path, without_plugin: list[Any]) -
     sere: dict[str, Any] = {"table": str(mapped_path), **S1, "maps": True}
     if "enforce_eager" not in options:
         sere["shadow"] = {"every": 2, "bound": 1e3}
-    ran = run_engine(steps, sere=sere, options=options, env=env, paths=paths)
+    spawns = mode == "multi-process"
+    ran = run_engine(steps, sere=sere, options=options, env=env, paths=paths, spawns=spawns)
     on, stats, _, mixed, recording, told, _, linear, apart, _, prompt, _, off, refused, bound = ran
     assert "S=99" in refused
     assert bound == [sorted(map(int, rank)) for rank in recording]
