@@ -8,6 +8,7 @@ model, and environment and sys.path are those of the engine.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from multiprocessing import context, forkserver
 from typing import Any
@@ -23,6 +24,8 @@ def settle(variables: dict[str, str], out: str, errors: str) -> None:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    # vLLM has read it as it was imported
+    logging.getLogger("vllm").setLevel(variables.get("VLLM_LOGGING_LEVEL", "INFO"))
     _printed_to[:] = [out, errors]
 
 
@@ -30,7 +33,12 @@ class _Surroundings:
     """As one unpickles it, a process has the surroundings of that which pickled it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return settle, (dict(os.environ), *_printed_to)
+        return _surround, (dict(os.environ), *_printed_to)
+
+
+def _surround(*given: Any) -> None:
+    settle(*given)
+    fork_what_is_spawned()
 
 
 class _Process(context.ForkServerProcess):

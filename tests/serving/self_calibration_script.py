@@ -1,5 +1,5 @@
-"""Engines that calibrate themselves, one after the other in one process, as importing vLLM takes
-longer than they do: read a list of jobs as JSON, write each engine's table.
+"""Engines that calibrate themselves, one after the other in one process: read a list of jobs as
+JSON, write each engine's table.
 
 A job holds `options` for `vllm.LLM` and `output`, the file to write; with `prompts` (token ids) the
 engine is asked for answers before, until it has made a table of them; with `policy` it finds what

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ from sere.serving.session import ServingError, Session
 from sere.table import LayerStatistics, Table
 from tests.conftest import enlarge_experts
 from tests.engine_script import RESULT
-from tests.engines import OPTIONS, environment, run_engine
+from tests.engines import OPTIONS, environment, run_engine, run_program
 from tests.serving.test_rows import session as new_session
 
 pytestmark = [pytest.mark.engine, pytest.mark.modes]
@@ -131,13 +129,10 @@ def loaded(table_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for job in wanted.values():
         sere = {"table": job.pop("table"), "fingerprint": "shape"}
         arguments.append({**common, **job, "additional_config": {"sere": sere}})
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.serving.load_workers"],
-        input=json.dumps(arguments),
+    done = run_program(
+        "from tests.serving.load_workers import main; main()",
+        given=json.dumps(arguments),
         env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     assert lines, (done.stdout + done.stderr)[-4000:]

@@ -4,8 +4,6 @@ kernels, and a start that needs nothing else."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from sere.statistics import TENSORS
 from sere.table import Table
 from sere.text.corpus import Corpus, encoder, read_texts
 from tests.conftest import enlarge_experts, save_tokenizer
-from tests.engines import EXPERT_MAP, OPTIONS, Starting, environment, run_engine
+from tests.engines import EXPERT_MAP, OPTIONS, Starting, environment, run_engine, run_program
 from tests.serving import self_calibration_script as script
 from tests.serving.test_serving import configure
 
@@ -138,13 +136,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     jobs |= mapping(lambda name: job(name, models["glm4_moe"]), text)
     jobs["tuned"] = {**job("tuned", models["qwen3_moe"]), "policy": TUNED}
     kill_in_the_middle(jobs["first"]["options"], folder / "cache")
-    found = subprocess.run(
-        [sys.executable, script.__file__],
-        input=json.dumps(list(jobs.values())),
-        capture_output=True,
-        text=True,
+    found = run_program(
+        "from tests.serving.self_calibration_script import main; main()",
+        given=json.dumps(list(jobs.values())),
         env=environment(SERE_CACHE=str(folder / "cache"), VLLM_LOGGING_LEVEL="INFO"),
-        check=False,
     )
     lines = found.stdout.splitlines()
     said, answered = (
