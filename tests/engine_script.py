@@ -8,6 +8,7 @@ Run by `tests/engines.py`, and by hand. A job holds `options` for `vllm.LLM` and
 ["beam", prompts, width, tokens, tier], ["beam_online", ...], ["made_elsewhere", tier],
 ["said"],
 ["rpc", method, args...], ["counted", name], ["meet", folder] (all data-parallel ranks), a mishap:
+["watch", table, tokens], ["watched", path],
 ["remove", path], ["replace", path, by], ["asleep"], ["killed", process], or a check that needs the
 model in this process: ["capture"], ["captured"], ["addresses"].
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hashlib
 import io
 import json
 import logging
@@ -297,6 +299,20 @@ class Steps:
         emptied: bool = self.llm.reset_prefix_cache()
         return emptied
 
+    def watch(self, table: str, tokens: int) -> None:
+        """From now on measure the experts on all rows of prompts, until there are so many tokens,
+        as an engine with `{"auto": {"traffic": ...}}` does from its start; table: of this model."""
+        self.llm.collective_rpc(_watch, args=(table, tokens))
+
+    def watched(self, path: str) -> list[str]:
+        """Wait for the table that an engine makes of what it was asked, and write it to the path;
+        what each rank says of it."""
+        while self.rpc("sere_telemetry")[0]["inert"].startswith("the engine measures"):
+            self.generate(["1+1>"], 1)
+        made = [bytes(table) for table in self.rpc("sere_table")]
+        Path(path).write_bytes(made[0])
+        return [hashlib.sha256(table).hexdigest() for table in made]
+
     def remove(self, path: str) -> None:
         Path(path).unlink()
 
@@ -375,6 +391,15 @@ async def _search_online(llm: Any, prompts: list[str], asked: Any) -> list[Any]:
 
 def _plain(logprobs: list[Any]) -> list[dict[str, float]]:
     return [{str(t): lp.logprob for t, lp in position.items()} for position in logprobs]
+
+
+def _watch(worker: Any, table: str, tokens: int) -> None:
+    from sere.serving.auto import Traffic
+    from sere.serving.traffic import Watched
+    from sere.table import Table
+
+    asked = Traffic(share=1, rows=tokens, tokens=tokens, stable=1)
+    worker.sere_watch(Watched(asked, "frobenius", None, Table.load(table).fingerprint, {}))
 
 
 def _moe_layers(llm: Any) -> list[tuple[str, Any]]:

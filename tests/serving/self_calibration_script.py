@@ -4,8 +4,9 @@ JSON, write each engine's table.
 A job holds `options` for `vllm.LLM` and `output`, the file to write; with `prompts` (token ids) the
 engine is asked for answers before, until it has made a table of them; with `policy` it finds what
 an earlier one has kept in another cache, with that policy stored in it, as all that follow do; with
-`named` (a pattern) it is given the table that an earlier one has kept. Printed behind RESULT: of
-each what sere said, and the error if it was refused; behind ANSWERED what `answered` gives.
+`named` (a pattern) it is given the table that an earlier one has kept; with `tier` it is asked for
+one answer of that. Printed behind RESULT: of each what sere said, and the error if it was refused;
+behind ANSWERED what `answered` gives.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ RESULT, ANSWERED = "RESULT ", "ANSWERED "
 WATCHING = "the engine measures its experts"
 
 
-def table_of(options: dict[str, Any], prompts: list[list[int]]) -> bytes:
+def table_of(job: dict[str, Any], said: list[str]) -> bytes:
     from vllm import LLM
 
-    llm = LLM(**options)
+    llm = LLM(**job["options"])
     try:
-        if prompts:
-            print(ANSWERED + json.dumps(answered(llm, prompts)), flush=True)
+        if "tier" in job:
+            said.append(admitted(llm, job["tier"]))
+        if "prompts" in job:
+            print(ANSWERED + json.dumps(answered(llm, job["prompts"])), flush=True)
         data, *_ = llm.collective_rpc("sere_table")
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -49,6 +52,20 @@ def store(policy: dict[str, Any], table: Path, cache: Path) -> None:
     tuned = replace(made, policy=Policy.from_dict(policy), layers=layers)
     tuned.save(cache / table.name)
     os.environ["SERE_CACHE"] = str(cache)
+
+
+def admitted(llm: Any, tier: str) -> str:
+    """What is said to a request for a tier, and how many rows are counted as independent then."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True, extra_args={"sere": tier})
+    try:
+        llm.generate([{"prompt_token_ids": [5, 6]}], sampling, use_tqdm=False)
+    except VLLMValidationError as error:
+        return f"{tier}: {error}"
+    layers = llm.collective_rpc("sere_stats")[0].values()
+    return f"{tier}: {[layer['rows_independent'] for layer in layers]} rows"
 
 
 def answered(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
@@ -94,7 +111,7 @@ def main() -> None:
             if "named" in job:
                 (kept,) = Path(os.environ["SERE_CACHE"]).glob(job["named"])
                 job["options"]["additional_config"]["sere"]["table"] = str(kept)
-            Path(job["output"]).write_bytes(table_of(job["options"], job.get("prompts", [])))
+            Path(job["output"]).write_bytes(table_of(job, told[-1]))
         except Exception as error:
             told[-1].append(f"{type(error).__name__}: {error}")
     print(RESULT + json.dumps(told), flush=True)

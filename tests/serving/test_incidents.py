@@ -244,7 +244,7 @@ def test_vllms_metrics_do_not_go_with_ours(caplog: pytest.LogCaptureFixture) -> 
 # Where each of them ends.
 RAISES = {
     "start-up": {
-        *("session.bind", "session.check_bound", "session.take", "may_start.check_config"),
+        *("session.bind", "session.check_bound", "session.learn", "may_start.check_config"),
         *("may_start._check_rows_are_known", "may_start._check_ranks", "may_start._check_shadow"),
         *(
             "auto.parse",
@@ -257,7 +257,7 @@ RAISES = {
         # while an engine reads for its own calibration, which is before it serves
         *("observing.__init__", "observing.outputs", "observing._own", "observing._note"),
         *("observing.check", "observing.finished", "observing._alone", "observing.output"),
-        *("fitted_maps.fitted", "own_maps.found", "own_table.sere_take_maps"),
+        *("fitted_maps.fitted", "own_table.sere_take_maps"),
         *("loaded_maps._maps_of", "stand_ins.learn"),
         *("self_calibration.check", "self_calibration.prepare", "self_calibration._anew"),
         *("self_calibration._made", "self_calibration._ask", "self_calibration._texts"),
@@ -287,7 +287,7 @@ RAISES = {
         ),  # the self-check runs the operator
     },
     "the front end, as an error of the request": {
-        *("session.check_request", "tiers.parse", "admission.check", "invariance.check_tier"),
+        *("may_ask.check_request", "tiers.parse", "admission.check", "invariance.check_tier"),
         *("switch._admit", "switch._answer", "switch._ask", "switch._asked", "switch._body"),
     },
     "the caller of collective_rpc": {

@@ -67,7 +67,7 @@ LAYERS = {"qwen3_moe": (0, 1, 2), "qwen2_moe": (0, 1, 2), "glm4_moe": (1, 2)}
 
 TEXTS, RANK = 120, 4
 LINEAR = {"S": 1, "min_active": 1, "fill": "linear"}
-TUNED = {"S": 1, "tau": 0.3, "min_active": 1, "batches": {"4": {"S": 1, "tau": 0.1}}}
+TUNED = {"S": 1, "tau": 0.3, "min_active": 1, "pool": 4, "batches": {"4": {"S": 1, "tau": 0.1}}}
 
 
 def checkpoint(family: str, folder: Path) -> Path:
@@ -135,6 +135,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     text = tasks(folder / "tasks.jsonl")
     jobs |= mapping(lambda name: job(name, models["glm4_moe"]), text)
     jobs["tuned"] = {**job("tuned", models["qwen3_moe"]), "policy": TUNED}
+    for name in ("second", "tuned"):
+        jobs[name]["tier"] = "independent"
     kill_in_the_middle(jobs["first"]["options"], folder / "cache")
     found = run_program(
         "from tests.serving.self_calibration_script import main; main()",
@@ -355,6 +357,14 @@ def test_a_later_start_takes_what_was_tuned_meanwhile(runs: Runs) -> None:
 
 
 @pytest.mark.modes
+def test_requests_may_ask_for_what_the_policy_that_was_found_has(runs: Runs) -> None:
+    """Be independent, where it has a pool: the engine's config names no policy at all."""
+    second, tuned = ("\n".join(runs.said[start]) for start in ("second", "tuned"))
+    assert 'independent: "sere": "independent" is not to be had here: such rows know' in second
+    assert "independent: [3, 3, 3] rows" in tuned
+
+
+@pytest.mark.modes
 def test_an_engine_that_cannot_calibrate_serves_stock_if_that_was_chosen(runs: Runs) -> None:
     said = "\n".join(runs.said["stock"])
     assert "NOTHING IS RE-ROUTED: no table, and stock was asked for then" in said
@@ -367,13 +377,28 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
     runs: Runs, tmp_path: Path
 ) -> None:
     """Compiled, and of two ranks with half of the experts each: its table and maps are those of one
-    rank."""
+    rank. So is the table of what it serves after that."""
     prompts = [example.prompt for example in examples(16, seed=7, split="held_out")]
     own = {"auto": {"data": str(runs.text), "length": LENGTH, "maps": RANK}, **LINEAR}
-    told, stats, _, counted = run_engine(
+    text = Corpus.from_texts(
+        read_texts(runs.text),
+        encoder(load_tokenizer(str(runs.models["glm4_moe"])), LENGTH),
+        source="",
+        samples=TEXTS,
+        length=LENGTH,
+        seed=0,
+    )
+    told, stats, _, counted, _, _, made, _, _, _, moved = run_engine(
         [
             ["rpc", "sere_description"],
             ["rpc", "sere_stats"],
+            ["generate", prompts, 12],
+            ["rpc", "sere_stats"],
+            ["watch", str(runs.kept("glm4_moe")), text.tokens],
+            ["ask", [{"prompt": ids, "max_tokens": 1} for ids in text.sequences]],
+            ["watched", str(tmp_path / "traffic.table")],
+            ["rpc", "sere_policy", {"S": 1, "min_active": 1}],
+            ["rpc", "sere_reset"],
             ["generate", prompts, 12],
             ["rpc", "sere_stats"],
         ],
@@ -386,18 +411,25 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
             "tensor_parallel_size": 2,
             "enable_expert_parallel": True,
         },
-        env={"SERE_CACHE": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env={
+            "SERE_CACHE": str(tmp_path),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # to let it watch from within this test
+        },
         paths=(EXPERT_MAP,),
     )
     assert [rank["inert"] for rank in told] == [None, None]
     assert told[0]["policy"] == "S=1 min_active=1 fill=linear"
     assert not any(any(layer.values()) for layer in stats[0].values())  # nobody counts that text
-    assert counted[0] == counted[1]
-    assert all(layer["slots_rerouted"] > 0 for layer in counted[0].values())
-    (kept,) = tmp_path.glob("*.table")
+    for both in (counted, moved):
+        assert both[0] == both[1]
+        assert all(layer["slots_rerouted"] > 0 for layer in both[0].values())
+    (kept,) = tmp_path.glob("glm4_moe-*.table")
     mine, reference = Table.load(kept), Table.load(runs.kept("glm4_moe"))
     assert_equal(mine, reference)
     assert_maps_equal(mine, reference)
+    assert made[0] == made[1]
+    assert_equal(Table.load(tmp_path / "traffic.table"), reference)
 
 
 @pytest.mark.parametrize("own", [None, "the shadow check's"])

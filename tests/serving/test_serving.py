@@ -28,8 +28,10 @@ from sere.policy import Policy, PolicyError
 from sere.serving import contract, symbols, vllm_plugin
 from sere.serving.contract import REROUTING
 from sere.serving.engine import check_plugin_allowed, prepare
+from sere.serving.may_ask import check_request
 from sere.serving.may_start import check_config
-from sere.serving.session import ServingError, check_request, stage_of
+from sere.serving.refusal import ServingError
+from sere.serving.session import stage_of
 from sere.serving.vllm_plugin import register
 from sere.serving.wiring import install, install_in_worker
 from sere.serving.worker import self_check, sere_description, sere_layers, sere_merge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from sere.kernels import RowClass, reroute
-from sere.policy import Policy
+from sere.policy import Policy, PolicyError
 from sere.serving import expert_kernels
 from sere.serving.inert import inert
-from sere.serving.last_word import LastWord
+from sere.serving.last_word import LastWord, starting
+from sere.serving.may_ask import check_request
 from sere.table import Table
 from tests.engines import MONOLITHIC_EXPERTS, run_engine
 from tests.serving.test_switch import Core
@@ -168,7 +170,7 @@ def test_a_server_says_it_before_it_says_that_it_has_started(
 
     def start(core: Core, additional: Any) -> str:
         caplog.clear()
-        config = SimpleNamespace(additional_config=additional)
+        config = engine_config(additional)
         client = SimpleNamespace(engine_core=core)
         state = SimpleNamespace(vllm_config=config, engine_client=client)
         scope = {"type": "lifespan", "app": SimpleNamespace(state=state)}
@@ -179,3 +181,47 @@ def test_a_server_says_it_before_it_says_that_it_has_started(
     assert "NOTHING IS RE-ROUTED: because" in start(Core(None, inert="because"), {"sere": {}})
     assert start(Core({"S": 1}), {"sere": {}}) == ""
     assert start(Core(None, inert="because"), {}) == ""  # without sere nobody is asked
+
+
+def engine_config(additional: Any) -> Any:
+    """As much of vLLM's config as is read once an engine has started."""
+    return SimpleNamespace(
+        additional_config=additional,
+        model_config=SimpleNamespace(hf_config=None),
+        compilation_config=SimpleNamespace(),
+        speculative_config=None,
+    )
+
+
+@pytest.mark.parametrize("started_by", ["LLM", "a server"])
+def test_who_may_be_independent_is_asked_of_an_engine_that_finds_its_policy(
+    started_by: str,
+) -> None:
+    """It takes one that `sere tune` has stored in its table, of which its config says nothing."""
+    pooled = {"S": 1, "pool": 0.5}
+    for policy, refused in ((pooled, None), ({"S": 1}, "it has no pool"), (None, "no pool")):
+        config = engine_config({"sere": "auto"})
+        check_request(config, "independent")  # not known yet: the engine's core asks again
+        core = Core(policy)
+        if started_by == "LLM":
+            (told,) = asyncio.run(core.call_utility_all_async("collective_rpc", *TELEMETRY))
+            engine = SimpleNamespace(vllm_config=config, collective_rpc=lambda _, told=told: told)
+            starting(lambda llm: None)(SimpleNamespace(llm_engine=engine))
+        else:
+            client = SimpleNamespace(engine_core=core)
+            state = SimpleNamespace(vllm_config=config, engine_client=client)
+            scope = {"type": "lifespan", "app": SimpleNamespace(state=state)}
+            asyncio.run(LastWord(complete)(scope, None, silent))
+        with nullcontext() if refused is None else pytest.raises(PolicyError, match=refused):
+            check_request(config, "independent")
+
+
+TELEMETRY = ("sere_telemetry", None, (), None)
+
+
+async def complete(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "lifespan.startup.complete"})
+
+
+async def silent(message: dict[str, Any]) -> None:
+    pass

@@ -162,7 +162,7 @@ class Core:
         if self.silent:
             await asyncio.sleep(60)
         if method == "sere_telemetry":
-            state = {"inert": self.inert, "fallback": None}
+            state = {"inert": self.inert, "fallback": None, "E": 8, "K": 4}
             return [[{"policy": policy, **state}] for policy in self.policies]
         if method == "sere_obstacle":
             ranks = self.engine_ranks_managed

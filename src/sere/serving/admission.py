@@ -18,7 +18,7 @@ from typing import Any
 from sere.policy import PolicyError
 from sere.serving.asking import KEY, asked_by
 from sere.serving.contract_front_end import CORE, RESPONSES, ROUTES
-from sere.serving.session import check_request
+from sere.serving.may_ask import check_request
 from sere.serving.symbols import lacking, symbol, wrap
 
 _LOG = logging.getLogger("vllm.sere")

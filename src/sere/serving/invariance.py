@@ -34,37 +34,48 @@ def check_default(config: Any, settings: Settings, model: Fingerprint) -> None:
             f'sere cannot re-route: {_PROMISE}, and "default": "{settings.default}" makes them '
             'depend on it; set "default": "independent" (with a pool) or "exact", or unset it'
         )
-    if settings.default == INDEPENDENT and (reason := _obstacle(config, settings.policy, model)):
+    if settings.default != INDEPENDENT:
+        return
+    if reason := _obstacle(config, settings.policy, model.E, model.K):
         raise ServingError(f'sere cannot take "default": "independent" here: {reason}')
 
 
 def check_tier(
-    config: Any, tier: Tier, started_with: Callable[[], tuple[Policy, Fingerprint]]
+    config: Any, tier: Tier, started_with: Callable[[], tuple[Policy, Fingerprint] | None]
 ) -> None:
     """Raise `PolicyError` if a request may not ask for the tier. started_with: the engine's first
-    policy, and its model; asked once."""
+    policy, and its model, or None if that is to be asked elsewhere; asked until it is known."""
     if promised() and tier not in (EXACT, INDEPENDENT):
         raise PolicyError(
             f'{_PROMISE}, "{tier}" depends on it: ask for "exact" or "independent", or for nothing'
         )
     if tier != INDEPENDENT:
         return
-    reason = getattr(config.compilation_config, _OBSTACLE, None)
-    if reason is None:
-        reason = _obstacle(config, *started_with()) or ""
-        object.__setattr__(config.compilation_config, _OBSTACLE, reason)
-    if reason:
+    if _known(config) is None and (first := started_with()):
+        policy, model = first
+        note(config, policy, model.E, model.K)
+    if reason := _known(config):
         raise PolicyError(f'"independent" is not to be had here: {reason}')
+
+
+def note(config: Any, policy: Policy, E: int, K: int) -> None:
+    """Judge requests by the policy that the engine started with, from now on."""
+    reason = _obstacle(config, policy, E, K) or ""
+    object.__setattr__(config.compilation_config, _OBSTACLE, reason)
+
+
+def _known(config: Any) -> str | None:
+    reason: str | None = getattr(config.compilation_config, _OBSTACLE, None)
+    return reason
 
 
 def may_be_asked_for(config: Any, policy: Policy, model: Fingerprint) -> bool:
     """Whether requests may be independent in an engine that starts with this policy."""
-    return _obstacle(config, policy, model) is None
+    return _obstacle(config, policy, model.E, model.K) is None
 
 
-def _obstacle(config: Any, policy: Policy, model: Fingerprint) -> str | None:
+def _obstacle(config: Any, policy: Policy, E: int, K: int) -> str | None:
     """Why no row can be independent, and what to do; or None."""
-    E, K = model.E, model.K
     if (members := policy.pool_of(E)) < K:
         held = f"its pool holds {members}" if members else "it has no pool"
         return (

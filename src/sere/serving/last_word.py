@@ -1,5 +1,6 @@
-"""That nothing is re-routed is the last thing said before an engine serves: whoever started it may
-have overlooked it among the first hundred lines. See `start_up`."""
+"""Once an engine has started, it is asked what it serves. That nothing is re-routed is the last
+thing said before it does: whoever started it may have overlooked it among the first hundred lines
+(see `start_up`). What requests may ask for can depend on a table that it has just found."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere.serving.asking import given
+from sere.serving.may_ask import hear
 from sere.serving.remote import ask_engines
 from sere.serving.start_up import say_last
 
@@ -19,8 +21,10 @@ def starting(original: Callable[..., None]) -> Callable[..., None]:
 
     def __init__(llm: Any, *args: Any, **kwargs: Any) -> None:
         original(llm, *args, **kwargs)
-        if given(llm.llm_engine.vllm_config) is not None:
-            say_last(llm.llm_engine.collective_rpc("sere_telemetry"))
+        if given(config := llm.llm_engine.vllm_config) is not None:
+            told = llm.llm_engine.collective_rpc("sere_telemetry")
+            hear(config, told[0])
+            say_last(told)
 
     return __init__
 
@@ -53,4 +57,6 @@ async def _say(state: Any) -> None:
     except Exception as error:  # it will be told on /metrics
         _LOG.warning("sere: no engine says whether it re-routes: %s", error)
         return
-    say_last(snapshot for workers in engines.values() for snapshot in workers)
+    told = [snapshot for workers in engines.values() for snapshot in workers]
+    hear(config, told[0])
+    say_last(told)

@@ -1,53 +1,46 @@
-"""The linear maps that belong to an engine's own table: in the process that drives the workers."""
+"""What an engine has found or made for itself: in the process that drives the workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sere.maps import LayerMaps, Maps, MapsError, identity_of, opened
-from sere.serving.table_cache import CacheTrouble, Entry, table_in
+from sere.maps import LayerMaps, Maps, identity_of
+from sere.serving.table_cache import file_of
+from sere.table import Table
 
 
 @dataclass(frozen=True)
 class Own:
-    """What an engine has found or made.
+    """A table, and its maps if they were asked for.
 
-    data: the table's file. maps: what it knows of its maps without their matrices; None where none
-    were asked for. layer: reads or returns the maps of a layer, by index.
+    data: the table's file. table: what is in it; of its maps it knows all but their matrices.
+    layer: reads or returns the maps of a layer, by index.
     """
 
     data: bytes
-    maps: Maps | None = None
+    table: Table
     layer: Callable[[int], LayerMaps] | None = None
 
     @classmethod
-    def found(cls, data: bytes, entry: Entry) -> Own:
-        """A table of the cache, whose maps lie beside it. Raises `CacheTrouble`."""
-        about = table_in(data).provenance
-        if "maps" not in about:
-            return cls(data)
-        try:
-            maps = opened(entry.path, about)
-        except MapsError as error:  # another engine has replaced both meanwhile
-            raise CacheTrouble(str(error)) from None
-        if maps is None:
-            raise CacheTrouble(f"the maps of {entry.path} are gone")
-        return cls(data, maps, maps.layer)
+    def found(cls, data: bytes, table: Table) -> Own:
+        """See `Entry.read`."""
+        return cls(data, table, table.maps.layer if table.maps else None)
 
     @classmethod
-    def made(cls, data: bytes, maps: Mapping[int, LayerMaps]) -> Own:
+    def made(cls, table: Table, maps: Mapping[int, LayerMaps]) -> Own:
         """A new table, with maps that may be kept nowhere."""
+        data = file_of(table)
         if not maps:
-            return cls(data)
+            return cls(data, table)
         first = next(iter(maps.values()))
         left = {index: layer.left for index, layer in maps.items()}
         known = Maps(Path(), identity_of(maps), first.R, first.constant.shape[1], left)
-        return cls(data, known, maps.__getitem__)
+        return cls(data, replace(table, maps=known), maps.__getitem__)
 
     def layers(self) -> Iterator[tuple[int, LayerMaps]]:
         """One layer's maps after the other."""
-        if self.maps is not None and self.layer is not None:
-            for index in self.maps.left:
+        if self.table.maps is not None and self.layer is not None:
+            for index in self.table.maps.left:
                 yield index, self.layer(index)

@@ -11,6 +11,7 @@ from typing import Any
 from sere.maps import LayerMaps, Maps
 from sere.policy import in_words
 from sere.serving.fitted_maps import at_once, fitted
+from sere.serving.invariance import may_be_asked_for
 from sere.serving.no_table import NoTable
 from sere.serving.observing import Observation
 from sere.serving.reading import read
@@ -87,17 +88,21 @@ def sere_take_table(
         session.take(NoTable(session.table.fingerprint, reason))
         return
     table = replace(table_in(data), maps=maps)
-    session.take(table)
+    session.learn(table)
     if table.policy is None or session.settings.named:
+        session.begin_with(session.policy)
         return
-    if obstacle := sere_obstacle(worker, table.policy.to_dict()):
+    obstacle = sere_obstacle(worker, table.policy.to_dict())
+    policy = session.settings.policy if obstacle else table.policy
+    session.independent = may_be_asked_for(worker.vllm_config, policy, table.fingerprint)
+    session.begin_with(policy)
+    if obstacle:
         told = (
             "the policy that `sere tune` stored in the table cannot be taken by an engine that "
             f'calibrates itself, name the table itself ({{"table": PATH}}): {obstacle}'
         )
     else:
-        session.begin_with(table.policy)
-        told = f"the policy is the choice of `sere tune`: {in_words(table.policy)}"
+        told = f"the policy is the choice of `sere tune`: {in_words(policy)}"
     if worker.rank == 0:
         _LOG.log(logging.WARNING if obstacle else logging.INFO, "sere: %s", told)
 

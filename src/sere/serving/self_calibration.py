@@ -31,7 +31,7 @@ from sere.serving.refusal import ServingError
 from sere.serving.session import settings_of
 from sere.serving.settings import Settings
 from sere.serving.symbols import lacking, symbol, vllm_version
-from sere.serving.table_cache import CacheTrouble, Entry, file_of, table_in
+from sere.serving.table_cache import CacheTrouble, Entry
 from sere.serving.traffic import Watched, obstacle_to_watching
 from sere.similarity.enough import first_with_too_little
 from sere.table import Table
@@ -96,11 +96,11 @@ def prepare(executor: Any) -> None:
         return
     if auto.data is None and auto.traffic is None:
         _LOG.warning(FOREIGN)
-    if reason := first_with_too_little(table_in(own.data).layers):
+    if reason := first_with_too_little(own.table.layers):
         _LOG.warning("sere: the table is made from too little text: %s", reason)
     for index, layer in own.layers():
         _ask(executor, "sere_take_maps", index, layer)
-    _ask(executor, "sere_take_table", own.data, "", own.maps)
+    _ask(executor, "sere_take_table", own.data, "", own.table.maps)
 
 
 def entry_of(config: Any, auto: Auto) -> Entry | None:
@@ -203,10 +203,9 @@ def _found_or_made(executor: Any, auto: Auto) -> Own:
 def _found(entry: Entry, auto: Auto) -> Own | None:
     """What an earlier start has made, or None to make it now; raises as `_found_or_made`."""
     try:
-        if (data := entry.read()) is not None:
-            own = Own.found(data, entry)
+        if (kept := entry.read()) is not None:
             _LOG.info("sere: calibrated at an earlier start: %s", entry.path)
-            return own
+            return Own.found(*kept)
     except CacheTrouble as trouble:
         _anew(auto, trouble)
     if others := entry.others():
@@ -223,19 +222,19 @@ def _found(entry: Entry, auto: Auto) -> Own | None:
 def _shared(executor: Any, auto: Auto, entry: Entry) -> Own:
     """What another engine has made meanwhile, or what this one makes and keeps."""
     try:
-        if (data := entry.read()) is not None:
-            own = Own.found(data, entry)
+        if (kept := entry.read()) is not None:
             _LOG.info("sere: calibrated by an engine that started beside this one: %s", entry.path)
-            return own
+            return Own.found(*kept)
     except CacheTrouble:
         pass  # said before; it is replaced
-    data, maps = _made(executor, auto, entry.fingerprint)
+    table, maps = _made(executor, auto, entry.fingerprint)
+    own = Own.made(table, maps)
     try:
-        entry.write(data, maps)
+        entry.write(own.data, maps)
         _LOG.info("sere: kept for later starts: %s%s", entry.path, _MEASURE)
     except CacheTrouble as trouble:
         _LOG.warning("sere: %s; the next start calibrates anew", trouble)
-    return Own.made(data, maps)
+    return own
 
 
 def _anew(auto: Auto, trouble: CacheTrouble) -> None:
@@ -256,9 +255,8 @@ def _tell(entry: Entry, auto: Auto, waited: float) -> None:
 
 def _made(
     executor: Any, auto: Auto, fingerprint: Fingerprint
-) -> tuple[bytes, dict[int, LayerMaps]]:
-    """A new table's file and its maps, for the model of this fingerprint. Raises as `prepare` takes
-    it."""
+) -> tuple[Table, dict[int, LayerMaps]]:
+    """A new table and its maps, for the model of this fingerprint. Raises as `prepare` takes it."""
     config = executor.vllm_config
     if reason := _obstacle(config):
         raise ServingError(reason)
@@ -287,7 +285,7 @@ def _made(
     statistics = {index: layer for index, (_, layer, _) in layers.items()}
     table = Table(fingerprint, statistics, auto.method, about)
     _LOG.info("sere: calibrated %d layers in %.1f s", len(layers), time.monotonic() - began)
-    return file_of(table), maps
+    return table, maps
 
 
 def _about(config: Any) -> dict[str, Any]:

@@ -12,14 +12,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from sere.cautious import cautious
-from sere.checkpoint import Fingerprint
 from sere.kernels import Plan
 from sere.kernels.plan import Placement
-from sere.policy import Policy, PolicyError
+from sere.policy import Policy
 from sere.serving.asking import KEY, given
 from sere.serving.incidents import Incidents
 from sere.serving.inert import inert
-from sere.serving.invariance import check_tier, may_be_asked_for
+from sere.serving.invariance import may_be_asked_for
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
 from sere.serving.loaded_maps import Answers, ranks_to_load, unloaded
@@ -31,15 +30,14 @@ from sere.serving.overrun import LatestPass
 from sere.serving.parallel import BATCHES_DISAGREE
 from sere.serving.refusal import ServingError
 from sere.serving.rows import RowClasses
-from sere.serving.settings import Settings, cap_of
+from sere.serving.settings import Settings
 from sere.serving.shadow import Shadow
-from sere.serving.tiers import RequestTiers, Tier
+from sere.serving.tiers import RequestTiers
 from sere.serving.traffic import Watch
 from sere.table import Table
 
 # The session hangs on vLLM's compilation config: the worker's own, and as long-lived as its layers.
 _ATTRIBUTE = "_sere_session"
-_CAP = "_sere_cap"  # in the front end, beside it
 START = "start"
 """In the place of a policy: the one that the engine began with."""
 _LOG = logging.getLogger("vllm.sere")
@@ -125,21 +123,26 @@ class Session:
                 self.set_policy(None)
             self.table, self.inert = table, table.reason
             return
+        self.learn(table)
+        self.begin_with(self.policy)
+
+    def learn(self, table: Table) -> None:
+        """Go by the engine's own table from the next policy on."""
         known, bound = table.fingerprint, self.table.fingerprint
         if (known.E, known.K, known.layers) != (bound.E, bound.K, bound.layers):
             raise ServingError("sere was given a table of other layers than it is bound to")
-        switches, self.table = self.switches, table
+        self.table = table
         self.live.learn(table)
         if self.answers is not None:
             self.answers.go_by(table)
-        self.set_policy(self.policy)
-        self.switches = switches  # nobody's
 
-    def begin_with(self, policy: Policy) -> None:
-        """As if the engine had started with it."""
+    def begin_with(self, policy: Policy | None) -> None:
+        """As if the engine had started with it; None is stock routing, which an operator chose."""
         switches = self.switches
         self.set_policy(policy)
-        self.settings, self.switches = replace(self.settings, policy=policy), switches
+        self.switches = switches  # nobody's
+        if policy is not None:
+            self.settings = replace(self.settings, policy=policy)
 
     def _plan(self, index: int, policy: Policy) -> Plan:
         return self.table.plan(index, policy, self.placements.get(index))
@@ -310,35 +313,12 @@ def _decodes_one_row(config: Any) -> bool:
     return config.scheduler_config.max_num_seqs == 1 and config.speculative_config is None
 
 
-def check_request(config: Any, asked: Any) -> None:
-    """Raise `PolicyError` if a request asks for what is no tier, or for more than the cap.
-
-    asked: what it says behind "sere" (see `asked_by`).
-    """
-    own = given(config)
-    if asked is None or own is None:
-        return
-    cap = getattr(config.compilation_config, _CAP, None)
-    if cap is None:
-        cap = cap_of({**_model_default(config), **own})
-        object.__setattr__(config.compilation_config, _CAP, cap)
-    tier = Tier.parse(asked)
-    check_tier(config, tier, lambda: _started_with(config))
-    if tier > cap:
-        raise PolicyError(f'this server gives at most "{cap}", "{tier}" was asked for')
-
-
-def _started_with(config: Any) -> tuple[Policy, Fingerprint]:
-    settings = settings_of(config)
-    return settings.policy, table_of(config, settings).fingerprint
-
-
 def settings_of(config: Any) -> Settings:
     """The user's settings over the model's own defaults (`"sere"` in its config.json)."""
     return Settings.parse(
         given(config) or {},
         model_folder=model_folder(config),
-        model_default=_model_default(config),
+        model_default=model_default(config),
     )
 
 
@@ -354,6 +334,7 @@ def maps_of(config: Any) -> dict[int, int]:
     return {}
 
 
-def _model_default(config: Any) -> Mapping[str, Any]:
+def model_default(config: Any) -> Mapping[str, Any]:
+    """The value of "sere" in the model's config.json."""
     default: Mapping[str, Any] = getattr(config.model_config.hf_config, KEY, None) or {}
     return default

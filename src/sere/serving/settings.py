@@ -168,6 +168,12 @@ def cap_of(merged: Mapping[str, Any]) -> Tier:
     return _tier(merged, "cap", "exact")
 
 
+def policy_is_found_later(merged: Mapping[str, Any]) -> bool:
+    """Whether the engine may start with what `sere tune` stored in its own table."""
+    named = any(name in merged for name in _POLICY_KEYS)
+    return merged.get(AUTO, False) is not False and not named
+
+
 def _tier(given: Mapping[str, Any], name: str, otherwise: str) -> Tier:
     try:
         return Tier.parse(given.get(name, otherwise))

@@ -61,9 +61,10 @@ class Entry:
         name = re.sub(r"[^\w.-]+", "_", Path(model).name) or "model"
         return cls(cache_folder() / f"{name[:80]}-{key[:20]}.table", fingerprint)
 
-    def read(self) -> bytes | None:
-        """The table's file, checked; None if there is none. Raises `CacheTrouble` if it is broken
-        or another model's, or if the maps that it names are."""
+    def read(self) -> tuple[bytes, Table] | None:
+        """The table's file, and the table in it, checked, with its maps if it names any; None if
+        there is none. Raises `CacheTrouble` if it is broken or another model's, or if its maps are.
+        """
         try:
             data = self.path.read_bytes()
             table = Table.load(self.path)
@@ -78,7 +79,7 @@ class Entry:
                 f"the table in the cache cannot be used: {beside(self.path)}, its file of linear "
                 "maps, is gone"
             )
-        return data
+        return data, table
 
     def others(self) -> list[Path]:
         """Tables of a model by this name, if none of them is for this checkpoint: it has changed.

@@ -310,9 +310,10 @@ class _Judge:
 def _by_another(entry: Entry) -> bytes | None:
     """What an engine beside this one has made meanwhile."""
     try:
-        data = entry.read()
+        kept = entry.read()
     except CacheTrouble:
         return None  # said when the engine started; it is replaced
-    if data:
-        _LOG.info("sere: made by an engine beside this one: %s", entry.path)
-    return data
+    if kept is None:
+        return None
+    _LOG.info("sere: made by an engine beside this one: %s", entry.path)
+    return kept[0]

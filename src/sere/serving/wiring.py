@@ -29,6 +29,7 @@ from sere.serving import (
     drafters,
     expert_kernels,
     last_word,
+    may_ask,
     own_table,
     prefix_cache,
     rust_front_end,
@@ -149,6 +150,7 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
         if refused := [answer for answer in told if isinstance(answer, str)]:
             raise ServingError(refused[0])
         start_up.say(told)
+        may_ask.hear(executor.vllm_config, executor.collective_rpc("sere_telemetry")[0])
 
     return compile_or_warm_up_model
 
