@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import sere.models.loading
 from sere.calibration.calibrate import calibrate
 from sere.calibration.unfinished import Unfinished, UnfinishedError
 from sere.models.loading import LoadError
+from sere.models.shelf import Shelf
 from sere.models.skeleton import load_skeleton
 from sere.table import Table
 from tests.conftest import LAYERS
@@ -89,6 +92,8 @@ def test_the_work_of_other_settings_is_not_taken_for_ones_own(
     killed(model_dir, corpus_file, output, BATCHES + 1)
     with pytest.raises(UnfinishedError, match=r"unfinished calibration of other settings \(method"):
         run(model_dir, corpus_file, output, method="cosine")
+    with pytest.raises(UnfinishedError, match=r"\(until_stable: None there, 0.9 now"):
+        run(model_dir, corpus_file, output, until_stable=0.9)
     with pytest.raises(UnfinishedError, match=r"\(text: .*remove the folder"):
         run(model_dir, corpus_file, output, seed=5)
     progress = Path(f"{output}.unfinished") / "progress.json"
@@ -161,6 +166,41 @@ def test_stopping_early_gives_the_same_bytes_streamed_and_in_memory(
     run(model_dir, corpus_file, output, stream=False, **settings)
     assert output.read_bytes() == bytes_
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize(("keeps", "groups"), [(8 * LAYERS + 9, 1), (16 * LAYERS, 2)])
+def test_reading_until_stable_goes_on_behind_the_last_whole_group(
+    model_dir: Path,
+    corpus_file: Path,
+    output: Path,
+    layers_read: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    keeps: int,
+    groups: int,
+) -> None:
+    """Killed in the second layer of the second group, and right behind that group."""
+    settings: dict[str, Any] = {"until_stable": 1.0, "batch": 1, "method": "cosine"}
+    with monkeypatch.context() as dies:
+        keep, kept = Shelf.keep, [0]
+
+        def deadly(*arguments: Any) -> Any:
+            kept[0] += 1
+            if kept[0] > keeps:
+                raise SystemExit
+            return keep(*arguments)
+
+        dies.setattr(Shelf, "keep", deadly)
+        dies.setattr(Shelf, "clear", lambda _: None)  # as after kill -9
+        with suppress(SystemExit):
+            run(model_dir, corpus_file, output, **settings)
+    gc.collect()  # it held its folder
+    layers_read.clear()
+    resumed = run(model_dir, corpus_file, output, **settings)
+    bytes_ = output.read_bytes()
+    assert len(layers_read) == (-(-resumed.provenance["sequences"] // 8) - groups) * LAYERS
+    assert list(output.parent.iterdir()) == [output]
+    run(model_dir, corpus_file, output, stream=False, **settings)
+    assert output.read_bytes() == bytes_
 
 
 def test_a_model_that_exceeds_free_memory_is_streamed(

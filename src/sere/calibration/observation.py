@@ -6,6 +6,7 @@ Every expert runs on every real token of its layer, a chunk at a time; only [E, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,16 @@ class Observer:
     def stability(self) -> float:
         """The least stable layer's stability so far, 0 while unknown."""
         return min((own.stability() or 0 for own in self._layers.values()), default=0)
+
+    def so_far(self) -> dict[int, dict[str, Any]]:
+        """By layer what was added up, for `take_up`; not where maps are to be fitted."""
+        return {index: own.so_far() for index, own in self._layers.items()}
+
+    def take_up(self, so_far: dict[int, dict[str, Any]]) -> None:
+        """Go on from what a run before has added up."""
+        for index, sums in so_far.items():
+            self._layers[index] = own = _Layer(len(sums["choices"]), self.method, None)
+            own.take_up(sums)
 
     def finish(self, layer: MoELayer) -> tuple[LayerStatistics, LayerMaps | None]:
         """The layer's statistics, and its maps if they were asked for; what they were made of is

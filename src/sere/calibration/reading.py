@@ -104,14 +104,7 @@ def streamed(
 ) -> Found:
     skeleton = load_skeleton(folder)
     check_experts(skeleton.layers[0].E, method)
-    settings = {
-        "model": str(Path(folder).resolve()),
-        "text": corpus.hash,
-        "method": method,
-        "batch": batch,
-        "maps": maps,
-        "versions": versions(),
-    }
+    settings = _settings(folder, corpus, method, batch, maps=maps)
     observer = Observer(method, maps=maps, batch=batch)
     inputs = _batches(corpus.sequences, batch, skeleton.model)
     _say(skeleton, inputs, output)
@@ -141,22 +134,46 @@ def streamed_until(
     output: str | Path,
     progress: bool,
 ) -> Found:
-    skeleton, observer = load_skeleton(folder), Observer(method)
+    skeleton = load_skeleton(folder)
     check_experts(skeleton.layers[0].E, method)
+    settings = _settings(folder, corpus, method, batch, until_stable=share)
+    observer = Observer(method)
     inputs = _batches(corpus.sequences, batch, skeleton.model)
     _say(skeleton, inputs, output, f"once, and again for each {FOLDS} batches of text")
+    work = Unfinished(unfinished(output), settings, skeleton.model.device)
+    observer.K = work.K
     with observed(skeleton.layers, observer):
         batches = read_until_stable(
             skeleton,
             *_passes(skeleton.model, inputs, observer),
             observer,
             share,
-            output,
+            work,
             progress,
         )
     statistics = {layer.index: observer.finish(layer)[0] for layer in skeleton.layers}
     read = corpus.sequences[: batches * batch]
-    return Found(skeleton.model, skeleton.layers, statistics, observer.K, read)
+    return Found(skeleton.model, skeleton.layers, statistics, observer.K, read, work)
+
+
+def _settings(
+    folder: str,
+    corpus: Corpus,
+    method: str,
+    batch: int,
+    maps: int | None = None,
+    until_stable: float | None = None,
+) -> dict[str, Any]:
+    """All that what a reading finds depends on."""
+    return {
+        "model": str(Path(folder).resolve()),
+        "text": corpus.hash,
+        "method": method,
+        "batch": batch,
+        "maps": maps,
+        "until_stable": until_stable,
+        "versions": versions(),
+    }
 
 
 def _passes(

@@ -7,9 +7,7 @@ has it on disk already, and a run that was killed goes on from there
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sere.calibration.observation import Observer
@@ -66,35 +64,37 @@ def read_until_stable(
     begin: Callable[[int], None],
     observer: Observer,
     share: float,
-    output: str | Path,
+    work: Unfinished,
     progress: bool,
 ) -> int:
     """The same with `FOLDS` batches at a time, until every layer would choose this share of its
-    replacements again; how many batches that took. Weights are read once for each such group."""
-    path = Path(output).resolve()
-    folder = tempfile.mkdtemp(prefix=f".{path.name}.layers-", dir=path.parent)
-    shelf = Shelf(folder, skeleton.model.device)
+    replacements again; how many batches that took. Weights are read once for each such group, and
+    `work` has what was added up by the last whole one."""
+    read = len(work.finished) * FOLDS
+    if read:
+        observer.take_up(work.sums())
+    shelf = Shelf(work.states, skeleton.model.device)
     try:
-        for start in range(0, len(forwards), FOLDS):
-            group = forwards[start : start + FOLDS]
+        while read < len(forwards) and not (read and observer.stability() >= share):
 
-            def step(batch: int, _unit: str, go: Callable[[], Any], start: int = start) -> Any:
-                begin(start + batch)
+            def step(batch: int, _unit: str, go: Callable[[], Any], read: int = read) -> Any:
+                begin(read + batch)
                 return shelf.keep(str(batch), go())
 
+            group = forwards[read : read + FOLDS]
             side_by_side(
                 skeleton,
                 group,
                 step,
                 until=_last(skeleton),
-                title=f"calibrate, batches {start + 1} to {start + len(group)}",
+                title=f"calibrate, batches {read + 1} to {read + len(group)}",
                 progress=progress,
             )
-            if len(group) == FOLDS and observer.stability() >= share:
-                return start + FOLDS
+            work.add_up(f"batches from {read + 1}", observer.so_far(), observer.K)
+            read += FOLDS
     finally:
         shelf.clear()
-    return len(forwards)
+    return min(read, len(forwards))
 
 
 def _last(skeleton: Skeleton) -> str:

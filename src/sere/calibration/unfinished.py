@@ -1,8 +1,9 @@
 """A calibration under way, on disk: what a run that is killed leaves to the next one.
 
 Beside the table-to-be lies a folder with the statistics of every finished decoder layer and the
-outputs of the last one. A layer counts as finished when `progress.json` says so, which is renamed
-into place after all else has been written.
+outputs of the last one; or, where text is read until it is enough, with all that was added up by
+the last finished group of batches. A layer or group counts as finished when `progress.json` says
+so, which is renamed into place after all else has been written.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sere.table import LayerStatistics
 
 _LOCK = "lock"
 _OURS = re.compile(
-    r"lock|progress\.json|\.progress\.json\..*\.tmp|outputs-\d+|(layer|maps)-\d+\.pt"
+    r"lock|progress\.json|\.progress\.json\..*\.tmp|outputs-\d+|(layer|maps|sums)-\d+\.pt|states"
 )
 
 
@@ -35,7 +36,8 @@ class UnfinishedError(ValueError):
 class Unfinished:
     """The folder of a run; it is made when there is something to keep.
 
-    finished: names of the decoder layers that need not be run again.
+    finished: names of the decoder layers, or groups of batches, that need not be run again.
+    states: a folder for what is under way.
     K: experts per token, as seen so far.
     """
 
@@ -48,6 +50,7 @@ class Unfinished:
         if another run is at work on it.
         """
         self._folder = Path(folder)
+        self.states = self._folder / "states"
         self._check_ours()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._held = (self._folder / _LOCK).open("wb")
@@ -120,13 +123,31 @@ class Unfinished:
             save(asdict(layer), self._folder / f"layer-{index}.pt")
             if maps is not None:
                 save(vars(maps), self._folder / f"maps-{index}.pt")
+        self._note(unit, K, sorted(path.name for path in self._folder.glob("*.pt")))
+        shutil.rmtree(self._outputs(len(self.finished) - 1), ignore_errors=True)
+
+    def add_up(self, group: str, sums: Any, K: int) -> None:
+        """Record that a group of batches is through all layers, and all that was added up so far:
+        plain values."""
+        before = self._sums()
+        path = self._folder / f"sums-{len(self.finished) + 1}.pt"
+        save(sums, path)
+        self._note(group, K, [path.name])
+        before.unlink(missing_ok=True)
+
+    def sums(self) -> Any:
+        """What was added up with the last finished group."""
+        return torch.load(self._sums(), weights_only=True)
+
+    def _sums(self) -> Path:
+        return self._folder / f"sums-{len(self.finished)}.pt"
+
+    def _note(self, unit: str, K: int, files: list[str]) -> None:
         self.finished.append(unit)
         self.K = K
-        files = sorted(path.name for path in self._folder.glob("*.pt"))
         state = {"settings": self._settings, "finished": self.finished, "K": K, "files": files}
         with replaced(self._folder / "progress.json") as temporary:
             temporary.write_text(json.dumps(state))
-        shutil.rmtree(self._outputs(len(self.finished) - 1), ignore_errors=True)
 
     def statistics(self, index: int) -> LayerStatistics:
         """Of a MoE layer in a finished decoder layer."""

@@ -70,13 +70,16 @@ def _making(original: Callable[..., None]) -> Callable[..., None]:
 def _receiving(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(receiver: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         _know_load_format(vllm_config)
+        begin = original
         if given(vllm_config) is not None:
             from sere.serving import wiring
+            from sere.serving.refusal import leaving_word
 
+            begin = leaving_word(original)
             wiring.install()
             if loaded("WorkerBase") and isinstance(receiver, symbol("WorkerBase")):
                 wiring.install_in_worker(type(receiver), vllm_config)
-        original(receiver, vllm_config, *args, **kwargs)
+        begin(receiver, vllm_config, *args, **kwargs)
 
     return __init__
 

@@ -46,7 +46,13 @@ from sere.serving.contract_front_end import LAST, RUST
 from sere.serving.may_start import check_config
 from sere.serving.parallel import expert_ranks
 from sere.serving.probe import sere_probe
-from sere.serving.refusal import ServingError, debugging, say_plainly
+from sere.serving.refusal import (
+    ServingError,
+    debugging,
+    expect_word,
+    leaving_word,
+    say_plainly,
+)
 from sere.serving.remote import refusing_once
 from sere.serving.session import open_session
 from sere.serving.symbols import here, lacking, module_of, obstacle, symbol, wrap
@@ -74,6 +80,7 @@ def _admit(config: Any) -> None:
         raise ServingError(f"sere cannot re-route: {reason}")
     install()
     check_config(config)
+    expect_word()
     has_key = check_admin_key(asked or {})
     if has_key and (reason := lacking("metrics")):
         raise ServingError(f"sere cannot give an operator's key a route: {reason}")
@@ -99,6 +106,8 @@ def install() -> None:
     )
     wrap(symbol("Executor"), "initialize_from_config", prefix_cache.opening)
     wrap(symbol("Executor"), "compile_or_warm_up_model", _asking_every_worker)
+    wrap(symbol("Executor"), "initialize_from_config", leaving_word)
+    wrap(symbol("Executor"), "compile_or_warm_up_model", leaving_word)
     wrap(symbol("InputProcessor"), "_validate_params", admission.admitting)
     runner = symbol("ModelRunnerV1")
     wrap(runner, "_prepare_inputs", worker.classifying_v1)
@@ -122,6 +131,8 @@ def install_in_worker(own: Any, config: Any) -> None:
     """
     wrap(own, "load_model", drafters.telling_apart)
     wrap(own, "compile_or_warm_up_model", worker.self_checking)
+    wrap(own, "compile_or_warm_up_model", leaving_word)
+    wrap(own, "load_model", leaving_word)
     if hasattr(own, "sleep") and hasattr(own, "wake_up"):
         wrap(own, "sleep", telemetry.falling_asleep)
         wrap(own, "wake_up", telemetry.waking_up)

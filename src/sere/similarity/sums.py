@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,24 @@ class LayerSums:
         """See `LayerStatistics.stability`."""
         return stability(self.folds)
 
+    def _measures(self) -> tuple[Measure, ...]:
+        return (*self.folds, self.gram, self.cosine, self.directed)
+
     def rest(self) -> None:
         """Bring the sums to the CPU, where another thread may read them; add nothing more."""
-        for measure in (*self.folds, self.gram, self.cosine, self.directed):
+        for measure in self._measures():
             measure.total = measure.total.cpu()
+
+    def so_far(self) -> dict[str, Any]:
+        """All that was added up, in plain values on the CPU, for `take_up`."""
+        sums = [(measure.total.cpu(), measure.tokens) for measure in self._measures()]
+        return {"sums": sums, "choices": self.choices, "tokens": self.tokens}
+
+    def take_up(self, so_far: dict[str, Any]) -> None:
+        """Go on from what a run before has added up."""
+        for measure, (total, tokens) in zip(self._measures(), so_far["sums"], strict=True):
+            measure.total, measure.tokens = total, tokens
+        self.choices, self.tokens = so_far["choices"], so_far["tokens"]
 
     def finished(self) -> LayerStatistics:
         whole = pooled(self.folds)
