@@ -656,8 +656,13 @@ def test_the_self_check_refuses_what_is_silently_inert(
     self_check(_Worker([_runner(sere=SimpleNamespace(called=True, stand_ins=None))], session))
 
 
-def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
-    """What a host where sere is not installed does: its workers lack our methods."""
+def test_a_worker_without_the_plugin_is_noticed(
+    table_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a host where sere is not installed does: its workers lack our methods. The reason is
+    left for the first process, which would end with vLLM's."""
+    monkeypatch.setenv("SERE_REFUSAL_FILE", str(tmp_path / "word"))
+    monkeypatch.setattr("multiprocessing.parent_process", object)
 
     class Executor(symbols.symbol("Executor")):  # type: ignore[misc]
         def __init__(self, sere: dict[str, Any] | None, broken: bool) -> None:
@@ -683,6 +688,7 @@ def test_a_worker_without_the_plugin_is_noticed(table_path: Path) -> None:
     install()
     with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_description"):
         Executor(asked, broken=True).compile_or_warm_up_model()
+    assert "not loaded in every worker" in (tmp_path / "word").read_text()
     Executor(asked, broken=False).compile_or_warm_up_model()
     Executor(None, broken=True).compile_or_warm_up_model()
 
