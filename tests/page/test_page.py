@@ -472,9 +472,10 @@ def formatted(value: Any, column: dict[str, Any]) -> str:
 
 
 def test_it_renders_without_errors_and_shows_the_numbers(
-    read: Callable[..., Reader], data: dict[str, Any]
+    read: Callable[..., Reader], page: Path, data: dict[str, Any]
 ) -> None:
     tab = (reader := read()).tab
+    assert page.stat().st_size < 3e6  # 4.8e6 of plotly.js are packed in it
     for s, part in enumerate(data["sections"], start=1):
         for f, figure in enumerate(part["figures"], start=1):
             plot = f"#s{s}f{f}"

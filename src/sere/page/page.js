@@ -1,7 +1,7 @@
 "use strict";
 
-// Draws every figure of the embedded data in the page's colours, and keeps to them when the reader
-// turns dark mode on or prints.
+// Unpacks plotly.js, draws every figure of the embedded data in the page's colours, and keeps to
+// them when the reader turns dark mode on or prints.
 const { sections } = JSON.parse(document.getElementById("data").textContent);
 const plots = [];
 
@@ -53,9 +53,23 @@ function recolour(size) {
   for (const div of plots) Plotly.relayout(div, { template: template(), ...size });
 }
 
-sections.forEach((section, s) =>
-  section.figures.forEach((figure, f) =>
-    draw(document.getElementById(`s${s + 1}f${f + 1}`), figure)));
+async function unpack(id) {
+  const packed = atob(document.getElementById(id).textContent);
+  const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
+  const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(unpacked).text();
+  document.head.append(script);
+}
+
+function each(what) {
+  sections.forEach((section, s) =>
+    section.figures.forEach((figure, f) =>
+      what(document.getElementById(`s${s + 1}f${f + 1}`), figure)));
+}
+
+const tooOld = "This browser cannot unpack the figures (it lacks DecompressionStream): open the page in a newer one.";
+unpack("plotly").then(() => each(draw), () => each((div) => { div.textContent = tooOld; }));
 
 for (const query of ["(prefers-color-scheme: dark)", "print"])
   matchMedia(query).addEventListener("change", () => recolour({}));
