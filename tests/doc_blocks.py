@@ -85,7 +85,8 @@ def script(path: Path, folder: Path) -> str:
 def execute(commands: str, folder: Path, programs: Path = PROGRAMS, **more: str) -> str:
     """Output of a bash script that finds its programs in a folder; what it leaves running ends with
     it."""
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", PORT=str(free_port()), **more)
+    env = environment(PORT=str(free_port()), **more)
+    del env["VLLM_ENABLE_V1_MULTIPROCESSING"]  # which nobody sets who reads the page
     env["PATH"] = f"{programs}:{env['PATH']}"
     with TemporaryFile("w+") as output:
         running = subprocess.Popen(
