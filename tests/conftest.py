@@ -24,8 +24,17 @@ E, K, HIDDEN, LAYERS = 8, 2, 32, 2
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n`: tests that share engines stay in one process, and the slow come first."""
-    items.sort(key=lambda item: not item.get_closest_marker("modes"))
+    """For `pytest -n`: tests that share engines stay in one process, and the slow come first; so do
+    files with engines and long files, as one process alone would end with what comes last."""
+    engines = {item.path for item in items if item.get_closest_marker("engine")}
+    sizes = {item.path: item.path.stat().st_size for item in items}
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, int]:
+        if item.get_closest_marker("modes"):
+            return False, False, 0
+        return True, item.path not in engines, -sizes[item.path]
+
+    items.sort(key=turn)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
 
