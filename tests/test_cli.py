@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def test_a_death_in_native_code_says_what_was_being_done(tmp_path: Path) -> None
         ("", "sere: error: expected a verb: calibrate, inspect, demo,"),
         ("dance", "sere: error: dance: no such verb; there are calibrate,"),
         ("evalute m t", "sere: error: evalute: no such verb; did you mean evaluate?"),
+        ("inspect ''", "sere: error: an argument is empty: is a variable of the shell not set?"),
         ("inspect", "sere inspect: error: the following arguments are required: table"),
         ("inspect t u", "sere inspect: error: u: expected no further argument"),
         ("inspect t --json=no", "--json: takes no value, and was given 'no'"),
@@ -148,6 +150,7 @@ def test_a_death_in_native_code_says_what_was_being_done(tmp_path: Path) -> None
         ("calibrate m --data", "sere calibrate: error: --data: expected one argument"),
         ("demo --method cosin", "--method cosin: expected one of frobenius, cosine, directed,"),
         ("demo --method cosin", "did you mean cosine? (see sere demo --help)"),
+        ("bench m --dtype float99", "--dtype float99: expected one of auto, half, float16,"),
         ("calibrate m --samples 0", "--samples 0: expected a whole number >= 1"),
         ("calibrate m --batch many", "--batch many: expected a whole number >= 1"),
     ],
@@ -157,7 +160,7 @@ def test_what_is_mistyped_is_said_in_one_line_and_is_status_2(
     typed: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        main(typed.split())
+        main(shlex.split(typed))
     assert end.value.code == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1

@@ -29,6 +29,8 @@ _NEXT = {
     errno.ENOENT: "check its name",
     errno.EACCES: "change its permissions, or name another",
     errno.EPERM: "change its permissions, or name another",
+    errno.EEXIST: "choose another place",
+    errno.ENOTDIR: "choose another place",
     errno.EISDIR: "name a file inside it",
     errno.EROFS: "choose another place",
     errno.ENOSPC: "make room there, or choose another place",
@@ -71,7 +73,7 @@ def unreadable(path: Path, absent: str) -> str | None:
         with path.open("rb"):
             return None
     except OSError as error:
-        there = error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+        there = error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP)
         return plainly(error) if there else f"{path}: {absent}"
 
 

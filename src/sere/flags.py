@@ -9,6 +9,7 @@ from sere.typed import above_0, at_least_0, positive, rate, share, threshold, wh
 # `sere.similarity.measures.METHODS`, named here because importing that takes torch.
 _METHODS = ("frobenius", "cosine", "directed", "cka-linear", "cka-rbf", "cka-polynomial")
 _NULL_MODELS = ("weights", "random")  # `sere.calibration.null_models.METHODS`
+_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's `ModelDType`
 _SHAPES = (  # `sere.speed.shapes.SHAPES`
     "qwen1.5-moe-a2.7b",
     "deepseek-v2-lite",
@@ -129,7 +130,9 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         parser, "--allow-unsafe-code", "run programs that the model writes (HumanEval, MBPP), here"
     )
     _switch(parser, "--score-as-decode", "tokens of given answers are decode steps (--backend hf)")
-    parser.add_argument("--dtype", help="of the vLLM engine (default: the model's own)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the vLLM engine (default: the model's own)"
+    )
     parser.add_argument(
         "--policy",
         dest="policies",
@@ -235,7 +238,9 @@ def bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", metavar="TABLE", help="load a shape's experts as this table has recorded"
     )
-    parser.add_argument("--dtype", help="of the engine (default: float32 on CPUs, else bfloat16)")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the engine (default: float32 on CPUs, else bfloat16)"
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("-o", "--output", default="bench.json", metavar="FILE")

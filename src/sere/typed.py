@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """All are known: a verb's own parser, which argparse asks in this way, knows best what it
         does not know."""
+        if "" in (args or ()):
+            self.error("an argument is empty: is a variable of the shell not set?")
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown[0]))

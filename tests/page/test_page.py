@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPat
     (folder / "list.json").write_text("[1, 2]")
     (folder / "old.json").write_text('{"by_batch": [], "held_out": [], "policy": null}')
     (folder / "weights.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes())
+    os.mkfifo(folder / "pipe.json")
+    (folder / "loop.json").symlink_to("loop.json")
     assert list(folder.glob("*.png"))  # beside what they show: known, not named
     return folder
 
@@ -133,6 +136,8 @@ def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
     lines = error.splitlines()
     for name, reason in (
         ("half.json", "cannot be read as JSON"),
+        ("pipe.json", "no regular file"),
+        ("loop.json", "Too many levels of symbolic links"),
         ("list.json", "not a result that this page has a figure for"),
         ("old.json", "looks like a result of kind 'tuning', but is incomplete"),
         ("weights.safetensors", "not a sere table"),
@@ -142,7 +147,7 @@ def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
         assert (
             sum(line.startswith(f"not shown: {name}: ") and reason in line for line in lines) == 1
         )
-    assert len(lines) == len(data["unknown"]) == 5
+    assert len(lines) == len(data["unknown"]) == 7
     assert all(name in out for name in kinds)
 
 

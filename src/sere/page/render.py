@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -52,7 +53,7 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     shown: list[tuple[Source, list[Section]]] = []
     unknown: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        if passed_over(path) or path.resolve() == Path(output).resolve():
+        if passed_over(path) or os.path.realpath(path) == os.path.realpath(output):
             continue
         try:
             sources.append(read(path))

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sere.files import why
+from sere.files import unreadable, why
 from sere.table import FILE_NAME, Table, TableError
 
 
@@ -111,6 +111,8 @@ def _table(path: Path) -> Source:
 
 
 def _document(path: Path) -> Source:
+    if fault := unreadable(path, "no regular file"):  # such as a pipe, which would be waited for
+        raise UnknownFile(fault.removeprefix(f"{path}: "))
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,8 @@ def _started(model: str, auto: Mapping[str, Any], arguments: Sequence[str]) -> b
     if reason := lacking(CALIBRATION):
         raise RuntimeError(f"no engine to calibrate with: {reason}")
     made = symbol("EngineArgs")
-    parser = made.add_cli_args(symbol("FlexibleArgumentParser")(prog="sere calibrate MODEL --"))
+    named = {"prog": "sere calibrate MODEL --", "usage": SUPPRESS}  # which has hundreds of lines
+    parser = made.add_cli_args(symbol("FlexibleArgumentParser")(**named))
     asked = made.from_cli_args(parser.parse_args(["--model", model, *arguments]))
     asked.additional_config = {**(asked.additional_config or {}), KEY: {AUTO: dict(auto)}}
     asked.enforce_eager = True  # what it compiled or captured would be of no use
