@@ -87,6 +87,8 @@ STEPS = (
          speed=True),
     Step("shapes", 90, "bench_decode.py", speed=True, folder=True),  # other models; resumable
     Step("calibrate", 5, "gpu_calibrate.py"),
+    Step("first-report", 5, "first_report.py",
+         ["src/sere/demo_model", "src/sere/text/bundled.jsonl", "--dtype", "bfloat16", "--graphs"]),
 )  # fmt: skip
 
 

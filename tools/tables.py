@@ -25,6 +25,7 @@ from benchmarks import composition, pareto, profile_decode, text_model, tuned  #
 from sere.demo import story  # noqa: E402
 from sere.engine_runs import run as runs  # noqa: E402
 from sere.files import replaced  # noqa: E402
+from sere.serving.first_report import as_text  # noqa: E402
 from sere.speed import result as speed  # noqa: E402
 from sere.tuning import choice  # noqa: E402
 from tools import goals  # noqa: E402
@@ -331,6 +332,13 @@ def start_up(stem: str) -> str:
     return _markdown(["start", "seconds", "more", "of CPU", "more"], rows)
 
 
+def first_report(stem: str) -> str:
+    """What an engine's log said, policy after policy."""
+    reports = [as_text({**report, "notes": []}) for report in result(stem)["reports"]]
+    said = _fenced("\n\n".join(reports))
+    return f"{said}\n\n`{stem}.json`, {_day_and_machine(stem)}, vLLM {_vllm(stem)}."
+
+
 PAIRS = ("tasks / tasks, other seed", "code / prose", "tasks / code", "tasks / prose")
 CHANCE = ("tasks / weights", "tasks / random")
 
@@ -400,6 +408,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "calibration-memory": calibration_memory,
     "stream-memory": stream_memory,
     "start-up": start_up,
+    "first-report": first_report,
     "trust": trust,
     "stability": stability,
 }

@@ -253,14 +253,14 @@ RAISES = {
             "auto._file",
             "no_table.check_asked",
         ),
-        *("model_fit.untold", "reading._blocks"),
+        *("model_fit.untold", "hand_made.taken"),
         # while an engine reads for its own calibration, which is before it serves
         *("observing.__init__", "observing.outputs", "observing._own", "observing._note"),
         *("observing.check", "observing.finished", "observing._alone", "observing.output"),
         *("fitted_maps.fitted", "own_table.sere_take_maps"),
         *("loaded_maps._maps_of", "stand_ins.learn"),
         *("self_calibration.check", "self_calibration.prepare", "self_calibration._anew"),
-        *("self_calibration._made", "self_calibration._ask", "self_calibration._texts"),
+        *("self_calibration._made", "remote.ask_workers", "self_calibration._texts"),
         "self_calibration._found_or_watched",
         *("table_cache.read", "table_cache.write", "table_cache.held"),
         *("table_cache._made", "table_cache._taken"),
@@ -295,6 +295,9 @@ RAISES = {
         *("remote.answer", "no_table.check_policy", "own_table.sere_table"),
     },
     "a step, which survives it": {"incidents.survive", "rows._fill", "layer.run_together"},
+    "the log of a start, which has no report then": {
+        *("trial._timed", "first_report._made", "first_report._texts"),
+    },
     "a thread beside the steps, whose answer it becomes": {"traffic._make"},
     "a caller in Python, never an engine": {"__init__._check", "__init__.reroute"},
 }

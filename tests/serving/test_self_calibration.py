@@ -16,8 +16,13 @@ import torch
 
 from sere.calibration.calibrate import calibrate
 from sere.demo_model.tasks import examples
-from sere.models.loading import load_tokenizer
+from sere.evaluation.arms import Arm
+from sere.evaluation.decoding import Passage
+from sere.evaluation.passes import Pass, Stock, Sums
+from sere.models.loading import load_model, load_tokenizer
+from sere.models.moe import moe_layers
 from sere.policy import Policy, in_words
+from sere.serving import trial
 from sere.serving.metrics import families
 from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
@@ -25,6 +30,7 @@ from sere.serving.settings import Settings
 from sere.statistics import TENSORS
 from sere.table import Table
 from sere.text.corpus import Corpus, encoder, read_texts
+from sere.text.pieces import pieces
 from tests.conftest import enlarge_experts, save_tokenizer
 from tests.engines import EXPERT_MAP, OPTIONS, Starting, environment, run_engine, run_program
 from tests.serving import self_calibration_script as script
@@ -65,9 +71,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LAYERS = {"qwen3_moe": (0, 1, 2), "qwen2_moe": (0, 1, 2), "glm4_moe": (1, 2)}
 
 
-TEXTS, RANK = 120, 4
+TEXTS, LONG, RANK = 120, 8, 4
 LINEAR = {"S": 1, "min_active": 1, "fill": "linear"}
-TUNED = {"S": 1, "tau": 0.3, "min_active": 1, "pool": 4, "batches": {"4": {"S": 1, "tau": 0.1}}}
+TUNED = {"S": 1, "min_active": 1, "pool": 4, "batches": {"4": {"S": 1, "min_active": 2}}}
 
 
 def checkpoint(family: str, folder: Path) -> Path:
@@ -126,15 +132,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
         return {"options": engine, "output": str(folder / f"{name}.table")}
 
     jobs = {family: job(family, model, cache=False) for family, model in models.items()}
+    long = passages(folder / "long.jsonl")
     for start in ("first", "second"):
-        jobs[start] = job(start, models["qwen3_moe"])
+        jobs[start] = job(start, models["qwen3_moe"], data=str(long))
     (folder / "nothing.jsonl").touch()
     nothing = {"data": str(folder / "nothing.jsonl"), "otherwise": "stock", "cache": False}
     jobs["stock"] = job("stock", models["qwen3_moe"], **nothing)
     jobs["traffic"] = watching(job("traffic", models["qwen2_moe"]), corpus_file)
-    text = tasks(folder / "tasks.jsonl")
+    text = tasks(folder / "tasks.jsonl", long)
     jobs |= mapping(lambda name: job(name, models["glm4_moe"]), text)
-    jobs["tuned"] = {**job("tuned", models["qwen3_moe"]), "policy": TUNED}
+    jobs["tuned"] = {**job("tuned", models["qwen3_moe"], data=str(long)), "policy": TUNED}
     for name in ("second", "tuned"):
         jobs[name]["tier"] = "independent"
     kill_in_the_middle(jobs["first"]["options"], folder / "cache")
@@ -154,10 +161,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Runs:
     return Runs(folder, told, models, answers, text)
 
 
-def tasks(path: Path) -> Path:
-    """A text that is enough for maps of most experts."""
-    drawn = [example.prompt + example.answer for example in examples(TEXTS, seed=3, split="train")]
+def passages(path: Path) -> Path:
+    """Texts that are longer than what a table is made of, so that there is something to decode."""
+    drawn = [example.prompt + example.answer for example in examples(240, seed=5, split="train")]
+    texts = ["".join(drawn[i : i + 12]) for i in range(0, len(drawn), 12)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def tasks(path: Path, long: Path) -> Path:
+    """A text that is enough for maps of most experts, and some to decode."""
+    drawn = [
+        example.prompt + example.answer for example in examples(TEXTS - LONG, seed=3, split="train")
+    ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn))
+    with path.open("a") as file:
+        file.writelines(long.read_text().splitlines(keepends=True)[:LONG])
     return path
 
 
@@ -342,7 +361,7 @@ def test_an_engine_that_was_killed_at_work_leaves_its_table_to_the_next(runs: Ru
     first = "\n".join(runs.said["first"])
     assert "kept for later starts" in first and "waiting for it" not in first
     files = sorted(path.suffix for path in (runs.folder / "cache").glob("qwen3_moe-*"))
-    assert files == [".lock", ".table"]
+    assert files == [".json", ".lock", ".table"]
     assert not list((runs.folder / "cache").glob(".*"))  # nor a file that is half written
 
 
@@ -354,6 +373,52 @@ def test_a_later_start_takes_what_was_tuned_meanwhile(runs: Runs) -> None:
     assert f"the policy is the choice of `sere tune`: {chosen}" in tuned
     assert f"{chosen}, table made by the engine" in tuned
     assert "too little text" in tuned and "too little text" not in first
+
+
+def decoded(folder: Path, drawn: list[list[int]], table: Table) -> Sums:
+    """What a table's policy does to these texts, decoded together."""
+    model = load_model(str(folder))
+    layers = moe_layers(model)
+    read = [Passage(tokens, trial.PROMPT) for tokens in drawn]
+    own = Pass(model, layers, read, Arm("", table.policy, table))
+    (found,) = own.finished(*own.run(), Stock(*Pass(model, layers, read).run()))
+    return found
+
+
+@pytest.mark.modes
+def test_a_start_says_what_its_policy_does_to_quality(runs: Runs) -> None:
+    """The reference decodes the same texts in transformers, all steps in one pass."""
+    (kept,) = (runs.folder / "tuned.cache").glob("*.table")
+    table, folder = Table.load(kept), runs.models["qwen3_moe"]
+    (size,) = json.loads(kept.with_suffix(".report.json").read_text())["sizes"]
+    texts, encode = read_texts(runs.folder / "long.jsonl"), encoder(load_tokenizer(str(folder)))
+    read = set(table.provenance["text_hashes"])
+    drawn, unread = pieces(
+        texts, encode, source="", read=read, cut=LENGTH, length=trial.LENGTH, count=8, seed=0
+    )
+    assert unread == 8
+    behind = [encode(text)[LENGTH:] for text in texts]
+    assert all(any(piece == own[: len(piece)] for own in behind) for piece in drawn)
+    expected = decoded(folder, drawn, table)
+    steps = trial.LENGTH - trial.PROMPT - 1
+    assert (size["requests"], expected.steps, expected.tokens) == (8, steps, 8 * steps)
+    assert sum(size["kl"]) / 8 == pytest.approx(expected.kl / expected.tokens, rel=1e-3)
+    assert expected.kl / expected.tokens > 1e-3
+    assert size["same"] == pytest.approx(expected.top1 / expected.tokens, abs=1e-6)
+    for name, active in (("before", expected.before), ("after", expected.after)):
+        assert size[name] == pytest.approx(sum(active.values()) / steps / 3)
+    assert size["after"] < size["before"]
+    assert len(size["ms"]) == len(size["stock_ms"]) == trial.TURNS and min(size["ms"]) > 0
+
+
+@pytest.mark.modes
+def test_a_report_is_made_once_for_each_policy(runs: Runs) -> None:
+    path = runs.kept("qwen3_moe").with_suffix(".report.json")
+    first, second, tuned = ("\n".join(runs.said[n]) for n in ("first", "second", "tuned"))
+    assert "trying S=1 tau=0.02" in first and "S=1 tau=0.02 beside stock routing, here" in first
+    assert "none calibrated on" in first
+    assert f"Measured at an earlier start: {path}" in second and "trying" not in second
+    assert f"trying {in_words(Policy.from_dict(TUNED))}" in tuned
 
 
 @pytest.mark.modes
@@ -410,6 +475,7 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
             "compilation_config": {"backend": "eager"},  # traced as ever, no C++ written
             "tensor_parallel_size": 2,
             "enable_expert_parallel": True,
+            "max_num_seqs": 8,
         },
         env={
             "SERE_CACHE": str(tmp_path),
@@ -428,7 +494,13 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
     mine, reference = Table.load(kept), Table.load(runs.kept("glm4_moe"))
     assert_equal(mine, reference)
     assert_maps_equal(mine, reference)
-    assert made[0] == made[1]
+    sizes = [
+        json.loads(path.with_suffix(".report.json").read_text())["sizes"]
+        for path in (kept, runs.kept("glm4_moe"))
+    ]
+    (mine_tried,), (tried,) = sizes
+    assert mine_tried["kl"] == pytest.approx(tried["kl"], rel=1e-2)
+    assert mine_tried["after"] == tried["after"] < tried["before"]
     assert_equal(Table.load(tmp_path / "traffic.table"), reference)
 
 

@@ -65,6 +65,8 @@ class Auto:
     cache: whether the table is looked for, and kept, in the cache folder.
     wait: seconds for another engine that is at work on the same table; then this one calibrates for
         itself. vLLM's front end gives a whole start `VLLM_ENGINE_READY_TIMEOUT_S`, 600 s.
+    report: whether what the policy does to speed and quality is measured, before the engine serves,
+        and said (see `first_report`); with traffic, from the second start on.
     otherwise: where the cache is of no use (not writable, a broken file, another engine that does
         not end, a table of this model's name that is another checkpoint's), "calibrate" anew for
         this start or serve "stock"; with "stock" also where calibration fails.
@@ -80,6 +82,7 @@ class Auto:
     allow_fewer: bool = True
     cache: bool = True
     wait: float = 300
+    report: bool = True
     otherwise: Literal["calibrate", "stock"] = "calibrate"
 
     @classmethod
@@ -107,7 +110,7 @@ class Auto:
         for name, least in (("samples", 1), ("length", 2), ("seed", 0)):
             check_count(f"auto: {name}", getattr(self, name), optional=False, least=least)
         check_count("auto: maps", self.maps, optional=True)
-        for name in ("allow_fewer", "cache"):
+        for name in ("allow_fewer", "cache", "report"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PolicyError(f"auto: {name}={value!r}: expected true or false")
         number = isinstance(self.wait, int | float) and not isinstance(self.wait, bool)

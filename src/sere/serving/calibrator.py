@@ -28,6 +28,7 @@ def table_by_engine(
 
     auto: see `sere.serving.auto.Auto`. Raises `ServingError` (or what vLLM makes of it).
     """
+    auto = {**auto, "report": False}  # of an engine that ends here
     if auto.get("maps") is None:
         return table_in(_started(model, {**auto, "cache": False}, arguments)), None
     with TemporaryDirectory() as folder, _cache(folder):  # they are too large for one answer
@@ -64,7 +65,10 @@ def _started(model: str, auto: Mapping[str, Any], arguments: Sequence[str]) -> b
     named = {"prog": "sere calibrate MODEL --", "usage": SUPPRESS}  # which has hundreds of lines
     parser = made.add_cli_args(symbol("FlexibleArgumentParser")(**named))
     asked = made.from_cli_args(parser.parse_args(["--model", model, *arguments]))
-    asked.additional_config = {**(asked.additional_config or {}), KEY: {AUTO: dict(auto)}}
+    asked.additional_config = {
+        **(asked.additional_config or {}),
+        KEY: {AUTO: dict(auto)},
+    }
     asked.enforce_eager = True  # what it compiled or captured would be of no use
     engine = symbol("LLMEngine").from_engine_args(asked)
     try:

@@ -44,6 +44,16 @@ SELF_CALIBRATION = Needs(
             "num_scheduled_tokens",
             "total_num_scheduled_tokens",
             "finished_req_ids",
+            "scheduled_cached_reqs",
+        ),
+        (_OUTPUT, "CachedRequestData"): (
+            "req_ids",
+            "new_block_ids",
+            "num_computed_tokens",
+            "num_output_tokens",
+        ),
+        ("vllm.model_executor.models.interfaces_base", "VllmModelForTextGeneration"): (
+            "compute_logits",
         ),
         (f"{_MOE}.runner.moe_runner", "MoERunner"): (
             "routed_experts",

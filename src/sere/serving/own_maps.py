@@ -16,17 +16,18 @@ class Own:
     """A table, and its maps if they were asked for.
 
     data: the table's file. table: what is in it; of its maps it knows all but their matrices.
-    layer: reads or returns the maps of a layer, by index.
+    layer: reads or returns the maps of a layer, by index. path: where it is kept, if it is.
     """
 
     data: bytes
     table: Table
     layer: Callable[[int], LayerMaps] | None = None
+    path: Path | None = None
 
     @classmethod
-    def found(cls, data: bytes, table: Table) -> Own:
+    def found(cls, data: bytes, table: Table, path: Path) -> Own:
         """See `Entry.read`."""
-        return cls(data, table, table.maps.layer if table.maps else None)
+        return cls(data, table, table.maps.layer if table.maps else None, path)
 
     @classmethod
     def made(cls, table: Table, maps: Mapping[int, LayerMaps]) -> Own:

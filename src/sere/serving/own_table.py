@@ -10,6 +10,7 @@ from typing import Any
 
 from sere.maps import LayerMaps, Maps
 from sere.policy import in_words
+from sere.serving import trial
 from sere.serving.fitted_maps import at_once, fitted
 from sere.serving.invariance import may_be_asked_for
 from sere.serving.no_table import NoTable
@@ -18,7 +19,7 @@ from sere.serving.reading import read
 from sere.serving.refusal import ServingError
 from sere.serving.table_cache import file_of, table_in
 from sere.serving.traffic import Watch, Watched
-from sere.serving.worker import check_layers, sere_obstacle, session_in
+from sere.serving.worker import check_layers, sere_obstacle, sere_reset, session_in
 from sere.statistics import LayerStatistics
 
 _LOG = logging.getLogger("vllm.sere")
@@ -115,7 +116,28 @@ def sere_table(worker: Any) -> bytes:
     return file_of(session.table)
 
 
-REMOTE_CALLS = (sere_calibrate, sere_watch, sere_take_maps, sere_take_table, sere_table)
+def sere_room_to_try(worker: Any) -> int:
+    """See `sere.serving.trial.room`."""
+    return trial.room(worker)
+
+
+def sere_try(worker: Any, texts: list[list[int]]) -> dict[str, Any] | None:
+    """See `sere.serving.trial.try_out`; counters are as at a start, after."""
+    try:
+        return trial.try_out(worker, session_in(worker), texts)
+    finally:
+        sere_reset(worker)
+
+
+REMOTE_CALLS = (
+    sere_calibrate,
+    sere_watch,
+    sere_take_maps,
+    sere_take_table,
+    sere_table,
+    sere_room_to_try,
+    sere_try,
+)
 
 
 def _observation(

@@ -13,23 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from sere.fitting.mapping import is_held_out
+from sere.serving.hand_made import end, first_step, free_blocks, joining, places, run, taken
 from sere.serving.observing import Observation
-from sere.serving.refusal import ServingError
-from sere.serving.symbols import symbol
 from sere.similarity.sums import FOLDS
 
 _LOG = logging.getLogger("vllm.sere")
 _BATCH = 16  # texts of one part, as `sere calibrate` has them, until the next part has its turn
 _PATIENCE = 5  # seconds from one line of progress to the next
-# Caches that hold a block for so many tokens, and no state that is carried from step to step.
-_CACHES = (
-    "FullAttentionSpec",
-    "MLAAttentionSpec",
-    "SlidingWindowSpec",
-    "SlidingWindowMLASpec",
-    "ChunkedLocalAttentionSpec",
-    "SinkFullAttentionSpec",
-)
 
 
 def longest(config: Any) -> int:
@@ -80,18 +70,14 @@ def read(worker: Any, observation: Observation, sequences: Sequence[list[int]]) 
                 requests = {_name(i): sequences[i] for i in part}
                 parts = {_name(i): (i // _BATCH % FOLDS, is_held_out(i)) for i in part}
                 observation.expect(parts)
-                output = _scheduled(runner, requests)
-                output.finished_req_ids, known = known, set(requests)
-                if worker.execute_model(output) is None:
-                    worker.sample_tokens(None)
+                output, known = _whole(runner, requests, known), set(requests)
+                run(worker, output)
                 made += len(requests)
                 if worker.rank == 0 and time.monotonic() - said > _PATIENCE:
                     said = time.monotonic()
                     _LOG.info("sere: calibrating: %d of %d texts", made, len(sequences))
         finally:  # where it fails, too, the engine may be wanted for stock routing
-            output = symbol("SchedulerOutput").make_empty()
-            output.finished_req_ids = known
-            worker.execute_model(output)
+            end(worker, known)
 
 
 def _name(number: int) -> str:
@@ -100,11 +86,11 @@ def _name(number: int) -> str:
 
 def _passes(runner: Any, sequences: Sequence[list[int]], config: Any) -> Iterator[list[int]]:
     """Numbers of sequences that are read together: as many as the scheduler would take."""
-    scheduler, free = config.scheduler_config, runner.kv_cache_config.num_blocks - 1
+    scheduler, free = config.scheduler_config, free_blocks(runner)
     part: list[int] = []
     tokens = blocks = 0
     for i, sequence in enumerate(sequences):
-        own = sum(_blocks(runner, len(sequence)))
+        own = sum(taken(runner, len(sequence)))
         full = (
             len(part) == scheduler.max_num_seqs
             or tokens + len(sequence) > scheduler.max_num_batched_tokens
@@ -119,47 +105,12 @@ def _passes(runner: Any, sequences: Sequence[list[int]], config: Any) -> Iterato
         yield part
 
 
-def _blocks(runner: Any, tokens: int) -> list[int]:
-    """Blocks that a sequence, and the token behind it, take of each group of caches."""
-    taken = []
-    for group in runner.kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if type(spec).__name__ not in _CACHES:
-            raise ServingError(
-                f"sere cannot calibrate in this engine: its {type(spec).__name__} carries state "
-                "from step to step, which hand-made steps might leave behind; calibrate with "
-                "`sere calibrate` without --engine and name the table"
-            )
-        taken.append(-(-(tokens + 1) // spec.block_size))
-    return taken
-
-
-def _scheduled(runner: Any, requests: Mapping[str, list[int]]) -> Any:
+def _whole(runner: Any, requests: Mapping[str, list[int]], ended: set[str]) -> Any:
     """vLLM's scheduler output for requests that are new and read whole."""
-    from vllm import SamplingParams
-
-    output, free = symbol("SchedulerOutput").make_empty(), 1  # block 0 is nobody's
-    for name, tokens in requests.items():
-        own = []
-        for count in _blocks(runner, len(tokens)):
-            own.append(list(range(free, free + count)))
-            free += count
-        output.scheduled_new_reqs.append(
-            symbol("NewRequestData")(
-                req_id=name,
-                prompt_token_ids=tokens,
-                mm_features=[],
-                sampling_params=SamplingParams(temperature=0, max_tokens=1),
-                pooling_params=None,
-                block_ids=tuple(own),
-                num_computed_tokens=0,
-                lora_request=None,
-                prefill_token_ids=tokens,
-            )
-        )
-        output.num_scheduled_tokens[name] = len(tokens)
-    output.total_num_scheduled_tokens = sum(map(len, requests.values()))
-    return output
+    lengths = {name: len(tokens) for name, tokens in requests.items()}
+    blocks = places(runner, lengths.values())
+    new = [joining(*request, own) for request, own in zip(requests.items(), blocks, strict=True)]
+    return first_step(new, lengths, ended)
 
 
 @contextmanager

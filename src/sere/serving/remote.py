@@ -38,6 +38,20 @@ def _is_last(worker: Any) -> bool:
     return bool(worker.rank == parallel.world_size - 1)
 
 
+def ask_workers(executor: Any, what: str, call: str, *arguments: Any) -> list[Any]:
+    """What every worker of an executor answers, in rank order. Raises `ServingError` for what one
+    refuses; what: that then cannot be done."""
+    try:
+        told = executor.collective_rpc(call, args=arguments)
+    except (ServingError, PolicyError) as error:
+        raise ServingError(str(error)) from error
+    except Exception as error:  # from another process it comes as vLLM's own
+        raise ServingError(f"sere cannot {what}: {error}") from error
+    if refused := [answer for answer in told if isinstance(answer, str)]:
+        raise ServingError(refused[0])
+    return list(told)
+
+
 async def ask_engines(client: Any, method: str, *args: Any) -> dict[int, list[Any]]:
     """By engine (data-parallel) index what its workers answer, in rank order.
 

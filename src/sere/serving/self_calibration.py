@@ -20,7 +20,6 @@ from sere.checkpoint.quantised import settings as quantisation
 from sere.checkpoint.samples import sample_hash
 from sere.files import plainly
 from sere.maps import LayerMaps, identity_of
-from sere.policy import PolicyError
 from sere.serving.auto import Auto
 from sere.serving.contract import CALIBRATION
 from sere.serving.model_fit import model_folder, untold
@@ -28,6 +27,7 @@ from sere.serving.own_maps import Own
 from sere.serving.own_table import Measured
 from sere.serving.reading import longest, obstacle_to_reading
 from sere.serving.refusal import ServingError
+from sere.serving.remote import ask_workers
 from sere.serving.session import settings_of
 from sere.serving.settings import Settings
 from sere.serving.symbols import lacking, symbol, vllm_version
@@ -77,23 +77,23 @@ def kept(config: Any) -> str:
     return f"its first start will make {entry.path}"
 
 
-def prepare(executor: Any) -> None:
-    """Hand every worker its table. Raises `ServingError` where there is none to be had and the
-    user did not choose stock routing then."""
+def prepare(executor: Any) -> Own | None:
+    """Hand every worker its table; None where there is none yet, or none at all. Raises
+    `ServingError` where there is none to be had and the user did not choose stock routing then."""
     config = executor.vllm_config
     settings = settings_of(config)
     if (auto := settings.auto) is None:
-        return
+        return None
     try:
         own = _found_or_watched(executor, auto) if auto.traffic else _found_or_made(executor, auto)
         if own is None:
-            return
+            return None
     except (CacheTrouble, ServingError, CorpusError, OSError) as error:
         said = plainly(error)
         if auto.otherwise != "stock":
             raise ServingError(said) from error
         _ask(executor, "sere_take_table", None, f"no table, and stock was asked for then: {said}")
-        return
+        return None
     if auto.data is None and auto.traffic is None:
         _LOG.warning(FOREIGN)
     if reason := first_with_too_little(own.table.layers):
@@ -101,6 +101,7 @@ def prepare(executor: Any) -> None:
     for index, layer in own.layers():
         _ask(executor, "sere_take_maps", index, layer)
     _ask(executor, "sere_take_table", own.data, "", own.table.maps)
+    return own
 
 
 def entry_of(config: Any, auto: Auto) -> Entry | None:
@@ -205,7 +206,7 @@ def _found(entry: Entry, auto: Auto) -> Own | None:
     try:
         if (kept := entry.read()) is not None:
             _LOG.info("sere: calibrated at an earlier start: %s", entry.path)
-            return Own.found(*kept)
+            return Own.found(*kept, entry.path)
     except CacheTrouble as trouble:
         _anew(auto, trouble)
     if others := entry.others():
@@ -224,7 +225,7 @@ def _shared(executor: Any, auto: Auto, entry: Entry) -> Own:
     try:
         if (kept := entry.read()) is not None:
             _LOG.info("sere: calibrated by an engine that started beside this one: %s", entry.path)
-            return Own.found(*kept)
+            return Own.found(*kept, entry.path)
     except CacheTrouble:
         pass  # said before; it is replaced
     table, maps = _made(executor, auto, entry.fingerprint)
@@ -234,7 +235,8 @@ def _shared(executor: Any, auto: Auto, entry: Entry) -> Own:
         _LOG.info("sere: kept for later starts: %s%s", entry.path, _MEASURE)
     except CacheTrouble as trouble:
         _LOG.warning("sere: %s; the next start calibrates anew", trouble)
-    return own
+        return own
+    return replace(own, path=entry.path)
 
 
 def _anew(auto: Auto, trouble: CacheTrouble) -> None:
@@ -336,13 +338,4 @@ def _corpus(config: Any, auto: Auto) -> Corpus:
 
 
 def _ask(executor: Any, call: str, *arguments: Any) -> list[Any]:
-    """What every worker answers, in rank order. Raises `ServingError` for what one refuses."""
-    try:
-        told = executor.collective_rpc(call, args=arguments)
-    except (ServingError, PolicyError) as error:
-        raise ServingError(str(error)) from error
-    except Exception as error:  # from another process it comes as vLLM's own
-        raise ServingError(f"sere cannot calibrate in this engine: {error}") from error
-    if refused := [answer for answer in told if isinstance(answer, str)]:
-        raise ServingError(refused[0])
-    return list(told)
+    return ask_workers(executor, "calibrate in this engine", call, *arguments)

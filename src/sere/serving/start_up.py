@@ -5,10 +5,14 @@ nothing is, and why. The latter is said again by who started it, as the last wor
 from __future__ import annotations
 
 import logging
+import os
+import platform
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sere import __version__
 from sere.kernels import implementation_for
@@ -40,6 +44,7 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
         "stock_kernels": sorted({stock for _, stock in pairs}),
         "maps": session.answers and session.answers.size,
         "operator": implementation_for(session.rows.buffer.device),
+        "device": _name(session.rows.buffer.device),
     }
 
 
@@ -81,6 +86,12 @@ def _rows(session: Session) -> str:
         return f'{policy.rows}, of requests that are "independent" (of others none: {others})'
     asking = "" if default <= FAST else f", of requests that ask for less than {default}"
     return policy.rows + asking
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {os.cpu_count()} processors"
 
 
 def _ranges(numbers: Iterable[int]) -> str:

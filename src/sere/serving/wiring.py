@@ -28,6 +28,7 @@ from sere.serving import (
     admission,
     drafters,
     expert_kernels,
+    first_report,
     last_word,
     may_ask,
     own_table,
@@ -145,8 +146,9 @@ def install_in_worker(own: Any, config: Any) -> None:
 
 def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
     def compile_or_warm_up_model(executor: Any) -> None:
+        own = None
         if given(executor.vllm_config) is not None:
-            self_calibration.prepare(executor)
+            own = self_calibration.prepare(executor)
         original(executor)
         if given(executor.vllm_config) is None:
             return
@@ -162,6 +164,7 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
             raise ServingError(refused[0])
         start_up.say(told)
         may_ask.hear(executor.vllm_config, executor.collective_rpc("sere_telemetry")[0])
+        first_report.tell(executor, own, told)
 
     return compile_or_warm_up_model
 
