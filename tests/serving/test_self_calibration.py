@@ -501,6 +501,7 @@ def test_an_engine_of_its_own_process_goes_live_by_the_entry_point_alone(
     (mine_tried,), (tried,) = sizes
     assert mine_tried["kl"] == pytest.approx(tried["kl"], rel=1e-2)
     assert mine_tried["after"] == tried["after"] < tried["before"]
+    assert made[0] == made[1]
     assert_equal(Table.load(tmp_path / "traffic.table"), reference)
 
 

@@ -113,7 +113,7 @@ def test_a_table_whose_maps_are_of_no_use_is_not_used(
     entry = Entry.of("/models/mine", table.fingerprint, {"maps": 2})
     entry.write(data := file_of(table), own)
     assert (kept := entry.read()) and kept[0] == data
-    assert [index for index, _ in Own.found(*kept).layers()] == [0, 1, 2]
+    assert [index for index, _ in Own.found(*kept, Path()).layers()] == [0, 1, 2]
     maps = beside(entry.path)
     if fault == "gone":
         maps.unlink()
