@@ -206,3 +206,11 @@ def test_what_both_routings_say_is_compared_text_by_text() -> None:
         assert lost == pytest.approx((p.log_prob(said) - q.log_prob(said)).item(), rel=1e-4)
         assert same == bool(p.logits.argmax() == q.logits.argmax())
     assert [text for text, *_ in found] == [0, 1, 2]
+
+
+def test_a_rank_that_sees_no_logits_takes_its_turns_all_the_same() -> None:
+    """The others would wait for it."""
+    own = object.__new__(trial._Trial)
+    own._logits, own._order, own.failed = None, [0], None
+    own._keep(made := [])
+    assert not made and own.failed is not None and "logits are not seen" in own.failed

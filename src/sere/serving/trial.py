@@ -60,11 +60,13 @@ def try_out(worker: Any, session: Session, texts: Sequence[list[int]]) -> dict[s
     that a layer reads, a mean. kl: nats from stock's distribution of the next token to the
     policy's, by text; loss: nats a token lost, by text. same: the share of rows whose likeliest
     token is stock's.
-    Raises `ServingError` if nothing was seen.
+    Raises `ServingError` if they cannot be compared.
     """
     trial = _Trial(worker, session, texts)
     with trial.watching():
         turns = [trial.turn(number) for number in range(TURNS)]
+    if trial.failed is not None:
+        raise ServingError(trial.failed)
     if worker.rank:
         return None
     stock_ms, ms, found = zip(*turns, strict=True)
@@ -87,7 +89,11 @@ def _by_text(rows: Sequence[_Row], texts: int) -> dict[str, Any]:
 
 
 class _Trial:
-    """An `Observer` for the order of a batch's rows."""
+    """An `Observer` for the order of a batch's rows.
+
+    failed: why there are no figures. No rank leaves its turns before the others do, which would
+    wait for it.
+    """
 
     def __init__(self, worker: Any, session: Session, texts: Sequence[list[int]]) -> None:
         self._worker, self._session, self._texts = worker, session, texts
@@ -98,6 +104,7 @@ class _Trial:
         self._known: set[str] = set()  # requests that the worker knows
         self._order: list[int] = []  # texts, by row
         self._logits: Tensor | None = None
+        self.failed: str | None = None
         self._counted: dict[str, int] = dict.fromkeys(COUNTERS, 0)
 
     def begin(self, requests: Sequence[str], lengths: Any, prefilling: Any) -> None:
@@ -148,9 +155,11 @@ class _Trial:
             if tier == self._policy:
                 self._count(self._session.live.counters.sum(0) - before)
         found: list[_Row] = []
-        if not self._worker.rank:
+        try:
             for step, pair in enumerate(zip(stock, new, strict=True)):
                 found += self._compared(*pair, start + step + 1)
+        except Exception as error:
+            self.failed = self.failed or f"the routings' logits cannot be compared: {error}"
         return seconds[0], seconds[1], found
 
     def read(self, counter: str) -> float:
@@ -208,11 +217,18 @@ class _Trial:
         run(self._worker, output)
         self._wait()
         seconds = time.perf_counter() - began
-        if not self._worker.rank:
-            if self._logits is None:
-                raise ServingError("this engine's logits are not seen (it samples in parts)")
-            made.append((self._order, self._logits.cpu()))
+        if not self._worker.rank and self.failed is None:
+            self._keep(made)
         return seconds
+
+    def _keep(self, made: list[_Said]) -> None:
+        if self._logits is None:
+            self.failed = "this engine's logits are not seen (it samples in parts)"
+            return
+        try:
+            made.append((self._order, self._logits.cpu()))
+        except Exception as error:
+            self.failed = f"the logits do not fit into the host's memory: {error}"
 
     def _wait(self) -> None:
         if self._session.rows.buffer.device.type != "cpu":
