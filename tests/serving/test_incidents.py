@@ -296,7 +296,7 @@ RAISES = {
     },
     "a step, which survives it": {"incidents.survive", "rows._fill", "layer.run_together"},
     "the log of a start, which has no report then": {
-        *("trial._timed", "first_report._made", "first_report._texts"),
+        *("trial.try_out", "first_report._made", "first_report._texts"),
     },
     "a thread beside the steps, whose answer it becomes": {"traffic._make"},
     "a caller in Python, never an engine": {"__init__._check", "__init__.reroute"},
