@@ -273,7 +273,7 @@ RAISES = {
         ),
         *("settings._find_table", "shadow.parse", "invariance.check_default"),
         *("wiring.admit", "wiring._admit", "wiring.install", "wiring.install_in_worker"),
-        "wiring._rerouting",
+        *("wiring._rerouting", "refusal.step"),
         *("wiring.compile_or_warm_up_model", "rust_front_end.__init__"),
         *("admin_key.admin_key", "admin_key._long_enough"),
         *("worker.self_check", "worker._check_runner", "worker._checked", "worker.check_layers"),
