@@ -37,7 +37,7 @@ from sere.results import provenance
 from sere.serving.settings import Settings
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import Tier
-from sere.table import LayerStatistics, Table, TableError, stored_policy
+from sere.table import LayerStatistics, Table, TableError, carried
 
 DEADLINE_S, MEMORY_GB = 5, 2
 E, K, LAYERS = 4, 2, (0, 1)
@@ -215,7 +215,7 @@ class Tables:
             assert self.path.name in str(error), f"names no file: {error}"
             refusal = error
         try:
-            stored_policy(self.path)  # what the engine's start-up reads first
+            carried(self.path)  # what the engine's start-up reads first
         except PolicyError:
             assert refusal is not None
         if refusal is not None:

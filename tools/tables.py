@@ -68,7 +68,8 @@ def gpu_speed(stem: str, *names: str) -> str:
         arms = {arm["name"]: arm for arm in each["arms"]}
         experts = " / ".join(f"{arms[name]['active_after']:.0f}" for name in ("stock", *names))
         rows.append([str(each["batch"]), *(cell(arms[n]) for n in ("stock", *names)), experts])
-    head = ["requests", "re-routing off, ms a step", *names, "experts read, a layer"]
+    experts = f"experts read, a layer: off / {' / '.join(names)}"
+    head = ["requests", "re-routing off, ms a step", *names, experts]
     made = found["provenance"]
     where = f"{made['gpu']}, vLLM {_vllm(stem)}, {made['date'][:10]}, commit {made['commit']}"
     return f"{_markdown(head, rows)}\n\n`{stem}.json`: {where}."
@@ -142,8 +143,11 @@ def real_text(stem: str, batch: str, *names: str) -> str:
             for v, e in (found[d]["loss"] for d in text_model.DOMAINS)
         )
         rows.append([name, active, read, *losses])
-    head = ["policy", "experts active", "read", "loss on prose", "loss on code"]
-    return _markdown([f"{head[0]}, batch {batch}", *head[1:]], rows)
+    domains = " / ".join(text_model.DOMAINS)
+    head = [f"policy, batch {batch}", f"experts active: {domains}", "read: maps, too"]
+    if all(active == read for _, active, read, *_ in rows):  # as no policy has maps
+        head, rows = [head[0], f"experts read: {domains}"], [row[:2] + row[3:] for row in rows]
+    return _markdown([*head, *(f"loss on {domain}" for domain in text_model.DOMAINS)], rows)
 
 
 def company(stem: str) -> str:

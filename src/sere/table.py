@@ -292,14 +292,17 @@ def _policy(document: dict[str, Any]) -> Policy | None:
     return None if stored is None else Policy.from_dict(stored)
 
 
-def stored_policy(path: str | Path) -> Policy | None:
-    """The policy that a table carries; None also for a file that is no table (see `Table.load`)."""
+def carried(path: str | Path) -> tuple[Policy | None, int, bool] | None:
+    """The policy that a table carries, its model's K, and whether it knows experts' outputs, which
+    it does unless it was made without text; None for a file that is no table (see `Table.load`)."""
     try:
         with safe_open(path, framework="pt") as file:
-            return _policy(_document(file.metadata() or {}))
+            document = _document(file.metadata() or {})
+            knows = all(document["tokens"].values())
+            return _policy(document), _fingerprint(document).K, knows
     except PolicyError:
         raise
-    except _UNREADABLE:  # TableError is a ValueError
+    except (*_UNREADABLE, AttributeError):  # TableError is a ValueError
         return None
 
 

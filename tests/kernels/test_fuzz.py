@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sere.policy import Policy, PolicyError
 from sere.serving.settings import Settings
 from sere.serving.shadow import ShadowSettings
-from sere.table import Table, TableError, stored_policy
+from sere.table import Table, TableError, carried
 from tests.test_table import parts, rewrite
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_metadata_that_is_no_document(tmp_path: Path, text: str) -> None:
     save_file({"x": torch.zeros(1)}, file, metadata={"sere": text})
     with pytest.raises(TableError, match=r"t\.safetensors: "):
         Table.load(file)
-    assert stored_policy(file) is None  # the engine then says what `Table.load` says
+    assert carried(file) is None  # the engine then says what `Table.load` says
 
 
 def test_tensors_of_another_kind(tmp_path: Path, table: Table) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from sere.cautious import cautious
 from sere.kernels import RowClass, reroute
 from sere.policy import Policy, PolicyError
-from sere.serving import expert_kernels
+from sere.serving import expert_kernels, start_up
 from sere.serving.inert import inert
 from sere.serving.last_word import LastWord, starting
 from sere.serving.may_ask import check_request
+from sere.serving.settings import Settings
+from sere.serving.start_up import NOBODYS
 from sere.table import Table
 from tests.engines import MONOLITHIC_EXPERTS, run_engine
 from tests.serving.test_switch import Core
@@ -225,3 +229,43 @@ async def complete(scope: Any, receive: Any, send: Any) -> None:
 
 async def silent(message: dict[str, Any]) -> None:
     pass
+
+
+def test_the_default_beside_a_table_is_cautious_and_said_to_be_nobodys(
+    table: Table, table_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless somebody names a policy, or a table made without text knows no errors."""
+
+    def asked(path: Path, **named: Any) -> Settings:
+        return Settings.parse({"table": str(path), **named}, model_folder=None, model_default={})
+
+    full = Table.load(table_path)
+    assert asked(table_path).policy == cautious(full.fingerprint.K) == Policy(tau=0.02)
+    assert asked(table_path, S=2).policy == Policy()
+    tuned = replace(full, policy=Policy(S=1, tau=0.2, batches={8: {"tau": 0.1}}))
+    tuned.save(tmp_path / "tuned")
+    assert asked(tmp_path / "tuned").policy == tuned.policy
+    unread = {i: replace(layer, tokens=0) for i, layer in full.layers.items()}
+    replace(full, layers=unread).save(tmp_path / "unread")
+    assert asked(tmp_path / "unread").policy == Policy()
+
+    def said(path: Path, **named: Any) -> list[str]:
+        settings = asked(path, **named)
+        rows = SimpleNamespace(buffer=torch.zeros(1))
+        session: Any = SimpleNamespace(
+            settings=settings, table=Table.load(path), policy=settings.policy, inert=None
+        )
+        session.__dict__ |= {"layers": {0: None}, "answers": None, "rows": rows, "alone": False}
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "vllm.sere"):
+            start_up.say([start_up.description(session, [("CPU", "CPU")])])
+        return [record.getMessage() for record in caplog.records]
+
+    assert NOBODYS in said(table_path) and NOBODYS not in said(table_path, S=1)
+    told = said(tmp_path / "tuned")
+    assert NOBODYS not in told
+    assert told[
+        1
+    ] == "sere: by the rows that a step decodes: 1 to 7 rows: S=1; 8 rows or more: " + (
+        "S=1 tau=0.1"
+    )

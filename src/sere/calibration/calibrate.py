@@ -38,7 +38,7 @@ from sere.models.outline import check_described, fetched
 from sere.models.skeleton import load_skeleton
 from sere.policy import PolicyError
 from sere.similarity.measures import METHODS
-from sere.table import FILE_NAME, LayerStatistics, Table, stored_policy
+from sere.table import FILE_NAME, LayerStatistics, Table, carried
 from sere.text.corpus import Corpus, Text, encoder, read_texts
 from sere.text.records import kind_of
 
@@ -179,8 +179,8 @@ def _check_name(output: Path) -> None:
 
 def _check_untuned(output: str | Path) -> None:
     try:
-        policy = stored_policy(output)
-        brief = policy.brief() if policy else None
+        found = carried(output)
+        brief = found[0].brief() if found and found[0] else None
     except PolicyError:
         brief = "of another version of sere"
     if brief is not None:

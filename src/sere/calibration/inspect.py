@@ -18,7 +18,7 @@ from torch import Tensor
 from sere import demo_model
 from sere.calibration import stand_ins
 from sere.cautious import cautious, spoken
-from sere.policy import in_full, in_words
+from sere.policy import Policy, in_full, in_words
 from sere.results import pictures
 from sere.similarity.enough import too_little_text
 from sere.table import LayerStatistics, Table
@@ -135,10 +135,10 @@ def as_text(table: Table, rho: float | None = None) -> str:
 
 def _policy(table: Table) -> list[str]:
     if table.policy is None:
-        own = in_words(cautious(table.fingerprint.K))
+        own = in_words(cautious(table.fingerprint.K) if _knows(table) else Policy())
         return [
-            "policy: none stored (`sere tune` stores one); settings beside the table are served, "
-            f"without any S=2, or {own} by an engine that calibrates itself"
+            f"policy: none stored (`sere tune` stores one). Served is {own}, the cautious default, "
+            "unless you name another beside the table"
         ]
     lines = (f"  {line}" for line in in_full(table.policy))
     return ["policy (`sere tune`), by the rows of a step:", *lines]
@@ -182,8 +182,12 @@ def _python() -> str:
 def advised(table: Table) -> dict[str, Any]:
     """Settings to serve a table with: none where it carries a policy, or knows no losses; else what
     is cautious."""
-    knows = all(layer.tokens for layer in table.layers.values())
-    return spoken(table.fingerprint.K) if table.policy is None and knows else {}
+    return spoken(table.fingerprint.K) if table.policy is None and _knows(table) else {}
+
+
+def _knows(table: Table) -> bool:
+    """Whether it knows experts' outputs: it was made from text."""
+    return all(layer.tokens for layer in table.layers.values())
 
 
 def _percent(share: float | None) -> str:

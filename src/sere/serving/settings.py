@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sere.cautious import CAUTIOUS
+from sere.cautious import CAUTIOUS, cautious
 from sere.files import is_file
 from sere.policy import Policy, PolicyError, check_keys
 from sere.serving import admin_key
@@ -16,7 +16,7 @@ from sere.serving.asking import AUTO
 from sere.serving.auto import NO_MAPS, Auto
 from sere.serving.shadow import ShadowSettings
 from sere.serving.tiers import EXACT, FAST, Tier
-from sere.table import FILE_NAME, TableError, stored_policy
+from sere.table import FILE_NAME, TableError, carried
 
 _LOG = logging.getLogger("vllm.sere")
 _MERGES_NO_MORE = (
@@ -46,8 +46,9 @@ class Settings:
 
     table: path of the side file; None where the engine calibrates itself.
     policy: what it starts with; it can be switched on the live engine. Where the user names no
-        setting of it, the one that `sere tune` left in the table, or else the defaults; `CAUTIOUS`
-        where the engine is still to find or make its table.
+        setting of it, the one that `sere tune` left in the table, or else a cautious one, or the
+        paper's where a table made without text knows no errors. `CAUTIOUS` where the engine is
+        still to find or make its table.
     named: whether the user named settings of it.
     fingerprint: "weights" compares the routers and expert weights of table and checkpoint;
         "router" accepts other expert weights (a quantised copy of the calibrated model); "shape"
@@ -121,7 +122,7 @@ class Settings:
         auto, from_model = _auto(given, merged), "table" not in given
         table = None if auto else _find_table(merged.get("table"), model_folder, from_model)
         own = {k: v for k, v in merged.items() if k in _POLICY_KEYS}
-        stored = CAUTIOUS if table is None else stored_policy(table) or Policy()
+        stored = CAUTIOUS if table is None else _unnamed(table)
         policy = Policy.from_dict(own) if own else stored
         asked = merged.get("shadow")
         shadow = None if asked is None else ShadowSettings.parse(asked)
@@ -139,6 +140,14 @@ class Settings:
             named=bool(own),
             any_version=_flag(merged, "any_version"),
         )
+
+
+def _unnamed(table: Path) -> Policy:
+    """The policy where the user names no setting of one."""
+    if (found := carried(table)) is None:
+        return CAUTIOUS  # what is wrong with it is said when it is loaded
+    policy, K, knows_outputs = found
+    return policy or (cautious(K) if knows_outputs else Policy())
 
 
 def merge_is_asked() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from sere import __version__
 from sere.kernels import implementation_for
-from sere.policy import in_words
+from sere.policy import Policy, in_full, in_words
 from sere.serving.expert_kernels import difference
 from sere.serving.inert import inert
 from sere.serving.session import Session
@@ -24,6 +24,10 @@ from sere.serving.symbols import vllm_version
 from sere.serving.tiers import FAST
 
 _LOG = logging.getLogger("vllm.sere")
+NOBODYS = (
+    "sere: this policy is the default, and nobody has measured it on this model: `sere evaluate` "
+    "tells what it costs, `sere tune` stores one within a budget in the table"
+)
 
 
 def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -37,6 +41,8 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
     return {
         "table": str(settings.table or "made by the engine"),
         "policy": in_words(session.policy),
+        "by_rows": _by_rows(session.policy),
+        "nobodys": _is_nobodys(session),
         "inert": session.inert,
         "rows": _rows(session),
         "layers": sorted(session.layers),
@@ -67,6 +73,10 @@ def say(workers: Sequence[dict[str, Any]]) -> None:
         _LOG.warning("%s: stock, NOTHING IS RE-ROUTED: %s (%s)", own, reason, what)
     else:
         _LOG.info("%s: %s, %s", own, first["policy"], what)
+        if by_rows := first["by_rows"]:
+            _LOG.info("sere: by the rows that a step decodes: %s", "; ".join(by_rows))
+        if first["nobodys"]:
+            _LOG.info(NOBODYS)
     if other := difference(kernels, of_stock):
         _LOG.warning("sere: %s", other)
 
@@ -86,6 +96,19 @@ def _rows(session: Session) -> str:
         return f'{policy.rows}, of requests that are "independent" (of others none: {others})'
     asking = "" if default <= FAST else f", of requests that ask for less than {default}"
     return policy.rows + asking
+
+
+def _by_rows(policy: Policy | None) -> list[str]:
+    """Its settings by batch size, where they differ."""
+    if policy is None or not policy.batches:
+        return []
+    return [line for line in in_full(policy) if not line.startswith(" ")]
+
+
+def _is_nobodys(session: Session) -> bool:
+    """Whether neither the user nor `sere tune` chose the policy beside a table."""
+    settings, table = session.settings, session.table
+    return settings.table is not None and not settings.named and getattr(table, "policy", 0) is None
 
 
 def _name(device: torch.device) -> str:
