@@ -252,10 +252,9 @@ def test_the_default_beside_a_table_is_cautious_and_said_to_be_nobodys(
     def said(path: Path, **named: Any) -> list[str]:
         settings = asked(path, **named)
         rows = SimpleNamespace(buffer=torch.zeros(1))
-        session: Any = SimpleNamespace(
-            settings=settings, table=Table.load(path), policy=settings.policy, inert=None
-        )
-        session.__dict__ |= {"layers": {0: None}, "answers": None, "rows": rows, "alone": False}
+        known = {"settings": settings, "policy": settings.policy, "table": Table.load(path)}
+        known |= {"inert": None, "answers": None, "alone": False, "layers": {0: None}, "rows": rows}
+        session: Any = SimpleNamespace(**known)
         caplog.clear()
         with caplog.at_level(logging.INFO, "vllm.sere"):
             start_up.say([start_up.description(session, [("CPU", "CPU")])])
