@@ -263,8 +263,5 @@ def test_the_default_beside_a_table_is_cautious_and_said_to_be_nobodys(
     assert NOBODYS in said(table_path) and NOBODYS not in said(table_path, S=1)
     told = said(tmp_path / "tuned")
     assert NOBODYS not in told
-    assert told[
-        1
-    ] == "sere: by the rows that a step decodes: 1 to 7 rows: S=1; 8 rows or more: " + (
-        "S=1 tau=0.1"
-    )
+    bands = "1 to 7 rows: S=1 tau=0.2; 8 rows or more: S=1 tau=0.1"
+    assert told[1] == f"sere: by the rows that a step decodes: {bands}"
