@@ -406,8 +406,8 @@ def test_a_start_says_what_its_policy_does_to_quality(runs: Runs) -> None:
     assert expected.kl / expected.tokens > 1e-3
     assert size["same"] == pytest.approx(expected.top1 / expected.tokens, abs=1e-6)
     for name, active in (("before", expected.before), ("after", expected.after)):
-        assert size[name] == pytest.approx(sum(active.values()) / steps / 3)
-    assert size["after"] < size["before"]
+        assert size[name] == pytest.approx(sum(active.values()) / steps / 3, rel=0.02)
+    assert size["after"] < 0.9 * size["before"]
     assert len(size["ms"]) == len(size["stock_ms"]) == trial.TURNS and min(size["ms"]) > 0
 
 
