@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +20,16 @@ from sere.demo_model.tasks import examples
 from sere.evaluation.arms import Arm
 from sere.evaluation.decoding import Passage
 from sere.evaluation.passes import Pass, Stock, Sums
+from sere.fitting.mapping import Rows
 from sere.models.loading import load_model, load_tokenizer
 from sere.models.moe import moe_layers
 from sere.policy import Policy, in_words
-from sere.serving import trial
+from sere.serving import each_expert, observing, trial
 from sere.serving.metrics import families
 from sere.serving.observing import Observation
 from sere.serving.refusal import ServingError
 from sere.serving.settings import Settings
+from sere.similarity.sums import LayerSums
 from sere.statistics import TENSORS
 from sere.table import Table
 from sere.text.corpus import Corpus, encoder, read_texts
@@ -527,6 +530,81 @@ def test_a_layer_is_left_as_it_was_found(own: str | None) -> None:
         assert vars(runner.routed_experts) != before
         raise ZeroDivisionError
     assert vars(runner.routed_experts) == before
+
+
+class Group:
+    """A tensor-parallel group as one of its two ranks sees it: the other one is as far, and well.
+
+    waits: shapes of what they have waited for each other with."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[int, ...]] = []
+
+    def all_reduce(self, part: torch.Tensor) -> torch.Tensor:
+        self.waits.append(tuple(part.shape))
+        return part
+
+    def broadcast_object(self, told: Any, src: int) -> Any:
+        self.waits.append(())
+        return told
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise MemoryError("no room for so many rows")
+
+
+@pytest.mark.parametrize("fault", [None, "sums", "inputs", "outputs", "a kernel", "sums, serving"])
+def test_a_rank_that_fails_keeps_no_other_waiting(
+    fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes part in all that the others wait for, and the start ends with its reason on all."""
+
+    class Layer:
+        quant_config, apply_router_weight_on_input = None, False
+        quant_method = SimpleNamespace()
+        calls = 0
+
+        def forward_modular(
+            self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+        ) -> torch.Tensor:
+            Layer.calls += 1
+            if fault == "a kernel" and Layer.calls == 2:
+                full()
+            return x * (topk_weights * (topk_ids + 1)).sum(1, keepdim=True)
+
+    runner = SimpleNamespace(
+        layer_id=0,
+        layer_name="layer",
+        moe_config=SimpleNamespace(num_logical_experts=4, hidden_dim_unpadded=8),
+        routed_experts=Layer(),
+        routed_output_transform=None,
+        _fused_output_is_reduced=False,
+    )
+    group = Group()
+    for module in (each_expert, observing):
+        monkeypatch.setattr(module, "symbol", lambda name: lambda: group)
+    if fault and fault.startswith("sums"):
+        monkeypatch.setattr(LayerSums, "add", full)
+    elif fault == "inputs":
+        monkeypatch.setattr(Rows, "add", full)
+    elif fault == "outputs":
+        monkeypatch.setattr(torch.Tensor, "new_empty", full)
+    serves = fault == "sums, serving"
+    observation = Observation(
+        [runner], "frobenius", rows=8, adds_up=True, ranks=2, serves=serves, keeps=True
+    )
+    observation.expect({"a": (0, False), "b": (1, False)})
+    x = torch.randn(6, 8)
+    with observation.watching():
+        observation.begin(["a", "b"], [4, 2], None)
+        out = runner.routed_experts.forward_modular(
+            x=x, topk_weights=torch.ones(6, 1), topk_ids=torch.tensor([[0, 1, 2, 3, 0, 1]]).T
+        )
+    assert torch.equal(out, x * torch.tensor([[1.0, 2, 3, 4, 1, 2]]).T)
+    # Of the first text two experts at a time, and the layer's own mixture; all four of the second.
+    assert group.waits == [(8, 8), (8, 8), (4, 8), (8, 8)]
+    with nullcontext() if fault is None else pytest.raises(ServingError, match="no room for so"):
+        observation.agree("cpu")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,19 @@ def test_the_folder_is_the_users_choice_or_the_platforms(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache/sere"
+    for named in ("~/tables", "tables"):  # whatever folder a process is in later
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SERE_CACHE", named)
+        assert cache_folder() == tmp_path / "tables"
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers have them: vLLM goes on without a cache."""
+    for name in ("SERE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    with pytest.raises(CacheTrouble, match=r"home directory.*Name a folder by SERE_CACHE"):
+        cache_folder()
 
 
 def test_a_kept_table_is_found_with_its_very_bytes(entry: Entry, table: Table) -> None:
@@ -83,6 +96,9 @@ def test_engines_share_a_table_only_if_all_is_equal(entry: Entry, table: Table) 
     assert changed.others() == [entry.path]  # so that a changed checkpoint can be told
     other_text = Entry.of("/models/mine", table.fingerprint, {**one, "text": 1})
     assert other_text.others() == []  # the checkpoint is the same
+    longer = Entry.of("/models/mine-instruct", table.fingerprint, one)
+    longer.write(file_of(table))
+    assert changed.others() == [entry.path]  # the other's name only begins alike
 
 
 @pytest.mark.parametrize("fault", ["cut off", "another model's", "no table"])

@@ -63,6 +63,7 @@ def fitted(
                 maps[index] = rows.maps(output, rank, *sums, device=worker.device, chosen=chosen)
             except RuntimeError as error:
                 failed = ServingError(f"sere cannot fit maps of layer {index}: {error}")
+    observation.agree(worker.device)
     if failed is not None:
         raise failed
     for line in shortcomings(maps):

@@ -53,6 +53,7 @@ def sere_calibrate(
     finally:
         session.observer = None
     maps: dict[int, LayerMaps] = {}
+    observation.agree(worker.device)
     if rank is None:
         found = observation.finished(tokens)
     else:

@@ -25,18 +25,19 @@ from sere.serving.contract import CALIBRATION
 from sere.serving.model_fit import model_folder, untold
 from sere.serving.own_maps import Own
 from sere.serving.own_table import Measured
+from sere.serving.own_text import corpus_for, obstacle_in_text
 from sere.serving.reading import longest, obstacle_to_reading
 from sere.serving.refusal import ServingError
 from sere.serving.remote import ask_workers
 from sere.serving.session import settings_of
 from sere.serving.settings import Settings
-from sere.serving.symbols import lacking, symbol, vllm_version
+from sere.serving.symbols import lacking, vllm_version
 from sere.serving.table_cache import CacheTrouble, Entry
 from sere.serving.traffic import Watched, obstacle_to_watching
 from sere.similarity.enough import first_with_too_little
 from sere.table import Table
 from sere.text.bundled import BUNDLED
-from sere.text.corpus import Corpus, CorpusError, Text, encoder, file_hash, read_texts
+from sere.text.corpus import CorpusError, file_hash
 
 _LOG = logging.getLogger("vllm.sere")
 _FORM = 1  # of what is measured; another one makes other keys
@@ -60,7 +61,7 @@ def check(config: Any, settings: Settings) -> None:
             raise ServingError(reason)
         return
     # To look into the cache takes hashes of all weights: only where something is in the way.
-    if (reason := _obstacle(config) or _without_text(auto)) and not _is_kept(config, auto):
+    if (reason := _obstacle(config) or obstacle_in_text(auto)) and not _is_kept(config, auto):
         raise ServingError(reason)
 
 
@@ -68,8 +69,12 @@ def kept(config: Any) -> str:
     """Of an engine that is to calibrate itself: the table that it will find, or that it will make
     one, in words."""
     auto = settings_of(config).auto
-    if auto is None or (entry := entry_of(config, auto)) is None:
-        return "it calibrates itself at every start"
+    always = "it calibrates itself at every start"
+    try:
+        if auto is None or (entry := entry_of(config, auto)) is None:
+            return always
+    except CacheTrouble as trouble:
+        return f"{always}: {trouble}"
     if _is_kept(config, auto):
         return f"it will find {entry.path}"
     if auto.traffic is not None:
@@ -106,7 +111,7 @@ def prepare(executor: Any) -> Own | None:
 
 def entry_of(config: Any, auto: Auto) -> Entry | None:
     """The table's place in the cache, by all that it depends on; None where it is to have none, or
-    where no safetensors tell one checkpoint from another."""
+    where no safetensors tell one checkpoint from another. Raises `CacheTrouble`."""
     model, folder = config.model_config, model_folder(config)
     if not auto.cache or folder is None or (stored := sample_hash(folder)) is None:
         return None
@@ -165,11 +170,20 @@ def _obstacle_to_watching(config: Any) -> str | None:
     )
 
 
+def _place(config: Any, auto: Auto) -> Entry | None:
+    """See `entry_of`; raises as `_found_or_made`."""
+    try:
+        return entry_of(config, auto)
+    except CacheTrouble as trouble:
+        _anew(auto, trouble)
+    return None
+
+
 def _found_or_watched(executor: Any, auto: Auto) -> Own | None:
     """None where workers watch their traffic from now on; raises as `_found_or_made`."""
     config = executor.vllm_config
     assert auto.traffic is not None
-    entry = entry_of(config, auto)
+    entry = _place(config, auto)
     if entry is not None and (own := _found(entry, auto)) is not None:
         return own
     if reason := _obstacle_to_watching(config):
@@ -189,7 +203,7 @@ def _found_or_watched(executor: Any, auto: Auto) -> Own | None:
 
 def _found_or_made(executor: Any, auto: Auto) -> Own:
     """Raises `CacheTrouble` where the user chose stock routing rather than to calibrate anew."""
-    if (entry := entry_of(executor.vllm_config, auto)) is None:
+    if (entry := _place(executor.vllm_config, auto)) is None:
         return Own.made(*_made(executor, auto, _fingerprint(executor.vllm_config)))
     if (own := _found(entry, auto)) is not None:
         return own
@@ -263,7 +277,7 @@ def _made(
     if reason := _obstacle(config):
         raise ServingError(reason)
     began = time.monotonic()
-    corpus = _corpus(config, auto)
+    corpus = corpus_for(config, auto)
     _LOG.info(
         "sere: calibrating on %d texts, %d tokens, %s",
         len(corpus.sequences),
@@ -307,34 +321,6 @@ def _about(config: Any) -> dict[str, Any]:
             **{name: version(name) for name in ("torch", "transformers")},
         },
     }
-
-
-def _without_text(auto: Auto) -> str | None:
-    try:
-        _texts(auto)
-    except (CorpusError, OSError) as error:
-        return f"sere cannot calibrate in this engine: {plainly(error)}"
-    return None
-
-
-def _texts(auto: Auto) -> list[Text]:
-    if found := read_texts(auto.data or BUNDLED):
-        return found
-    raise CorpusError(f"{auto.data}: no text in it")
-
-
-def _corpus(config: Any, auto: Auto) -> Corpus:
-    length = min(auto.length, longest(config))
-    encode = encoder(symbol("cached_tokenizer_from_config")(config.model_config), length)
-    return Corpus.from_texts(
-        _texts(auto),
-        encode,
-        source=str(auto.data) if auto.data else "the bundled text",
-        samples=auto.samples,
-        length=length,
-        seed=auto.seed,
-        allow_fewer=auto.allow_fewer,
-    )
 
 
 def _ask(executor: Any, call: str, *arguments: Any) -> list[Any]:

@@ -26,6 +26,7 @@ from sere.maps import LayerMaps, MapsError, beside, save
 from sere.table import FILE_NAME, Table, TableError
 
 CACHE = "SERE_CACHE"
+_KEY = 20  # characters of a key in a file's name
 _LOOK = 0.5  # seconds between two looks at a lock
 _TELL = 10  # seconds between two words about it
 
@@ -35,11 +36,13 @@ class CacheTrouble(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """See above; need not be there yet."""
-    if own := os.environ.get(CACHE):
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "sere"
+    """See above; need not be there yet. Raises `CacheTrouble` for a user without a home."""
+    own, shared = os.environ.get(CACHE), os.environ.get("XDG_CACHE_HOME")
+    folder = Path(own) if own else Path(shared or "~/.cache") / "sere"
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise CacheTrouble(f"{folder}: {error} Name a folder by {CACHE}") from None
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class Entry:
     @classmethod
     def of(cls, model: str, fingerprint: Fingerprint, facts: Mapping[str, Any]) -> Entry:
         """model: a name for people. facts: all that a table depends on beside the model, JSON-able;
-        two engines share a table only if all are equal."""
+        two engines share a table only if all are equal. Raises `CacheTrouble`."""
         known = {"fingerprint": vars(fingerprint), **facts}
         key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
         name = re.sub(r"[^\w.-]+", "_", Path(model).name) or "model"
-        return cls(cache_folder() / f"{name[:80]}-{key[:20]}.table", fingerprint)
+        return cls(cache_folder() / f"{name[:80]}-{key[:_KEY]}.table", fingerprint)
 
     def read(self) -> tuple[bytes, Table] | None:
         """The table's file, and the table in it, checked, with its maps if it names any; None if
@@ -84,8 +87,9 @@ class Entry:
     def others(self) -> list[Path]:
         """Tables of a model by this name, if none of them is for this checkpoint: it has changed.
         One of another text, method or dtype says that it has not."""
-        name = self.path.name.rsplit("-", 1)[0]
-        found = sorted(p for p in self.path.parent.glob(f"{name}-*.table") if p != self.path)
+        name = self.path.name.rsplit("-", 1)[0]  # which begins those of other models, too
+        same = self.path.parent.glob(f"{name}-{'[0-9a-f]' * _KEY}.table")
+        found = sorted(path for path in same if path != self.path)
         return [] if any(map(self._is_for_this, found)) else found
 
     def _is_for_this(self, path: Path) -> bool:
