@@ -258,7 +258,7 @@ RAISES = {
         *("observing.__init__", "observing._note", "observing.agree", "observing.finished"),
         *("each_expert._own", "each_expert._compare", "each_expert.output"),
         *("each_expert._sent", "each_expert._mixture"),
-        *("fitted_maps.fitted", "own_table.sere_take_maps"),
+        *("fitted_maps.fitted", "own_table.sere_take_maps", "own_table.ask"),
         *("loaded_maps._maps_of", "stand_ins.learn"),
         *("self_calibration.check", "self_calibration.prepare", "self_calibration._anew"),
         *("self_calibration._made", "remote.ask_workers", "own_text._texts"),

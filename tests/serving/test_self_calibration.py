@@ -27,7 +27,9 @@ from sere.policy import Policy, in_words
 from sere.serving import each_expert, observing, trial
 from sere.serving.metrics import families
 from sere.serving.observing import Observation
+from sere.serving.own_table import sere_take_maps
 from sere.serving.refusal import ServingError
+from sere.serving.remote import refusing_once
 from sere.serving.settings import Settings
 from sere.similarity.sums import LayerSums
 from sere.statistics import TENSORS
@@ -530,6 +532,26 @@ def test_a_layer_is_left_as_it_was_found(own: str | None) -> None:
         assert vars(runner.routed_experts) != before
         raise ZeroDivisionError
     assert vars(runner.routed_experts) == before
+
+
+def test_whatever_a_rank_cannot_do_is_an_answer_of_its_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An error would leave those of later ranks to be taken for answers to the next question, such
+    as to serve stock then."""
+
+    def worker(rank: int) -> Any:
+        parallel = SimpleNamespace(distributed_executor_backend="mp", world_size=2)
+        session = SimpleNamespace(asleep=False, answers=SimpleNamespace(learn=full))
+        compilation = SimpleNamespace(_sere_session=session)
+        config = SimpleNamespace(compilation_config=compilation, parallel_config=parallel)
+        return SimpleNamespace(vllm_config=config, rank=rank)
+
+    ask = refusing_once(sere_take_maps)
+    assert "no room for so many rows" in ask(worker(0), 0, None)
+    with pytest.raises(ServingError, match="no room for so many rows"):
+        ask(worker(1), 0, None)
+    assert caplog.text.count("Traceback") == 2
 
 
 class Group:

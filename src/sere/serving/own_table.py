@@ -3,13 +3,14 @@ watch traffic for it, to go live with it, to show it."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 from sere.maps import LayerMaps, Maps
-from sere.policy import in_words
+from sere.policy import PolicyError, in_words
 from sere.serving import trial
 from sere.serving.fitted_maps import at_once, fitted
 from sere.serving.invariance import may_be_asked_for
@@ -24,11 +25,28 @@ from sere.statistics import LayerStatistics
 
 _LOG = logging.getLogger("vllm.sere")
 
-
 Measured = tuple[str, LayerStatistics, LayerMaps | None]
 """A layer's name, its statistics, and its maps if they were asked for."""
 
 
+def _refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Whatever fails on a rank is its refusal, and travels as one: see `remote.refusing_once`."""
+
+    @functools.wraps(call)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except (PolicyError, ServingError):
+            raise
+        except Exception as error:
+            _LOG.exception("sere: a rank cannot do its part of the engine's own table")
+            said = str(error) or type(error).__name__
+            raise ServingError(f"sere cannot calibrate in this engine: {said}") from error
+
+    return ask
+
+
+@_refusing
 def sere_calibrate(
     worker: Any,
     sequences: list[list[int]],
@@ -63,6 +81,7 @@ def sere_calibrate(
     return {r.layer_id: (r.layer_name, found[(i := r.layer_id)], maps.get(i)) for r in runners}
 
 
+@_refusing
 def sere_take_maps(worker: Any, index: int, layer: LayerMaps) -> None:
     """Put one layer's maps where room was reserved; none answers before the table is there."""
     session = session_in(worker)
@@ -71,6 +90,7 @@ def sere_take_maps(worker: Any, index: int, layer: LayerMaps) -> None:
     session.answers.learn(index, layer)
 
 
+@_refusing
 def sere_watch(worker: Any, watched: Watched) -> None:
     """Route as stock does, and measure experts on rows of prompts, until that makes a table."""
     session, runners = session_in(worker), check_layers(worker.vllm_config)
@@ -79,6 +99,7 @@ def sere_watch(worker: Any, watched: Watched) -> None:
     session.observer = session.traffic = Watch(worker, observation, watched, session)
 
 
+@_refusing
 def sere_take_table(
     worker: Any, data: bytes | None, reason: str = "", maps: Maps | None = None
 ) -> None:

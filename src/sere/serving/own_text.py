@@ -13,6 +13,8 @@ from sere.text.corpus import Corpus, CorpusError, Text, encoder, read_texts
 
 def obstacle_in_text(auto: Auto) -> str | None:
     """Why there is nothing to read, or None."""
+    if auto.data is None:
+        return None
     try:
         _texts(auto)
     except (CorpusError, OSError) as error:
