@@ -78,7 +78,8 @@ LAYERS = {"qwen3_moe": (0, 1, 2), "qwen2_moe": (0, 1, 2), "glm4_moe": (1, 2)}
 
 TEXTS, LONG, RANK = 120, 8, 4
 LINEAR = {"S": 1, "min_active": 1, "fill": "linear"}
-TUNED = {"S": 1, "min_active": 1, "pool": 4, "batches": {"4": {"S": 1, "min_active": 2}}}
+LARGER = {"S": 1, "min_active": 2, "pool": None}
+TUNED = {"S": 1, "min_active": 1, "pool": 4, "batches": {"4": LARGER}}
 
 
 def checkpoint(family: str, folder: Path) -> Path:

@@ -160,7 +160,8 @@ class Observation:
             return
         group = symbol("get_tp_group")()
         reason = self.broken
-        if group.all_reduce(torch.tensor([float(reason is not None)], device=device)).item():
+        mine = torch.tensor([float(reason is not None)], device=device)
+        if bool(group.all_reduce(mine)):
             reason = group.broadcast_object(reason, src=0) or reason
             raise ServingError(
                 f"sere cannot calibrate in this engine: {reason or 'a rank failed, see its log'}"
