@@ -82,9 +82,17 @@ def test_every_verb_takes_exactly_its_flags(verb: str) -> None:
     ("argv", "complaint"),
     [
         (["inspect", "absent.safetensors"], "absent.safetensors: no such table"),
+        (
+            ["inspect", "."],
+            ".: a folder, in which there is no table; make one with `sere calibrate",
+        ),
         (["calibrate", "absent"], "--data FILE is needed"),
+        (["calibrate", "./absent"], "./absent: no such folder"),
         (["top", "127.0.0.1:9"], "http://127.0.0.1:9/metrics cannot be read"),
         (["switch", "127.0.0.1:9", "off", "--key-file", "absent"], "absent: no key can be read"),
+        (["switch", "127.0.0.1:9", "off"], "127.0.0.1:9/sere/policy cannot be reached"),
+        (["switch", "127.0.0.1:9", "of"], "of: expected off, on or a policy"),
+        (["switch", "127.0.0.1:9", "of"], "did you mean off?"),
         (["calibrate", "absent", "--data", "absent.txt"], "absent.txt: no such file"),
         (["calibrate", "demo", "-o", "absent/t.safetensors"], "absent does not exist"),
     ],
@@ -111,6 +119,33 @@ def test_a_shell_sees_the_status_and_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("sere: error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("cli.main(['inspect', 'table'])", 141),
+        ("cli.main(['top', 'url'])", 1),
+    ],
+    ids=["a verb", "another pipe"],
+)
+def test_who_reads_no_further_is_not_told_of_it(program: str, status: int) -> None:
+    """As `sere inspect T | head`; a pipe that breaks elsewhere is an error."""
+    script = f"""
+import sys
+from sere import cli, verbs
+def breaks(**_): raise BrokenPipeError(32, "of a child")
+def prints(**_): print("x" * 100_000)
+verbs.inspect, verbs.top = prints, breaks
+sys.exit({program})
+"""
+    read, write = os.pipe()
+    if status == 141:
+        os.close(read)
+    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == status
+    assert (b"of a child" in done.stderr) if status == 1 else done.stderr == b""
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

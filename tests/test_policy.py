@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sere.checks import told
 from sere.policy import STOCK, Policy, PolicyError
 from sere.results.names import check_names
 
@@ -189,3 +190,11 @@ def test_stock_as_a_policy_fits_every_model(K: int) -> None:
     STOCK.check_against(K, 8)
     assert STOCK.is_stock and all(STOCK.at(rows) is None for rows in (1, 2, 500))
     assert not Policy(batches={8: None}).is_stock
+
+
+def test_what_is_told_of_a_policy_is_all_of_it_and_no_threshold_that_another_replaces() -> None:
+    for settings in ({"tau": 0.02}, {"rho_quantile": 0.5}, {"rho": 0.3}, {"S": 1}):
+        policy = Policy(**settings)
+        said = told(policy.to_dict())
+        assert Policy.from_dict(said) == policy
+        assert ("rho" in said) is not ("tau" in said or "rho_quantile" in said)

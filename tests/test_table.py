@@ -102,10 +102,16 @@ def test_a_truncated_file_is_refused(tmp_path: Path, table: Table, share: float)
         Table.load(path)
 
 
-def test_a_missing_file_and_a_foreign_one_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_foreign_one_are_refused(tmp_path: Path, table: Table) -> None:
     with pytest.raises(TableError, match=r"t\.safetensors: no such table; make one with"):
         Table.load(tmp_path / "t.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(TableError, match="a folder, in which there is no table; make one with"):
+        Table.load(tmp_path)
+    for name in ("one", "two.table"):
+        table.save(tmp_path / name)
+    with pytest.raises(TableError, match=r"a folder: name a table in it \(one, two.table\)$"):
+        Table.load(tmp_path)
     with pytest.raises(TableError, match=r"model\.safetensors: .*not a sere table"):
         Table.load(tmp_path / "model.safetensors")
 

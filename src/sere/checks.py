@@ -20,6 +20,17 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
     return alike[near[0]] if near else None
 
 
+def told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's settings without those that say nothing: what is empty, and rho = 0 beside the
+    threshold that takes its place."""
+    instead = any(settings.get(name) is not None for name in ("tau", "rho_quantile"))
+    return {
+        name: value
+        for name, value in settings.items()
+        if value not in (None, {}) and not (name == "rho" and instead)
+    }
+
+
 def check_keys(what: str, given: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:
     """Raise `PolicyError` for a key that nobody would read, with the nearest known one."""
     for key in given:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import os
+import select
 import signal
 import sys
 import threading
@@ -109,7 +110,28 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 on success, 1 with a message on an expected failure, 130 on Ctrl-C."""
+    """Run one verb; 0 on success, 1 with a message on an expected failure, 130 on Ctrl-C, 141 where
+    nobody reads on, as behind `| head`."""
+    try:
+        return _run(argv)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return 128 + signal.SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that was closed; it is other pipes that break, too."""
+    try:
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), 0)
+        return bool(asked.poll(0))
+    except (OSError, ValueError):  # no file, as in notebooks
+        return False
+
+
+def _run(argv: Sequence[str] | None) -> int:
     _say_what_dies()
     with _interruptible() as interrupted:
         own, for_engine = _split(sys.argv[1:] if argv is None else argv)
@@ -124,12 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             files.FORCE.set(arguments.pop("force", False))
             status = getattr(import_module(module), function)(**arguments)
+            sys.stdout.flush()
         except SystemExit:
             raise
         except BaseException as error:
             if interrupted() or isinstance(error, KeyboardInterrupt):
                 print(_interrupted(arguments.get("output")), file=sys.stderr)
                 return 130
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                raise
             if debug or not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
                 raise
             said = with_remedy(error) if isinstance(error, ImportError) else files.plainly(error)

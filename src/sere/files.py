@@ -77,6 +77,21 @@ def unreadable(path: Path, absent: str) -> str | None:
         return plainly(error) if there else f"{path}: {absent}"
 
 
+def absent(path: Path, kind: str, remedy: str) -> str:
+    """What to say of a path that is no such file: of a folder, which files of the kind are in it.
+    kind: see `KINDS`."""
+    if not path.is_dir():
+        return f"no such {kind}; {remedy}"
+    names = (file.name for file in sorted(path.iterdir()) if is_file(file))
+    try:
+        found = [name for name in names if KINDS[kind](path / name)]
+    except OSError as error:
+        return f"a folder, and not to be looked into ({why(error)}): name a {kind} in it"
+    if not found:
+        return f"a folder, in which there is no {kind}; {remedy}"
+    return f"a folder: name a {kind} in it ({', '.join(found)})"
+
+
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` if the block succeeds.

@@ -258,14 +258,21 @@ def top(url: str, interval: float, once: bool, json: bool) -> None:
 
 def switch(url: str, to: str | None, key_file: str | None, json: bool) -> None:
     """`sere switch URL [off|on|JSON] [--key-file FILE]`: what is on, and then is."""
+    from sere.checks import nearest
     from sere.monitoring import switch as remote
     from sere.policy import settings_from_json
 
-    key = remote.key_from(key_file)
+    named = {"off": None, "on": "start"}
+    if to is not None and to not in named and to.isalpha():
+        near = nearest(to, named)
+        raise ValueError(
+            f"{to}: expected off, on or a policy such as '{{\"S\": 2}}'"
+            + (f"; did you mean {near}?" if near else "")
+        )
+    key = remote.key_from(key_file, url)
     if to is None:
         found = remote.states(url, key)
     else:
-        named = {"off": None, "on": "start"}
         found = remote.switch(url, key, named[to] if to in named else settings_from_json(to))
     if json:
         print(dumps(found))
@@ -274,9 +281,9 @@ def switch(url: str, to: str | None, key_file: str | None, json: bool) -> None:
 
 
 def _told(state: dict[str, Any]) -> str:
-    policy = {
-        key: value for key, value in (state["policy"] or {}).items() if value not in (None, {})
-    }
+    from sere.checks import told
+
+    policy = told(state["policy"] or {})
     words = dumps(policy) if policy else "stock"
     return words if state["enabled"] else f"{words}, NOTHING IS RE-ROUTED: {state.get('inert')}"
 

@@ -32,7 +32,7 @@ from sere.demo_model.tasks import examples
 from sere.files import check_writable
 from sere.maps import beside, identity_of
 from sere.models.fit import check_stored
-from sere.models.hub import located
+from sere.models.hub import check_name, located
 from sere.models.loading import exceeds_memory, load_tokenizer
 from sere.models.outline import check_described, fetched
 from sere.models.skeleton import load_skeleton
@@ -137,6 +137,7 @@ def _check_method(method: str) -> None:
 def _check_model(model: str, data: str | Path | None, method: str) -> None:
     """Look through all of it that is there before any text is read; weights that have to be
     downloaded wait until it was."""
+    check_name(model)
     if not Path(model).is_dir():  # before the hub is asked
         _check_data(model, data)
     E, _ = configured(check_described(model))

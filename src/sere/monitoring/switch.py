@@ -17,6 +17,7 @@ from typing import Any
 from sere.files import why
 
 VARIABLE = "SERE_ADMIN_KEY"
+_HELLO_S = 10
 _PATIENCE_S = 200  # the server itself waits for its engines, three times at most
 
 States = dict[str, dict[str, Any]]
@@ -39,13 +40,15 @@ def switch(url: str, key: str, policy: Mapping[str, Any] | str | None) -> States
     return _ask(url, key, {"policy": policy})
 
 
-def key_from(path: str | None) -> str:
-    """The key in a file, or else in the environment."""
+def key_from(path: str | None, url: str) -> str:
+    """The key in a file, or else in the environment. Raises `SwitchError` without one, where the
+    server at `url` is up and could be switched."""
     try:
         key = Path(path).read_text() if path else os.environ.get(VARIABLE, "")
     except (OSError, ValueError) as error:
         raise SwitchError(f"{path}: no key can be read from it ({why(error)})") from error
     if not key.strip():
+        _check_up(_address(url))
         raise SwitchError(
             f"no key: give the server's with --key-file FILE, or in {VARIABLE} (docs/serving.md)"
         )
@@ -59,9 +62,29 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _ask(url: str, key: str, body: Mapping[str, Any] | None = None) -> States:
+def _address(url: str) -> str:
     base = url if "://" in url else f"http://{url}"
-    address = base.rstrip("/").removesuffix("/v1") + "/sere/policy"
+    return base.rstrip("/").removesuffix("/v1") + "/sere/policy"
+
+
+def _check_up(address: str) -> None:
+    """Raise `SwitchError` where no key would help: nobody answers, or nothing is there."""
+    try:
+        urllib.request.build_opener(_Stay).open(address, timeout=_HELLO_S).close()
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise SwitchError(_refusal(address, error)) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _unreached(address, error) from error
+
+
+def _unreached(address: str, error: Exception) -> SwitchError:
+    said = why(getattr(error, "reason", None) or error)
+    return SwitchError(f"{address} cannot be reached ({said}): is the server up?")
+
+
+def _ask(url: str, key: str, body: Mapping[str, Any] | None = None) -> States:
+    address = _address(url)
     data = None if body is None else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     request = urllib.request.Request(address, data, headers)
@@ -72,8 +95,7 @@ def _ask(url: str, key: str, body: Mapping[str, Any] | None = None) -> States:
     except urllib.error.HTTPError as error:
         raise SwitchError(_refusal(address, error)) from error
     except (OSError, http.client.HTTPException) as error:
-        said = why(getattr(error, "reason", None) or error)
-        raise SwitchError(f"{address} cannot be reached ({said}): is the server up?") from error
+        raise _unreached(address, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise SwitchError(f"{address} gives no answer of sere's: is that vLLM's server?") from error
 
@@ -81,7 +103,7 @@ def _ask(url: str, key: str, body: Mapping[str, Any] | None = None) -> States:
 def _refusal(address: str, error: urllib.error.HTTPError) -> str:
     if error.code == 404:
         return (
-            f"{address} is not there: the server re-routes with a key only if it was started with "
+            f"{address} is not there: the server can be switched only if it was started with "
             f'{VARIABLE}, or "admin_key_file" behind "sere", and vLLM\'s front end in Python'
         )
     try:

@@ -63,7 +63,14 @@ def picture(
     table.add_column("active experts", no_wrap=True, min_width=_ACTIVE)
     if wide:
         table.add_column("", no_wrap=True)
-    for name in ("re-routed", "critical", "rows fast", "exact", "weight moved", "error"):
+    for name in (
+        "re-routed",
+        "critical",
+        "rows\nfast",
+        "rows\nexact",
+        "weight\nmoved",
+        "output\nerror",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in (_all(seen.layers), *seen.layers):
         style = "bold" if row.layer < 0 else ""

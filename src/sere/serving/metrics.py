@@ -8,6 +8,8 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from sere.checks import told
+
 Snapshot = Mapping[str, Any]
 """What `sere.serving.telemetry.snapshot` gives."""
 
@@ -102,9 +104,9 @@ def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot])
     found.counter(*_UNCLASSIFIED, steps, labels)
     if _PREFIX in first:
         found.counter(f"sere_{_PREFIX}", _ABOUT_PREFIX, first[_PREFIX], labels)
-    told = {key: value for key, value in (policy or {}).items() if value not in (None, {})}
+    settings = told(policy or {})
     about = "The policy that is on, as JSON, and why there is none"
-    info = {"policy": json.dumps(told) if told else "stock", "reason": fallback or ""}
+    info = {"policy": json.dumps(settings) if settings else "stock", "reason": fallback or ""}
     found.gauge("sere_policy_info", about, 1, {**labels, **info})
 
 

@@ -26,8 +26,9 @@ def too_little_text(layer: LayerStatistics) -> str | None:
     """
     E = len(layer.load)
     if 0 < layer.tokens < _TOKENS_AN_EXPERT * E:
+        few = "1 token is" if layer.tokens == 1 else f"{layer.tokens} tokens are"
         return (
-            f"{layer.tokens} tokens are too few: with about {_TOKENS_AN_EXPERT * E} of them other "
+            f"{few} too few: with about {_TOKENS_AN_EXPERT * E} of them other "
             f"text would choose {_STABLE:.0%} of the replacements again; calibrate on more"
         )
     if layer.stability is None or layer.stability >= _UNSTABLE:

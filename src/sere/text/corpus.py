@@ -98,8 +98,8 @@ class Corpus:
             raise CorpusError(f"{source}: no text in it")
         if len(texts) < samples and not allow_fewer:
             raise CorpusError(
-                f"{source}: {len(texts)} texts, but {samples} were asked for: "
-                f"use --samples {len(texts)}, --allow-fewer, or a larger file"
+                f"{source}: {len(texts)} text{'s' * (len(texts) > 1)}, but {samples} were asked "
+                f"for: use --samples {len(texts)}, --allow-fewer, or a larger file"
             )
         random.Random(seed).shuffle(texts)
 
