@@ -105,6 +105,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path, table: Table, share: float)
 def test_a_missing_file_and_a_foreign_one_are_refused(tmp_path: Path, table: Table) -> None:
     with pytest.raises(TableError, match=r"t\.safetensors: no such table; make one with"):
         Table.load(tmp_path / "t.safetensors")
+    with pytest.raises(TableError, match="xx: no such table"):
+        Table.load("x" * 5000)  # longer than any name may be
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(TableError, match="a folder, in which there is no table; make one with"):
         Table.load(tmp_path)

@@ -80,11 +80,11 @@ def unreadable(path: Path, absent: str) -> str | None:
 def absent(path: Path, kind: str, remedy: str) -> str:
     """What to say of a path that is no such file: of a folder, which files of the kind are in it.
     kind: see `KINDS`."""
-    if not path.is_dir():
+    if not is_folder(path):
         return f"no such {kind}; {remedy}"
-    names = (file.name for file in sorted(path.iterdir()) if is_file(file))
     try:
-        found = [name for name in names if KINDS[kind](path / name)]
+        files = [file for file in sorted(path.iterdir()) if is_file(file)]
+        found = [file.name for file in files if KINDS[kind](file)]
     except OSError as error:
         return f"a folder, and not to be looked into ({why(error)}): name a {kind} in it"
     if not found:
@@ -176,6 +176,14 @@ def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError:  # too long
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is one; False, too, for what may not be asked."""
+    try:
+        return path.is_dir()
+    except OSError:
         return False
 
 

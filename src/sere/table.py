@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sere.checkpoint import Fingerprint, configured, weight_hashes
-from sere.files import absent, replaced, unreadable, unwritten
+from sere.files import absent, is_folder, replaced, unreadable, unwritten
 from sere.kernels import Plan
 from sere.kernels.plan import OUTPUTS_UNKNOWN, Placement, Substitution, can_move, settings_of
 from sere.maps import Maps, MapsError, opened
@@ -242,7 +242,7 @@ class Table:
     def load(cls, path: str | Path) -> Table:
         """Read and check a table; `TableError` names the file, the fault and the remedy."""
         path = Path(path)
-        output = path / FILE_NAME if path.is_dir() else path
+        output = path / FILE_NAME if is_folder(path) else path
         made = f"make one with `sere calibrate MODEL -o {output}`"
         if fault := unreadable(path, absent(path, "table", made)):
             raise TableError(fault)
