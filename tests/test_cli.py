@@ -347,3 +347,16 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sere.calibration.calibrate, "calibrate", broken)
     with pytest.raises(AssertionError):
         main(["calibrate", "m"])
+
+
+def test_tune_searches_where_there_is_something_to_gain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that is alone keeps its experts: not at batch 1, unless it is asked for."""
+    searched: list[list[int]] = []
+    monkeypatch.setattr("sere.tuning.tune.run", lambda *_, batches, **__: searched.append(batches))
+    assert main(["tune", "demo", "t"]) == main(["tune", "demo", "t", "--batch", "1"]) == 0
+    assert searched == [[2, 8, 32], [1]]
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    assert "default: 2, 8 and 32" in " ".join(capsys.readouterr().out.split())

@@ -146,7 +146,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def tune(parser: argparse.ArgumentParser) -> None:
-    _passage_flags(parser, "tuning.json")
+    _passage_flags(parser, "tuning.json", smallest=2)
     _stream(parser)
     parser.add_argument(
         "--budget",
@@ -246,10 +246,10 @@ def bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="bench.json", metavar="FILE")
 
 
-def _passage_flags(parser: argparse.ArgumentParser, output: str) -> None:
+def _passage_flags(parser: argparse.ArgumentParser, output: str, smallest: int = 1) -> None:
     parser.add_argument("model", help='a folder, a hub name, or "demo" (the bundled model)')
     parser.add_argument("table", help="its table, made by `sere calibrate`")
-    _batch_flag(parser)
+    _batch_flag(parser, smallest)
     parser.add_argument(
         "--data", metavar="FILE", help='text as for calibrate, or {"prompt", "answer"} lines'
     )
@@ -265,14 +265,14 @@ def _switch(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
     parser.add_argument(name, action="store_true", default=None, help=meaning)
 
 
-def _batch_flag(parser: argparse.ArgumentParser) -> None:
+def _batch_flag(parser: argparse.ArgumentParser, smallest: int = 1) -> None:
     parser.add_argument(
         "--batch",
         dest="batches",
         type=positive,
         action="append",
         metavar="B",
-        help="requests decoded together; may be repeated (default: 1, 8 and 32)",
+        help=f"requests decoded together; may be repeated (default: {smallest}, 8 and 32)",
     )
 
 

@@ -203,7 +203,8 @@ def tune(
     device = {name: value * unit for name, value, unit in machine if value is not None}
     given = _given(flags)
     _check_texts(model, given)
-    run(model, table, batches=batches or [1, 8, 32], device=device, **given)
+    sizes = batches or [2, 8, 32]  # a row that is alone keeps its experts whatever is tuned
+    run(model, table, batches=sizes, device=device, **given)
 
 
 def report(folder: str, output: str) -> None:
