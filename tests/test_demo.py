@@ -32,6 +32,9 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert " WARNING " not in done.stderr and "FutureWarning" not in done.stderr  # vLLM's
     assert done.stdout.splitlines()[-1].endswith(f"at a glance: {out}/demo.png")
+    for picture in ("tuning.png", "speed.png"):
+        assert (picture in done.stdout.splitlines()[-1]) is (out / picture).exists()
+    assert f"sere doctor demo {out}/demo.safetensors" in done.stdout
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
 
     result = json.loads((out / "demo.json").read_text())

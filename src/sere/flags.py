@@ -87,7 +87,9 @@ def inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", default="out", metavar="FOLDER")
+    parser.add_argument(
+        "-o", "--output", default="out", metavar="FOLDER", help="table, results, pictures go here"
+    )
     parser.add_argument("--prompts", type=positive, default=640, help="held-out prompts")
     parser.add_argument("--batch", type=positive, default=32, help="requests decoded together")
     parser.add_argument("--method", default="frobenius", choices=_METHODS)

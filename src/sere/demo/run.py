@@ -16,6 +16,7 @@ import torch
 
 from sere import demo_model
 from sere.calibration.calibrate import calibrate
+from sere.calibration.inspect import serve_line
 from sere.demo import answers, speed, story
 from sere.policy import Policy
 from sere.results import pictures, provenance
@@ -59,7 +60,18 @@ def run(
     print(story.as_text(result))
     provenance.save_json(folder / "demo.json", result)
     story.plot(result, folder / "demo.png")
-    print(f"\nwritten: {path}, tuning.json, speed.json, demo.json; at a glance: {folder}/demo.png")
+    print(f"\n{_written(path)}")
+
+
+def _written(path: Path) -> str:
+    """What is in the table's folder, what to do next, and last the picture."""
+    names = ("tuning.json", "tuning.png", "speed.json", "speed.png", "demo.json")
+    there = [name for name in names if (path.parent / name).exists()]
+    serve = serve_line(demo_model.NAME, path)
+    return (
+        f"next: sere doctor demo {path}; or serve it: {serve}\n"
+        f"written: {path}, {', '.join(there)}; at a glance: {path.parent}/demo.png"
+    )
 
 
 def _tuned(path: Path, output: Path, prompts: int, batch: int, seed: int) -> Table:
