@@ -29,6 +29,7 @@ from sere.serving.expert_kernels import difference
 from sere.serving.invariance import promised
 from sere.serving.rehearsal import Rehearsal
 from sere.serving.symbols import untested_version
+from sere.similarity.enough import first_with_too_little
 from sere.step_cost.reached import from_file, in_words, too_little
 from sere.table import Table, TableError
 
@@ -244,6 +245,8 @@ def _table(path: str, folder: str | None) -> str:
         about += f", with a policy of `sere tune` ({whole})"
         if not table.can_move(table.policy):
             raise TableError(f"{about}: NOTHING IS RE-ROUTED unless settings of yours replace it")
+    if reason := first_with_too_little(table.layers):
+        about += f"; WARNING: made from too little text: {reason}"
     if known_of_stand_ins := in_a_line(table):
         about += f"; {known_of_stand_ins}"
     if folder is None or not Path(folder).is_dir():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sere.calibration.calibrate import calibrate
+from sere.checkpoint import hashes as hash_module
 from sere.checkpoint import quantised, weight_hashes
 from sere.checkpoint.quantised import method
 from sere.models.loading import LoadError, load_model
 from sere.models.moe import NoExpertsError
 from sere.models.skeleton import load_skeleton
+from sere.serving import model_fit
 from sere.table import Table, TableError
 from tests.conftest import LAYERS, E
 
@@ -335,3 +339,31 @@ def test_a_dense_model_is_refused_before_text_is_read(model_dir: Path, tmp_path:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp_only_layers": [0, 1]}))
     with pytest.raises(NoExpertsError, match="has no routed experts"):
         calibrate(str(copy), tmp_path / "table", data=tmp_path / "none.jsonl", progress=False)
+
+
+def test_hashes_are_made_on_one_thread_and_waited_for_with_a_word(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside other programs, threads that spin made a server wait for a minute (issue 21)."""
+    monkeypatch.setattr(model_fit, "_PATIENCE", 0.0)
+    used: list[int] = []
+    count = hash_module._histogram
+
+    def counted(parts: list[Tensor]) -> Tensor:
+        used.append(torch.get_num_threads())
+        time.sleep(0.02)
+        return count(parts)
+
+    expected, threads = hashes(model_dir), torch.get_num_threads()
+    monkeypatch.setattr(hash_module, "_histogram", counted)
+    torch.set_num_threads(2)
+    try:
+        with caplog.at_level(logging.INFO, "vllm.sere"):
+            assert model_fit.hashes_of(model_dir, range(LAYERS), E) == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert set(used) == {1}
+    assert [record.getMessage() for record in caplog.records] == [
+        model_fit._HASHING % model_dir,
+    ]

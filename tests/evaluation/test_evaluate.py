@@ -52,6 +52,16 @@ def result(tiny: Any) -> dict[str, Any]:
     return found
 
 
+def test_a_result_of_other_settings_is_not_replaced(tiny: Any, result: dict[str, Any]) -> None:
+    kept = (tiny.folder / "e.json").read_bytes()
+    with pytest.raises(FileExistsError, match="with another policies and tables: choose"):
+        tiny(policies=POLICIES[1:])
+    with pytest.raises(FileExistsError, match="another batches"):
+        tiny(batches=[4])
+    assert (tiny.folder / "e.json").read_bytes() == kept
+    assert not list(tiny.folder.glob("*.unfinished"))
+
+
 def arm(result: dict[str, Any], name: str, batch: int) -> dict[str, Any]:
     found: dict[str, Any] = next(
         a["batches"][str(batch)] for a in result["arms"] if a["name"] == name
@@ -242,7 +252,7 @@ def test_passes_hold_whole_batches_within_a_bound_of_logits(
     assert set(passes) == {8}
     passes.clear()
     monkeypatch.setattr(quality, "LOGITS", 1)
-    small = tiny("small.json", batches=[3, 5])
+    small = tiny("smaller.json", batches=[3, 5])
     assert sorted(set(passes)) == [2, 3, 5]  # a batch each; the last of either is smaller
     for mine, theirs in zip(small["arms"], large["arms"], strict=True):
         for batch, own in mine["batches"].items():
@@ -333,7 +343,7 @@ def test_a_table_made_without_text_has_defaults_of_its_own(
     flags = ["--data", str(corpus_file), "--samples", "8", "--prompt", "4", "--batch", "4"]
     names = {}
     for folder in (tmp_path, tiny.folder):
-        output = tmp_path / "e.json"
+        output = folder / "defaults.json"
         assert main(["evaluate", str(model_dir), str(folder / "t"), *flags, "-o", str(output)]) == 0
         names[folder] = [arm["name"] for arm in json.loads(output.read_text())["arms"]]
     assert names[tmp_path] == ["stock", "S=2", "S=1"]
@@ -467,7 +477,7 @@ def test_batches_that_are_never_full_are_noticed(
 ) -> None:
     count = tiny("small.json", policies=POLICIES[:1], batches=[4])["passages"]
     assert "never full" not in capsys.readouterr().out
-    tiny("small.json", policies=POLICIES[:1], batches=[count, 16])
+    tiny("full.json", policies=POLICIES[:1], batches=[count, 16])
     notes = [line for line in capsys.readouterr().out.splitlines() if "never full" in line]
     assert notes == [f"batch 16 was never full: {count} passages in all; for more, raise --samples"]
 

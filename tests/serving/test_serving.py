@@ -685,7 +685,7 @@ def test_a_worker_without_the_plugin_is_noticed(
     asked = {"table": str(table_path)}
     described = {"table": "t", "policy": "S=1", "inert": None, "rows": "decode", "layers": [0]}
     described |= {"kernels": ["K"], "stock_kernels": [], "operator": "numba"}
-    described |= {"by_rows": [], "nobodys": False}
+    described |= {"by_rows": [], "nobodys": False, "too_little": None}
     install()
     with pytest.raises(ServingError, match=r"not loaded in every worker(.|\n)*sere_description"):
         Executor(asked, broken=True).compile_or_warm_up_model()

@@ -315,3 +315,10 @@ def test_a_pair_that_is_none_is_named_by_its_line(second: str, tmp_path: Path) -
         read_pairs(path)
     path.write_text('{"text": "no pair"}\n')
     assert read_pairs(path) == []
+
+
+def test_a_text_that_is_mostly_repeats_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    corpus(["the same"] * 9 + ["another"], samples=10)
+    assert "10 texts were drawn and 2 of them are distinct" in capsys.readouterr().err
+    corpus(TEXTS + TEXTS, samples=40)
+    assert not capsys.readouterr().err

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,7 +51,24 @@ def weight_hashes(
     """
     if hashing == 1:
         return first_hashes(folder, layers, E)
-    tensors, wanted = stored_tensors(folder), set(layers)
+    with _one_thread():
+        return _hashes(folder, set(layers), E)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A server waits for hashes, and it may be started beside others: threads of a team that spin
+    while they wait for a core took forty times as long as one alone (issue 21)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _hashes(folder: str | Path, wanted: set[int], E: int) -> tuple[str | None, str | None]:
+    tensors = stored_tensors(folder)
     routers = []
     experts: dict[int, dict[int, list[_Part]]] = defaultdict(lambda: defaultdict(list))
     for name, tensor in tensors.items():

@@ -31,7 +31,7 @@ def command(shape: str, output: Path, table: Path) -> list[str]:
     what = [shape, "--layers", str(layers)] if shape_named(shape) else [shape, str(table)]
     sizes = [word for batch in batches for word in ("--batch", str(batch))]
     policies = [word for policy in _POLICIES for word in ("--policy", policy)]
-    flags = [*sizes, *policies, *_LENGTHS, "-o", str(output)]
+    flags = [*sizes, *policies, *_LENGTHS, "--force", "-o", str(output)]
     return [sys.executable, "-m", "sere", "bench", *what, *flags]
 
 

@@ -153,6 +153,7 @@ def run(
         "dtype": dtype,
         **contents(folder, [table]),
     }
+    provenance.check_settings(output, settings)
     engine = _engine(folder, table_path, batch, dtype, chosen.values())
     with Journal(unfinished(output), settings) as journal:
         for number, start in enumerate(tqdm(range(0, len(pairs), batch), "decode", unit="batch")):
@@ -166,6 +167,7 @@ def run(
                 one.parts.append(Part(**known[one.name]))
         result = {
             "provenance": provenance.provenance(),
+            "settings": settings,
             "model": model_name,
             "batch": batch,
             "prompts": len(pairs),

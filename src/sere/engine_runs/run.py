@@ -23,7 +23,11 @@ from sere.models.hub import located
 from sere.models.loading import load_tokenizer
 from sere.policy import Policy
 from sere.results import provenance
+from sere.results.journal import table_hash
 from sere.table import Table
+
+# Of a result's settings, what stands beside them for readers of 0.1.
+_TOLD = ("model", "backend", "batch", "limit", "fewshot", "chat", "score_as_decode")
 
 
 def run(
@@ -57,6 +61,12 @@ def run(
     chosen: dict[str, Policy | None] = {"stock": None, **served_policies(policies, table)}
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
     _check_scores(selection, score_as_decode)
+    told = {name: policy and policy.to_dict() for name, policy in chosen.items()}
+    settings = {"table": table_hash(table), "policies": told, "seed": seed, "dtype": dtype}
+    settings["tasks"] = list(selection.leaves)
+    settings |= {"model": model_name, "backend": backend, "batch": batch, "limit": limit}
+    settings |= {"fewshot": fewshot, "chat": chat, "score_as_decode": score_as_decode}
+    provenance.check_settings(output, settings)
     folder = located(model_name)
     table.check_made_for(folder)
     if chat:
@@ -69,13 +79,8 @@ def run(
     asked = _asked(seed, limit, fewshot, chat, allow_unsafe_code)
     result = {
         "provenance": provenance.provenance(),
-        "model": model_name,
-        "backend": backend,
-        "batch": batch,
-        "limit": limit,
-        "fewshot": fewshot,
-        "chat": chat,
-        "score_as_decode": score_as_decode,
+        "settings": settings,
+        **{name: settings[name] for name in _TOLD},
         "groups": selection.leaves,
         "arms": [
             _run(arms, name, rule, selection, asked, score_as_decode)

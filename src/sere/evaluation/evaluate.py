@@ -69,6 +69,7 @@ def run(
         "layer_error": layer_error,
         **contents(folder, [arm.table for arm in arms]),
     }
+    provenance.check_settings(output, settings)
     with Journal(unfinished(output), settings) as journal:
         judge = Judge(model, layers, passages, journal, layer_error)
         sums = judge.measure(arms, batches)

@@ -6,14 +6,24 @@ included, and with the checkpoint's own files: in the first process, before weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from sere.checkpoint import Fingerprint, expert_layers, weight_hashes
+from sere.checkpoint.fingerprint import HASHING
 from sere.serving.refusal import ServingError
 from sere.serving.settings import Settings
 from sere.table import Table, TableError
+
+_LOG = logging.getLogger("vllm.sere")
+_PATIENCE = 2.0  # seconds
+_HASHING = (
+    "sere: reading weights of %s, to know whether the table was made for them; a start without it: "
+    '"fingerprint": "shape"'
+)
 
 
 def check_kind(config: Any) -> None:
@@ -70,7 +80,7 @@ def served(config: Any, level: str, known: Fingerprint) -> Fingerprint:
     built = model.get_total_num_hidden_layers()
     hashes: tuple[str | None, str | None] = (None, None)
     if level != "shape" and folder is not None:
-        router, experts = weight_hashes(folder, known.layers, known.E, known.hashing)
+        router, experts = hashes_of(folder, known.layers, known.E, known.hashing)
         hashes = (router, experts if level == "weights" else None)
     return Fingerprint(
         model.hf_config.architectures[0],
@@ -80,6 +90,20 @@ def served(config: Any, level: str, known: Fingerprint) -> Fingerprint:
         *hashes,
         known.hashing,
     )
+
+
+def hashes_of(
+    folder: Path, layers: Iterable[int], E: int, hashing: int = HASHING
+) -> tuple[str | None, str | None]:
+    """`weight_hashes`, with a line in the log while they are waited for: on a slow disk a server
+    would seem to hang."""
+    told = Timer(_PATIENCE, _LOG.info, [_HASHING, folder])
+    told.start()
+    try:
+        return weight_hashes(folder, layers, E, hashing)
+    finally:
+        told.cancel()
+        told.join()  # no thread may be left where vLLM forks
 
 
 def untold(config: Any) -> Fingerprint:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from sere import __version__
-from sere.checkpoint import Fingerprint, weight_hashes
+from sere.checkpoint import Fingerprint
 from sere.checkpoint.quantised import settings as quantisation
 from sere.checkpoint.samples import sample_hash
 from sere.files import plainly
 from sere.maps import LayerMaps, identity_of
 from sere.serving.auto import Auto
 from sere.serving.contract import CALIBRATION
-from sere.serving.model_fit import model_folder, untold
+from sere.serving.model_fit import hashes_of, model_folder, untold
 from sere.serving.own_maps import Own
 from sere.serving.own_table import Measured
 from sere.serving.own_text import corpus_for, obstacle_in_text
@@ -142,7 +142,7 @@ def _fingerprint(config: Any) -> Fingerprint:
     known, folder = untold(config), model_folder(config)
     if folder is None:
         return known
-    router, experts = weight_hashes(folder, known.layers, known.E)
+    router, experts = hashes_of(folder, known.layers, known.E)
     return replace(known, router_hash=router, experts_hash=experts)
 
 

@@ -22,6 +22,8 @@ from sere.serving.inert import inert
 from sere.serving.session import Session
 from sere.serving.symbols import vllm_version
 from sere.serving.tiers import FAST
+from sere.similarity.enough import first_with_too_little
+from sere.table import Table
 
 _LOG = logging.getLogger("vllm.sere")
 NOBODYS = (
@@ -43,6 +45,7 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
         "policy": in_words(session.policy),
         "by_rows": _by_rows(session.policy),
         "nobodys": _is_nobodys(session),
+        "too_little": _too_little(session),
         "inert": session.inert,
         "rows": _rows(session),
         "layers": sorted(session.layers),
@@ -77,6 +80,8 @@ def say(workers: Sequence[dict[str, Any]]) -> None:
             _LOG.info("sere: by the rows that a step decodes: %s", "; ".join(by_rows))
         if first["nobodys"]:
             _LOG.info(NOBODYS)
+    if reason := first["too_little"]:
+        _LOG.warning("sere: the table is made from too little text: %s", reason)
     if other := difference(kernels, of_stock):
         _LOG.warning("sere: %s", other)
 
@@ -109,6 +114,13 @@ def _is_nobodys(session: Session) -> bool:
     """Whether neither the user nor `sere tune` chose the policy beside a table."""
     settings, table = session.settings, session.table
     return settings.table is not None and not settings.named and getattr(table, "policy", 0) is None
+
+
+def _too_little(session: Session) -> str | None:
+    """What is to be said of a table that the user named; of its own an engine says it before."""
+    if session.settings.table is None or not isinstance(session.table, Table):
+        return None
+    return first_with_too_little(session.table.layers)
 
 
 def _name(device: torch.device) -> str:

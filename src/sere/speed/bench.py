@@ -60,6 +60,8 @@ def run(
         rules = [[c.name, c.policy and c.policy.to_dict()] for c in contenders]
         pieces = {**served.facts, "rules": rules, "load": {**vars(load), "batches": None}}
         pieces["against"] = against
+        settings = {**pieces, "batches": list(load.batches), "rates": [*rates, requests]}
+        provenance.check_settings(output, settings)
         with Journal(unfinished(output), pieces) as journal:
             if rates:
                 traffic = Traffic(
@@ -73,6 +75,7 @@ def run(
                 found = summary(contenders, load, journal, served)
             result = {
                 "provenance": provenance.provenance(),
+                "settings": settings,
                 **served.facts,
                 "against": against or STOCK,
                 "load": {**vars(load), "batches": list(load.batches)},

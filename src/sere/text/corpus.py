@@ -110,6 +110,12 @@ class Corpus:
         kept = [(s, digest) for s, digest in readable(source, drawn, encoded) if s]
         if not kept:
             raise CorpusError(f"{source}: the tokenizer makes no token of any of its texts")
+        if 2 * (distinct := len({digest for _, digest in kept})) < len(kept):
+            print(
+                f"{source}: {len(kept)} texts were drawn and {distinct} of them are distinct: what "
+                "is repeated tells nothing new, and makes a table look more stable than it is",
+                file=sys.stderr,
+            )
         return cls([s for s, _ in kept], source, length, seed, tuple(d for _, d in kept))
 
 
