@@ -103,7 +103,9 @@ def parser() -> Parser:
         add_flags(verb)
         if name in _WRITES:
             verb.add_argument(
-                "--force", action="store_true", help="replace outputs that are none of sere's"
+                "--force",
+                action="store_true",
+                help="replace outputs that are none of sere's, or results of other settings",
             )
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top

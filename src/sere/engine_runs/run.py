@@ -26,9 +26,6 @@ from sere.results import provenance
 from sere.results.journal import table_hash
 from sere.table import Table
 
-# Of a result's settings, what stands beside them for readers of 0.1.
-_TOLD = ("model", "backend", "batch", "limit", "fewshot", "chat", "score_as_decode")
-
 
 def run(
     model_name: str,
@@ -61,11 +58,9 @@ def run(
     chosen: dict[str, Policy | None] = {"stock": None, **served_policies(policies, table)}
     selection = select(tasks, task_folder, fewshot=fewshot, allow_unsafe_code=allow_unsafe_code)
     _check_scores(selection, score_as_decode)
-    told = {name: policy and policy.to_dict() for name, policy in chosen.items()}
-    settings = {"table": table_hash(table), "policies": told, "seed": seed, "dtype": dtype}
-    settings["tasks"] = list(selection.leaves)
-    settings |= {"model": model_name, "backend": backend, "batch": batch, "limit": limit}
-    settings |= {"fewshot": fewshot, "chat": chat, "score_as_decode": score_as_decode}
+    told = {"model": model_name, "backend": backend, "batch": batch, "limit": limit}
+    told |= {"fewshot": fewshot, "chat": chat, "score_as_decode": score_as_decode}
+    settings = {**told, **_more(table, chosen, selection, seed, dtype)}
     provenance.check_settings(output, settings)
     folder = located(model_name)
     table.check_made_for(folder)
@@ -80,7 +75,7 @@ def run(
     result = {
         "provenance": provenance.provenance(),
         "settings": settings,
-        **{name: settings[name] for name in _TOLD},
+        **told,
         "groups": selection.leaves,
         "arms": [
             _run(arms, name, rule, selection, asked, score_as_decode)
@@ -91,6 +86,23 @@ def run(
     provenance.save_json(output, result)
     print(f"\nwritten: {output}")
     return result
+
+
+def _more(
+    table: Table,
+    chosen: dict[str, Policy | None],
+    selection: Selection,
+    seed: int,
+    dtype: str | None,
+) -> dict[str, Any]:
+    """What else a result depends on."""
+    return {
+        "table": table_hash(table),
+        "policies": {name: policy and policy.to_dict() for name, policy in chosen.items()},
+        "tasks": list(selection.leaves),
+        "seed": seed,
+        "dtype": dtype,
+    }
 
 
 def _check_backend(backend: str, *, dtype: str | None, score_as_decode: bool) -> None:
