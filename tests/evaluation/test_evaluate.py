@@ -19,7 +19,7 @@ from sere.demo_model.tasks import examples
 from sere.engine_runs import generation
 from sere.evaluation.arms import parse_arm, served_policies, spelt_out
 from sere.evaluation.decoding import Passage
-from sere.evaluation.evaluate import as_text, run
+from sere.evaluation.evaluate import _say_if_inert, as_text, run
 from sere.evaluation.passages import load_passages
 from sere.evaluation.passes import _add_passage
 from sere.evaluation.quality import EvaluationError, Judge, Sums, figures, mean
@@ -60,6 +60,16 @@ def test_a_result_of_other_settings_is_not_replaced(tiny: Any, result: dict[str,
         tiny(batches=[4])
     assert (tiny.folder / "e.json").read_bytes() == kept
     assert not list(tiny.folder.glob("*.unfinished"))
+
+
+def test_a_policy_under_which_nothing_can_move_is_told(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Table.load(tiny.folder / "t")
+    texts = [*POLICIES, '{"rho": 1.5, "S": 1}']
+    _say_if_inert([parse_arm(text, table) for text in texts])
+    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["off", "S=1 rho=1.5"]
 
 
 def arm(result: dict[str, Any], name: str, batch: int) -> dict[str, Any]:

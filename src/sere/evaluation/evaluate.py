@@ -7,6 +7,7 @@ of the same run.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sere.models.loading import exceeds_memory, load_model
 from sere.models.moe import MoELayer, moe_layers
 from sere.models.outline import fetched
 from sere.models.skeleton import load_skeleton
+from sere.policy import Policy
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.results.names import check_names
@@ -53,6 +55,7 @@ def run(
     policies = spelt_out(policies, table)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
+    _say_if_inert(arms)
     folder = fetched(model_name)
     for own in {arm.table.fingerprint: arm.table for arm in arms}.values():
         own.check_made_for(folder)
@@ -86,6 +89,19 @@ def run(
     plot(result, pictures.beside(output))
     print(f"\nwritten: {output}, {pictures.beside(output)}")
     return result
+
+
+def _say_if_inert(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        if not isinstance(policy := arm.rule, Policy):
+            continue
+        moves = arm.table.can_move_own if arm.independent else arm.table.can_move
+        if not moves(policy):
+            print(
+                f"{arm.name}: with this table no slot can move under it (S = K, or a threshold "
+                "beyond all of its figures?): it will be as stock is",
+                file=sys.stderr,
+            )
 
 
 def _of_arm(arm: Arm, sums: BySize, stock: BySize) -> dict[str, Any]:
