@@ -33,13 +33,13 @@ HOUSE = """
     statistics  cautious
     kernels
     policy  checkpoint  maps
-    files  typed  extras  text
+    files  typed  extras  text  threads
     checks
 """
 FLOORS = [set(line.split()) for line in HOUSE.splitlines() if line.strip()]
 CORE = {
     *("table", "similarity", "fitting", "statistics", "kernels", "policy", "checkpoint", "maps"),
-    *("files", "checks", "text", "cautious"),
+    *("files", "checks", "text", "cautious", "threads"),
 }
 MAY_SERVE = {"speed", "demo", "doctor", "engine_runs"}  # who starts an engine
 MODULES_AT_THE_TOP, LINES, LINES_OF_A_FUNCTION = 16, 360, 60

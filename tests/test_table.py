@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sere.table
 from sere.checkpoint import Fingerprint
-from sere.kernels import reroute
+from sere.kernels import Plan, reroute
 from sere.policy import Policy, PolicyError
 from sere.table import LayerStatistics, Table, TableError
 
@@ -316,3 +316,24 @@ def test_layers_and_fingerprint_must_agree(table: Table) -> None:
     layers: dict[int, LayerStatistics] = {0: table.layers[0]}
     with pytest.raises(TableError, match=r"layers \[0\] do not match"):
         dataclasses.replace(table, layers=layers)
+
+
+def test_a_plan_is_made_on_one_thread(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server waits for those of all layers, and threads that spin made it wait long."""
+    used: list[int] = []
+    build = Plan.build
+
+    def built(*args: Any, **kwargs: Any) -> Plan:
+        used.append(torch.get_num_threads())
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(Plan, "build", built)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        table.plan(0, Policy(S=1))
+        with pytest.raises(PolicyError):
+            table.plan(0, Policy(S=99))
+        assert torch.get_num_threads() == 2 and used == [1, 1]
+    finally:
+        torch.set_num_threads(threads)

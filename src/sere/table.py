@@ -27,6 +27,7 @@ from sere.policy import Policy, PolicyError
 from sere.statistics import TENSORS, check_layer, is_identity
 from sere.statistics import LayerStatistics as LayerStatistics
 from sere.statistics import TableError as TableError
+from sere.threads import one_thread
 
 FORMAT = 3
 _FIRST = 2  # its fingerprints have hashes of names and bytes; such a table stays one
@@ -70,6 +71,7 @@ class Table:
                 "similar one; calibrate again with another --method (cosine)"
             )
 
+    @one_thread()
     def plan(self, index: int, policy: Policy, placement: Placement | None = None) -> Plan:
         """The operator's plan for one layer under `policy` (layer overrides applied)."""
         layer, settings = self.layers[index], self._policy_of(index, policy)

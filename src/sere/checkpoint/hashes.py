@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +27,7 @@ from sere.checkpoint.names import (
 )
 from sere.checkpoint.quantised import is_quantised
 from sere.checkpoint.stored import Stored, stored_tensors
+from sere.threads import one_thread
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Below this, float16 has fewer digits than bf16: such weights count as 0.
@@ -51,20 +51,8 @@ def weight_hashes(
     """
     if hashing == 1:
         return first_hashes(folder, layers, E)
-    with _one_thread():
+    with one_thread():  # a server waits for it
         return _hashes(folder, set(layers), E)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A server waits for hashes, and it may be started beside others: threads of a team that spin
-    while they wait for a core took forty times as long as one alone (issue 21)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _hashes(folder: str | Path, wanted: set[int], E: int) -> tuple[str | None, str | None]:
