@@ -42,7 +42,9 @@ class Engine:
         known = SimpleNamespace(default=FAST, policy=Policy(rows=rows), shadow=None)
         self.prefixes = Prefixes(SimpleNamespace(**{**vars(known), **settings}), 100)
         self.config = SimpleNamespace(
-            compilation_config=SimpleNamespace(), additional_config={"sere": {}}
+            compilation_config=SimpleNamespace(),
+            additional_config={"sere": {}},
+            model_config=SimpleNamespace(hf_config=None),  # where requests are checked, too
         )
         self.config.compilation_config._sere_prefixes = self.prefixes
         self.core.vllm_config = self.config
