@@ -87,6 +87,18 @@ def test_a_table_that_does_not_fit_would_be_refused(table_path: Path, tmp_path: 
     assert set(found) == {"table", "start-up"}
 
 
+@pytest.mark.engine
+def test_settings_are_tried_and_stand_in_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERE_CACHE", str(tmp_path / "cache"))
+    (text := tmp_path / "text.jsonl").write_text('{"text": "a few words"}\n' * 9)
+    own = {"auto": {"data": str(text)}, "S": 1, "tau": 0.03}
+    *_, start, serve = examine("demo", settings=json.dumps(own))
+    assert f"its first start will make {tmp_path / 'cache'}" in start.answer
+    assert json.loads(shlex.split(serve.answer)[-1]) == {"sere": own}
+
+
 # --- the rest, without one ------------------------------------------------------------------------
 
 
@@ -177,6 +189,37 @@ def test_what_the_fresh_process_found(rehearsed: Callable[..., None], table_path
     assert "dense model" in failed("demo")["model"]
     rehearsed(refused="S=5 exceeds")
     assert failed("demo", str(table_path))["start-up"] == "vLLM would refuse to start: S=5 exceeds"
+
+
+@pytest.mark.usefixtures("rehearsed")
+@pytest.mark.parametrize(
+    ("table", "settings", "said"),
+    [
+        ("auto", "{'S': 1}", "is no JSON"),
+        ("auto", "[1]", "expected settings"),
+        ("auto", '{"auto": true}', "auto is named twice"),
+        ("t.safetensors", '{"table": "u"}', "table is named twice"),
+    ],
+)
+def test_settings_that_are_none(table: str, settings: str, said: str) -> None:
+    (check,) = examine("demo", table, settings=settings)
+    assert not check.passed and said in check.answer
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_the_command_has_what_was_asked_for(table_path: Path) -> None:
+    """Beside a table without a policy of its own what is cautious, unless something is named."""
+
+    def command(*arguments: str | None, **settings: str) -> Any:
+        *_, serve = examine("demo", *arguments, **settings)
+        return json.loads(shlex.split(serve.answer)[-1])["sere"]
+
+    table = str(table_path)
+    assert command(table) == {"table": table, "tau": 0.02}
+    assert command(table, settings='{"S": 1}') == {"table": table, "S": 1}
+    assert command(settings=json.dumps({"table": table})) == {"table": table, "tau": 0.02}
+    assert command("auto") == "auto"
+    assert command("auto", settings='{"S": 1}') == {"auto": True, "S": 1}
 
 
 def died(why: str) -> dict[str, str]:

@@ -6,10 +6,11 @@ are answered.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -22,7 +23,7 @@ from sere.extras import with_remedy
 from sere.files import plainly
 from sere.models.hub import check_name
 from sere.models.loading import LoadError
-from sere.policy import in_full
+from sere.policy import PolicyError, in_full
 from sere.serving.asking import AUTO
 from sere.serving.engine import check_plugin_allowed
 from sere.serving.expert_kernels import difference
@@ -49,7 +50,10 @@ class Check:
 
 
 def examine(
-    model: str | None = None, table: str | None = None, bench: str | None = None
+    model: str | None = None,
+    table: str | None = None,
+    bench: str | None = None,
+    settings: str | None = None,
 ) -> Iterator[Check]:
     """Every check, as it is answered: those that need vLLM, which takes its time, come last.
 
@@ -57,7 +61,8 @@ def examine(
     word "auto": could the engine calibrate itself, and has it?
     A table may stand in the place of the model, and instead of both the URL of a running server:
     does re-routing take effect there? bench: a result of `sere bench`: is reading what takes the
-    time on this machine?
+    time on this machine? settings: JSON that is to stand behind "sere", beside the table or, with a
+    table of its own or "auto", instead.
     """
     if model is not None and (
         "://" in model or (_HOST_AND_PORT.fullmatch(model) and not Path(model).exists())
@@ -66,6 +71,12 @@ def examine(
         return
     if model is not None and table is None and Path(model).is_file():
         model, table = None, model
+    try:
+        own = _own(table, settings)
+    except PolicyError as error:
+        yield Check("settings", False, str(error))
+        return
+    table = own.get("table", table) if isinstance(own, Mapping) else table
     folder = None if model is None else demo_model.resolve(model)
     if folder is not None:
         try:
@@ -73,7 +84,7 @@ def examine(
         except LoadError as error:
             yield Check("model", False, str(error))
             return
-    rehearsal = Rehearsal(folder, table)
+    rehearsal = Rehearsal(folder, own)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: " ".join(_versions())),
         ("plug-in registered", _registered),
@@ -94,16 +105,40 @@ def examine(
     ]
     if folder is not None:
         checks.append(("model", lambda: _model(folder, rehearsal.found())))
-    if folder is not None and table is not None:
+    if folder is not None and own is not None:
         checks.append(("start-up", lambda: _start(rehearsal.found())))
     ready = True
     for name, check in checks:
         answer = _answered(name, check)
         ready &= answer.passed
         yield answer
-    if ready and folder is not None and table is not None:
-        own = {} if table == AUTO else advised(Table.load(table))
-        yield Check("serve", True, serve_line(folder, table, own))
+    if ready and folder is not None and own is not None:
+        yield Check("serve", True, serve_line(folder, _advised(own)))
+
+
+def _own(table: str | None, settings: str | None) -> Mapping[str, Any] | str | None:
+    """What is to stand behind "sere"; None where nothing was named."""
+    if settings is None:
+        return table if table in (None, AUTO) else {"table": table}
+    try:
+        found = json.loads(settings)
+    except ValueError as error:
+        raise PolicyError(f"--settings {settings!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise PolicyError(f'--settings {settings!r}: expected settings, e.g. {{"S": 1}}')
+    if table is None:
+        return found
+    key, value = (AUTO, True) if table == AUTO else ("table", table)
+    if key in found:
+        raise PolicyError(f"{key} is named twice: leave out {table!r}, or the one in --settings")
+    return {key: value, **found}
+
+
+def _advised(own: Mapping[str, Any] | str) -> Mapping[str, Any] | str:
+    """With what is cautious, where a table is named and nothing beside it."""
+    if isinstance(own, str) or [*own] != ["table"]:
+        return own
+    return {**own, **advised(Table.load(own["table"]))}
 
 
 def _served(url: str) -> Iterator[Check]:

@@ -320,6 +320,12 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         help="... and that this table fits and would be served; or auto: that it can make its own",
     )
     parser.add_argument(
+        "--settings",
+        metavar="JSON",
+        help='... and that this would be accepted behind "sere", beside the table: \'{"S": 1}\', '
+        'or in its place: \'{"auto": {"data": "text.jsonl"}}\'',
+    )
+    parser.add_argument(
         "--bench",
         metavar="FILE",
         help="a result of `sere bench` on this machine: does decoding reach its bandwidth?",

@@ -57,7 +57,8 @@ def inspect(
         print(_json(inspection.report(loaded, rho)) if json else inspection.as_text(loaded, rho))
         if not json:
             model = str(loaded.provenance.get("model", "MODEL"))
-            print(f"\n{inspection.serve_line(model, table, inspection.advised(loaded))}")
+            own = {"table": str(table), **inspection.advised(loaded)}
+            print(f"\n{inspection.serve_line(model, own)}")
             if loaded.policy is None:
                 print("(a guess that is cautious; `sere tune` stores a policy within a budget)")
     if plot:
@@ -289,13 +290,15 @@ def _told(state: dict[str, Any]) -> str:
     return words if state["enabled"] else f"{words}, NOTHING IS RE-ROUTED: {state.get('inert')}"
 
 
-def doctor(model: str | None, table: str | None, bench: str | None, json: bool) -> int:
+def doctor(
+    model: str | None, table: str | None, bench: str | None, settings: str | None, json: bool
+) -> int:
     """`sere doctor [MODEL] [TABLE]`, `sere doctor URL`: 0 if re-routing can take effect here (does
     so there), else 1."""
     from sere.doctor import as_text, examine
 
     checks = []
-    for check in examine(model, table, bench):
+    for check in examine(model, table, bench, settings):
         checks.append(check)
         if not json:
             print(as_text(check), flush=True)

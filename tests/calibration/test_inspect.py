@@ -153,7 +153,10 @@ def test_the_whole_stored_policy_is_told_and_how_to_serve_it(
     assert command[-2] == "--additional-config" and "vllm" in " ".join(command[:4])
     assert json.loads(command[-1])["sere"]["table"] == str(path)
     monkeypatch.setattr("sere.calibration.inspect.distributions", list)  # no wheel for CPUs
-    assert serve_line("m", "t") == """vllm serve m --additional-config '{"sere": {"table": "t"}}'"""
+    assert (
+        serve_line("m", {"table": "t"})
+        == """vllm serve m --additional-config '{"sere": {"table": "t"}}'"""
+    )
     table.save(path)
     assert main(["inspect", str(path)]) == 0
     assert "policy: none stored" in capsys.readouterr().out

@@ -30,6 +30,7 @@ WORKER = {
     "device": "a card",
 }
 KL = [0.01, 0.03, 0.02, 0.02, 0.01, 0.03, 0.02, 0.02]
+QUALITY = {"kl": KL, "loss": KL, "stock_loss": [2.0] * 8, "vocabulary": 32000}
 
 
 class Executor:
@@ -54,7 +55,7 @@ class Executor:
         self.asked.append(len(texts))
         found = {"requests": len(texts), "before": 50.0, "after": 20.0, "same": 0.97}
         times = {"stock_ms": [10.0, 11.0, 12.0, 13.0], "ms": [self.ms] * 4}
-        return [{**found, **times, "kl": KL, "loss": [-k for k in KL]}, None]
+        return [{**found, **times, **QUALITY}, None]
 
 
 @pytest.fixture
@@ -87,9 +88,12 @@ def test_sizes_that_fit_are_tried_and_shown(own: Own, caplog: Any) -> None:
     *_, last = said(executor, own, caplog)
     assert executor.asked == [8, 32]  # 33 is what the cache of one rank has room for
     lines = last.getMessage().splitlines()
-    assert "the bundled text, which is not yours" in lines[0] and "none calibrated on" in lines[0]
+    assert (
+        "the bundled text, which is not yours" in lines[0]
+        and "none of them calibrated on" in lines[0]
+    )
     row = (
-        "8  50.0 -> 20.0  11.50 -> 5.00  2.30x (2.00-2.60)  0.0200 ±0.0027  -0.0200 ±0.0027  97.0%"
+        "8  50.0 -> 20.0  11.50 -> 5.00  2.30x (2.00-2.60)  0.0200 ±0.0027  +0.0200 ±0.0027  97.0%"
     )
     assert lines[2].split() == row.split()
     assert len({len(line) for line in lines[1:4]}) == 1  # columns
@@ -127,11 +131,12 @@ def test_a_torn_report_is_made_anew(torn: str, own: Own, caplog: Any) -> None:
     json.loads(own.path.with_suffix(".report.json").read_text())["sizes"]
 
 
-def test_slower_at_every_size_is_a_warning(own: Own, caplog: Any) -> None:
+def test_a_warning_stands_below_the_figures_that_it_is_about(own: Own, caplog: Any) -> None:
     own = replace(own, path=None)
-    *_, last = said(Executor(ms=20.0), own, caplog)
+    *_, report, last = said(Executor(ms=20.0), own, caplog)
+    assert "beside stock routing" in report.getMessage()
     assert last.levelno == logging.WARNING and "SLOWER HERE, 0.57x at best" in last.getMessage()
-    assert all(r.levelno < logging.WARNING for r in said(Executor(ms=11.5), own, caplog))
+    assert all(record.levelno < logging.WARNING for record in said(Executor(), own, caplog)[1:])
 
 
 def test_nothing_is_said_of_what_was_not_asked_for_or_re_routes_nothing(
@@ -196,7 +201,7 @@ def test_what_both_routings_say_is_compared_text_by_text() -> None:
     stock[:, 59] = new[:, 59] = -torch.inf
     order = [2, 0, 1]
     found = list(own._compared(([0, 1, 2], stock), (order, new[order]), 17))
-    for text, kl, lost, same in found:
+    for text, kl, lost, of_stock, same in found:
         p, q = (
             torch.distributions.Categorical(logits=stock[text, :59]),
             (torch.distributions.Categorical(logits=new[text, :59])),
@@ -204,6 +209,7 @@ def test_what_both_routings_say_is_compared_text_by_text() -> None:
         assert kl == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=1e-5)
         said = torch.tensor(texts[text][17])
         assert lost == pytest.approx((p.log_prob(said) - q.log_prob(said)).item(), rel=1e-4)
+        assert of_stock == pytest.approx(-p.log_prob(said).item(), rel=1e-5)
         assert same == bool(p.logits.argmax() == q.logits.argmax())
     assert [text for text, *_ in found] == [0, 1, 2]
 

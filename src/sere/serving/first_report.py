@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -23,9 +22,10 @@ from sere.serving.remote import ask_workers
 from sere.serving.session import settings_of
 from sere.serving.symbols import symbol, vllm_version
 from sere.serving.trial import LENGTH, PROMPT
+from sere.serving.verdict import in_words, mean, warnings
 from sere.text.bundled import BUNDLED
 from sere.text.corpus import CorpusError, encoder, file_hash, read_texts
-from sere.text.pieces import pieces
+from sere.text.pieces import Pieces, pieces
 
 _LOG = logging.getLogger("vllm.sere")
 _SIZES = (8, 32, 128)  # requests that decode together
@@ -60,8 +60,8 @@ def tell(executor: Any, own: Own | None, workers: Sequence[Mapping[str, Any]]) -
         _LOG.warning("sere: no report on speed and quality: %s", error)
         return
     _LOG.info("sere: %s", as_text(report))
-    if reason := _slower(report):
-        _LOG.warning("sere: %s", reason)
+    for warning in warnings(report):
+        _LOG.warning("sere: %s", warning)
 
 
 def as_text(report: Mapping[str, Any]) -> str:
@@ -73,7 +73,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         for row in rows
     ]
     said = [f"{report['policy']} beside stock routing, here, {report['text']}:", *lines]
-    return "\n".join([*said, *report["notes"]])
+    return "\n".join([*said, *in_words(report), *report["notes"]])
 
 
 def _row(size: Mapping[str, Any]) -> tuple[str, ...]:
@@ -91,21 +91,8 @@ def _row(size: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _mean(values: Sequence[float], sign: str) -> str:
-    """With its standard error over texts."""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):{sign}.4f} ±{error:.4f}"
-
-
-def _slower(report: Mapping[str, Any]) -> str | None:
-    sizes = report["sizes"]
-    if any(size["speed"][1] >= 1 for size in sizes):
-        return None
-    best = max(sizes, key=lambda size: size["speed"][1])
-    return (
-        f"RE-ROUTING MAKES DECODING SLOWER HERE, {best['speed'][1]:.2f}x at best: reading experts "
-        "is not what takes this engine's time (a model that fits into caches, or launches that no "
-        "graph holds)"
-    )
+    middle, error = mean(values)
+    return f"{middle:{sign}.4f} ±{error:.4f}"
 
 
 def _facts(
@@ -156,18 +143,19 @@ def _made(executor: Any, auto: Auto, own: Own, policy: str) -> dict[str, Any]:
     if reason := obstacle_to_reading(config):
         raise ServingError(reason)
     most = min(config.scheduler_config.max_num_seqs, *_ask(executor, "sere_room_to_try"))
-    texts, unread = _texts(config, auto, own, min(most, max(_SIZES)))
-    sizes = [n for n in _SIZES if n <= len(texts)] or [len(texts)]
+    texts = _texts(config, auto, own, min(most, max(_SIZES)))
+    count = len(texts.tokens)
+    sizes = [n for n in _SIZES if n <= count] or [count]
     if sizes == [0] or sizes == [1]:
         raise ServingError(
-            f"two texts of {LENGTH} tokens are wanted, decoded together; there are {len(texts)} in "
+            f"two texts of {LENGTH} tokens are wanted, decoded together; there are {count} in "
             f"{auto.data or 'the bundled text'} (this engine takes {most} requests at once)"
         )
     _LOG.info("sere: trying %s beside stock routing, %s requests", policy, sizes)
     began = time.monotonic()
     found: list[dict[str, Any]] = []
     while len(found) < len(sizes) and time.monotonic() - began < _PATIENCE:
-        answers = _ask(executor, "sere_try", texts[: sizes[len(found)]])
+        answers = _ask(executor, "sere_try", texts.first(sizes[len(found)]).tokens)
         size = next(answer for answer in answers if answer is not None)
         ratios = sorted(s / n for s, n in zip(size["stock_ms"], size["ms"], strict=True))
         found.append({**size, "speed": [ratios[0], statistics.median(ratios), ratios[-1]]})
@@ -175,14 +163,14 @@ def _made(executor: Any, auto: Auto, own: Own, policy: str) -> dict[str, Any]:
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
         "policy": policy,
-        "text": _described(auto, texts[: sizes[len(found) - 1]], unread),
+        "text": _described(auto, texts.first(sizes[len(found) - 1])),
         "sizes": found,
         "notes": _notes(sizes[len(found) :]),
     }
 
 
-def _texts(config: Any, auto: Auto, own: Own, count: int) -> tuple[list[list[int]], int]:
-    """Pieces to decode, and how many of them the table is not made of."""
+def _texts(config: Any, auto: Auto, own: Own, count: int) -> Pieces:
+    """Of the text, to decode; read is what the table is made of."""
     if longest(config) < LENGTH:
         raise ServingError(f"texts of {LENGTH} tokens are tried, this engine reads fewer")
     about = own.table.provenance
@@ -202,18 +190,26 @@ def _texts(config: Any, auto: Auto, own: Own, count: int) -> tuple[list[list[int
     )
 
 
-def _described(auto: Auto, texts: Sequence[list[int]], unread: int) -> str:
+def _described(auto: Auto, texts: Pieces) -> str:
     name = auto.data.name if auto.data else "the bundled text, which is not yours"
-    read = max(0, len(texts) - unread)
-    but = f", {read} of them calibrated on, which flatters" if read else ", none calibrated on"
+    told = [] if texts.read else ["none of them calibrated on"]
+    if texts.later:
+        told.append(
+            f"{texts.later} are later parts of texts that were, and other texts may lose more"
+        )
+    if texts.read:
+        told.append(f"{texts.read} of them calibrated on, which flatters")
     tokens = LENGTH - PROMPT - 1
-    return f"{tokens} tokens of each of up to {len(texts)} pieces of {name}{but}"
+    return (
+        f"{tokens} tokens of each of up to {len(texts.tokens)} pieces of {name}: {'; '.join(told)}"
+    )
 
 
 def _notes(left_out: Sequence[int]) -> list[str]:
     notes = [
         "speed: of a whole step, stock's time over this one's, lowest to highest of the turns; KL: "
-        "from stock's next token to this one's; loss: more than stock's; ± standard error",
+        "from stock's next token to this one's, 0 where they are equal; loss: more than stock's; "
+        "± standard error; of perplexity two of them either way",
     ]
     if left_out:
         notes.append(f"not tried, as it takes long: {', '.join(map(str, left_out))} requests")

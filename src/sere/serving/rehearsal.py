@@ -1,6 +1,6 @@
 """Start-up without the start: what vLLM would do first, in a process that has done nothing yet.
 
-`python -m sere.serving.rehearsal [MODEL [TABLE | auto]]` lets vLLM load its plug-ins, make its
+`python -m sere.serving.rehearsal [MODEL [SETTINGS]]` lets vLLM load its plug-ins, make its
 config and build the model without weights, so that every layer is bound or refused as in a worker.
 It prints what came of it as one line of JSON behind `RESULT`. Nothing here imports the plug-in:
 whether vLLM finds it is the question.
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ import torch
 from sere.files import plainly
 from sere.policy import PolicyError
 from sere.serving import self_calibration, wiring
-from sere.serving.asking import AUTO, KEY
+from sere.serving.asking import KEY
 from sere.serving.refusal import ServingError
+from sere.serving.session import settings_of
 from sere.serving.symbols import lacking, module_of, obstacle, symbol
 from sere.serving.worker import check_layers, kernels_of
 from sere.table import TableError
@@ -38,8 +40,11 @@ _OTHER_TORCH = (
 class Rehearsal:
     """A fresh process, at work while its maker goes on: importing vLLM takes it seconds."""
 
-    def __init__(self, model: str | None, table: str | None) -> None:
-        arguments = [argument for argument in (model, table) if argument is not None]
+    def __init__(self, model: str | None, own: Mapping[str, Any] | str | None) -> None:
+        """own: what is to stand behind "sere", if something is."""
+        arguments = [] if model is None else [model]
+        if model is not None and own is not None:
+            arguments.append(json.dumps(own))
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
             stdout=subprocess.PIPE,
@@ -57,10 +62,10 @@ class Rehearsal:
         missing: places of vLLM where sere should be and is not. no_metrics: why the server's
         `/metrics` would have none of sere's, or None. experts: of the model; 0 if it is dense,
         None if it was not named or cannot be configured. refused: why an engine with this model and
-        table would not start, or None. auto: of an engine that is to calibrate itself, where its
-        table is or will be, or None. unbuilt: why its layers could not be built here to be asked,
-        or None. kernels: of each of these layers, the expert kernel that would serve and the one
-        that stock vLLM would take.
+        these settings would not start, or None. auto: of an engine that is to calibrate itself,
+        where its table is or will be, or None. unbuilt: why its layers could not be built here to
+        be asked, or None. kernels: of each of these layers, the expert kernel that would serve and
+        the one that stock vLLM would take.
         Raises `RuntimeError` with the end of its output if the process died, that once.
         """
         if self._said is None:
@@ -108,8 +113,8 @@ def _untouched(places: dict[str, Any]) -> list[str]:
     return [name for name, place in places.items() if not hasattr(place, "__wrapped__")]
 
 
-def _started(model: str, table: str | None) -> dict[str, Any]:
-    """What of `Rehearsal.found` is about a model, and a table for it."""
+def _started(model: str, own: Any) -> dict[str, Any]:
+    """What of `Rehearsal.found` is about a model, and settings for it if there are any."""
     # Eager: what is refused with graphs has a flag of its own to say so.
     options: dict[str, Any] = {"model": model, "enforce_eager": True}
     arguments = symbol("EngineArgs")
@@ -117,14 +122,13 @@ def _started(model: str, table: str | None) -> dict[str, Any]:
     try:
         config = arguments(**options).create_engine_config()
         found["experts"] = config.model_config.get_num_experts()
-        if table is not None:
-            own = {KEY: AUTO if table == AUTO else {"table": table}}
-            config = arguments(**options, additional_config=own).create_engine_config()
-            if table == AUTO:
+        if own is not None:
+            config = arguments(**options, additional_config={KEY: own}).create_engine_config()
+            if settings_of(config).auto is not None:
                 found["auto"] = self_calibration.kept(config)
     except Exception as error:  # whatever vLLM raises is the answer
         return {**found, "refused": sentence(plainly(error))}
-    if table is None:
+    if own is None:
         return found
     try:
         _build(config)
@@ -155,7 +159,7 @@ def _build(config: Any) -> None:
             symbol("initialize_model")(vllm_config=config)
 
 
-def _main(model: str | None = None, table: str | None = None) -> None:
+def _main(model: str | None = None, own: str = "null") -> None:
     if reason := lacking("doctor"):
         sys.exit(reason)
     symbol("load_general_plugins")()
@@ -171,7 +175,7 @@ def _main(model: str | None = None, table: str | None = None) -> None:
         "kernels": [],
     }
     if model is not None:
-        found |= _started(model, table)
+        found |= _started(model, json.loads(own))
     print(RESULT + json.dumps(found), flush=True)
 
 

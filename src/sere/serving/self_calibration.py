@@ -34,7 +34,7 @@ from sere.serving.settings import Settings
 from sere.serving.symbols import lacking, vllm_version
 from sere.serving.table_cache import CacheTrouble, Entry
 from sere.serving.traffic import Watched, obstacle_to_watching
-from sere.similarity.enough import first_with_too_little
+from sere.similarity.enough import first_with_too_little, in_words
 from sere.table import Table
 from sere.text.bundled import BUNDLED
 from sere.text.corpus import CorpusError, file_hash
@@ -79,6 +79,9 @@ def kept(config: Any) -> str:
         return f"it will find {entry.path}"
     if auto.traffic is not None:
         return f"what it serves first, by stock routing, will make {entry.path}"
+    if auto.data is None:
+        own = '{"auto": {"data": "text.jsonl"}} takes yours'
+        return f"its first start will make {entry.path} of the bundled text; {own}"
     return f"its first start will make {entry.path}"
 
 
@@ -103,6 +106,8 @@ def prepare(executor: Any) -> Own | None:
         _LOG.warning(FOREIGN)
     if reason := first_with_too_little(own.table.layers):
         _LOG.warning("sere: the table is made from too little text: %s", reason)
+    else:
+        _LOG.info("sere: the table is made from enough text: %s", in_words(own.table.layers))
     for index, layer in own.layers():
         _ask(executor, "sere_take_maps", index, layer)
     _ask(executor, "sere_take_table", own.data, "", own.table.maps)

@@ -57,8 +57,9 @@ def description(session: Session, kernels: Iterable[tuple[str, str]]) -> dict[st
     }
 
 
-def say(workers: Sequence[dict[str, Any]]) -> None:
-    """Log it, once an engine; workers: the descriptions of its workers."""
+def say(workers: Sequence[dict[str, Any]], kept: Path | None = None) -> None:
+    """Log it, once an engine; workers: the descriptions of its workers. kept: the file of the table
+    that the engine has made, or found of an earlier start."""
     own = f"sere {__version__} on vLLM {vllm_version()}"
     first = workers[0]
     layers = _ranges({index for worker in workers for index in worker["layers"]})
@@ -67,7 +68,7 @@ def say(workers: Sequence[dict[str, Any]]) -> None:
         for name in ("kernels", "stock_kernels")
     )
     what = (
-        f"table {Path(first['table']).name}, layers {layers}, rows: {first['rows']}, "
+        f"table {kept or Path(first['table']).name}, layers {layers}, rows: {first['rows']}, "
         f"expert kernel {', '.join(kernels)}, operator {first['operator']}"
     )
     if maps := max(worker.get("maps") or 0 for worker in workers):

@@ -9,6 +9,7 @@ are read as the policy has it.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ LENGTH = PROMPT + TURNS * STEPS + 1
 _ROWS = 16  # whose logits are compared at a time
 _STOCK = str(EXACT)
 _Said = tuple[list[int], Tensor]  # texts by row, and their rows' logits [n, vocabulary]
-_Row = tuple[int, float, float, bool]  # text, KL, loss, whether the likeliest token is the same
+_Row = tuple[int, float, float, float, bool]  # text, KL, loss, stock's own, whether tokens agree
 
 
 def room(worker: Any) -> int:
@@ -58,8 +59,8 @@ def try_out(worker: Any, session: Session, texts: Sequence[list[int]]) -> dict[s
 
     requests: how many. stock_ms, ms: of a step, the median of each turn. before, after: experts
     that a layer reads, a mean. kl: nats from stock's distribution of the next token to the
-    policy's, by text; loss: nats a token lost, by text. same: the share of rows whose likeliest
-    token is stock's.
+    policy's, by text; loss: nats a token lost, by text; stock_loss: what stock loses itself. same:
+    the share of rows whose likeliest token is stock's. vocabulary: tokens that may come next.
     Raises `ServingError` if they cannot be compared.
     """
     trial = _Trial(worker, session, texts)
@@ -76,23 +77,24 @@ def try_out(worker: Any, session: Session, texts: Sequence[list[int]]) -> dict[s
         "ms": [1e3 * s for s in ms],
         "before": trial.read("active_before"),
         "after": trial.read("active_after"),
+        "vocabulary": trial.vocabulary,
         **_by_text([row for rows in found for row in rows], len(texts)),
     }
 
 
 def _by_text(rows: Sequence[_Row], texts: int) -> dict[str, Any]:
-    kl, loss = [0.0] * texts, [0.0] * texts
-    for text, nats, lost, _ in rows:
-        kl[text] += nats * texts / len(rows)
-        loss[text] += lost * texts / len(rows)
-    return {"kl": kl, "loss": loss, "same": sum(same for *_, same in rows) / len(rows)}
+    sums: dict[str, list[float]] = {name: [0.0] * texts for name in ("kl", "loss", "stock_loss")}
+    for text, *nats, _ in rows:
+        for own, value in zip(sums.values(), nats, strict=True):
+            own[text] += value * texts / len(rows)
+    return {**sums, "same": sum(same for *_, same in rows) / len(rows)}
 
 
 class _Trial:
     """An `Observer` for the order of a batch's rows.
 
-    failed: why there are no figures. No rank leaves its turns before the others do, which would
-    wait for it.
+    vocabulary: of the logits. failed: why there are no figures. No rank leaves its turns before the
+    others do, which would wait for it.
     """
 
     def __init__(self, worker: Any, session: Session, texts: Sequence[list[int]]) -> None:
@@ -105,6 +107,7 @@ class _Trial:
         self._order: list[int] = []  # texts, by row
         self._logits: Tensor | None = None
         self.failed: str | None = None
+        self.vocabulary = 0
         self._counted: dict[str, int] = dict.fromkeys(COUNTERS, 0)
 
     def begin(self, requests: Sequence[str], lengths: Any, prefilling: Any) -> None:
@@ -142,7 +145,7 @@ class _Trial:
 
     def turn(self, number: int) -> tuple[float, float, list[_Row]]:
         """Seconds of a step by stock routing, and by the policy; and of every row but the first
-        step's its text, KL, loss and whether the likeliest token is the same."""
+        step's what `_Row` is."""
         start = PROMPT + number * STEPS
         stock: list[_Said] = []
         new: list[_Said] = []
@@ -158,6 +161,8 @@ class _Trial:
         try:
             for step, pair in enumerate(zip(stock, new, strict=True)):
                 found += self._compared(*pair, start + step + 1)
+            if not all(math.isfinite(sum(nats)) for _, *nats, _ in found):
+                raise ValueError("not all of them are finite")
         except Exception as error:
             self.failed = self.failed or f"the routings' logits cannot be compared: {error}"
         return seconds[0], seconds[1], found
@@ -226,6 +231,7 @@ class _Trial:
             self.failed = "this engine's logits are not seen (it samples in parts)"
             return
         try:
+            self.vocabulary = self._logits.shape[1]
             made.append((self._order, self._logits.cpu()))
         except Exception as error:
             self.failed = f"the logits do not fit into the host's memory: {error}"
@@ -250,6 +256,8 @@ class _Trial:
             )
             share = p.exp()  # what stock never says adds nothing: both may be -inf
             kl = (share * (p - q)).masked_fill(share == 0, 0).sum(1)
-            lost = (p - q).gather(1, said)[:, 0]
+            own = -p.gather(1, said)[:, 0]
+            lost = -own - q.gather(1, said)[:, 0]
             same = p.argmax(1) == q.argmax(1)
-            yield from zip(texts, kl.tolist(), lost.tolist(), same.tolist(), strict=True)
+            rows = (found.tolist() for found in (kl, lost, own, same))
+            yield from zip(texts, *rows, strict=True)

@@ -162,7 +162,7 @@ def _asking_every_worker(original: Callable[..., None]) -> Callable[..., None]:
             ) from error
         if refused := [answer for answer in told if isinstance(answer, str)]:
             raise ServingError(refused[0])
-        start_up.say(told)
+        start_up.say(told, own.path if own else None)
         may_ask.hear(executor.vllm_config, executor.collective_rpc("sere_telemetry")[0])
         first_report.tell(executor, own, told)
 

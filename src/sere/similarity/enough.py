@@ -18,6 +18,18 @@ def first_with_too_little(layers: Mapping[int, LayerStatistics]) -> str | None:
     return None
 
 
+def in_words(layers: Mapping[int, LayerStatistics]) -> str:
+    """How far a table is to be trusted, by the layer in which that is least."""
+    tokens = f"{min(layer.tokens for layer in layers.values()):,} tokens"
+    known = [layer.stability for layer in layers.values() if layer.stability is not None]
+    if not known:
+        return f"{tokens}; how far other text would agree with them is not known"
+    return (
+        f"{tokens}; other text of the kind would choose {min(known):.0%} of the replacements "
+        f"again, in the layer where that is least (at least {_UNSTABLE:.0%} is enough)"
+    )
+
+
 def too_little_text(layer: LayerStatistics) -> str | None:
     """Why replacements are not to be trusted, and how many tokens it would take; or None.
 

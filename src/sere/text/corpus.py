@@ -141,6 +141,8 @@ def encoder(tokenizer: Any, length: int | None = None) -> Callable[[Text], list[
     length: how many are needed; of a very long text no more than it takes is tokenized.
     """
     told = False
+    if isinstance(own := getattr(tokenizer, "deprecation_warnings", None), dict):
+        own["sequence-length-is-longer-than-the-specified-maximum"] = True  # texts are cut later
 
     def encode(text: Text) -> list[int]:
         nonlocal told
