@@ -85,7 +85,20 @@ def examine(
             yield Check("model", False, str(error))
             return
     rehearsal = Rehearsal(folder, own)
-    checks: list[tuple[str, Callable[[], str]]] = [
+    ready = True
+    for name, check in _checks(rehearsal, folder, table, own is not None, bench):
+        answer = _answered(name, check)
+        ready &= answer.passed
+        yield answer
+    if ready and folder is not None and own is not None:
+        yield Check("serve", True, serve_line(folder, _advised(own)))
+
+
+def _checks(
+    rehearsal: Rehearsal, folder: str | None, table: str | None, settings: bool, bench: str | None
+) -> list[tuple[str, Callable[[], str]]]:
+    """Questions in their order. settings: whether there are any to start an engine with."""
+    checks = [
         ("versions", lambda: " ".join(_versions())),
         ("plug-in registered", _registered),
         ("plug-in allowed", _allowed),
@@ -105,15 +118,9 @@ def examine(
     ]
     if folder is not None:
         checks.append(("model", lambda: _model(folder, rehearsal.found())))
-    if folder is not None and own is not None:
+    if folder is not None and settings:
         checks.append(("start-up", lambda: _start(rehearsal.found())))
-    ready = True
-    for name, check in checks:
-        answer = _answered(name, check)
-        ready &= answer.passed
-        yield answer
-    if ready and folder is not None and own is not None:
-        yield Check("serve", True, serve_line(folder, _advised(own)))
+    return checks
 
 
 def _own(table: str | None, settings: str | None) -> Mapping[str, Any] | str | None:
