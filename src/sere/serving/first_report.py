@@ -201,7 +201,7 @@ def _described(auto: Auto, texts: Pieces) -> str:
         told.append(f"{texts.read} of them calibrated on, which flatters")
     tokens = LENGTH - PROMPT - 1
     return (
-        f"{tokens} tokens of each of up to {len(texts.tokens)} pieces of {name}: {'; '.join(told)}"
+        f"{tokens} tokens of each of up to {len(texts.tokens)} pieces of {name} ({'; '.join(told)})"
     )
 
 
