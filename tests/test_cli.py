@@ -215,7 +215,7 @@ def test_calibrate_then_inspect(
     output, png = tmp_path / "t.safetensors", tmp_path / "t.png"
     flags = ["--data", str(corpus_file), "--samples", "50", "--length", "8", "--method", "cosine"]
     assert main(["calibrate", str(model_dir), "-o", str(output), *flags]) == 1
-    assert "use --samples 20, --allow-fewer" in capsys.readouterr().err
+    assert "ask for 20 (samples), take fewer (--allow-fewer" in capsys.readouterr().err
     assert main(["calibrate", str(model_dir), "-o", str(output), *flags, "--allow-fewer"]) == 0
     assert "2 layers, E=8, K=2" in capsys.readouterr().out
     table = Table.load(output)

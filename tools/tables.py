@@ -333,7 +333,9 @@ def start_up(stem: str) -> str:
         ]
         for start, found in result(stem)["starts"].items()
     ]
-    return _markdown(["start", "seconds", "more", "of CPU", "more"], rows)
+    table = _markdown(["start", "seconds", "more", "of CPU", "more"], rows)
+    own = f"Of the first start, {result(stem)['report']:.1f} s are its report."
+    return f"{table}\n\n{own} `{stem}.json`, {_day_and_machine(stem)}."
 
 
 def first_report(stem: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -46,6 +47,18 @@ def asking(body: dict[str, Any], tier: str) -> dict[str, Any]:
     if "token_ids" in body:
         return body | {"sampling_params": body["sampling_params"] | {"extra_args": {"sere": tier}}}
     return body | {"vllm_xargs": {"sere": tier}}
+
+
+DROP_WHAT_THEY_DO_NOT_KNOW = {"message", "message, streamed", "tokens", "tokens, streamed"}
+
+
+@pytest.mark.parametrize("route", sorted({*ROUTES} - DROP_WHAT_THEY_DO_NOT_KNOW))
+def test_what_stands_where_nobody_reads_it_is_refused(route: str, server: Server) -> None:
+    """vLLM takes unknown fields of a request and leaves them out."""
+    path, body = ROUTES[route]
+    status, said = server.post(path, body | {"sere": "exact"})
+    assert status == 400, said
+    assert 'vllm_xargs": {"sere": "exact"}' in json.loads(said)["error"]["message"]
 
 
 @pytest.mark.parametrize("route", ROUTES)

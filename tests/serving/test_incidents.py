@@ -290,6 +290,7 @@ RAISES = {
     },
     "the front end, as an error of the request": {
         *("may_ask.check_request", "tiers.parse", "admission.check", "invariance.check_tier"),
+        "admission.check_place",
         *("switch._admit", "switch._answer", "switch._ask", "switch._asked", "switch._body"),
     },
     "the caller of collective_rpc": {

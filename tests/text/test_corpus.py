@@ -281,7 +281,7 @@ def test_texts_without_a_token_are_refused() -> None:
 
 
 def test_fewer_texts_than_asked_for_only_if_allowed() -> None:
-    with pytest.raises(CorpusError, match=r"2 texts, but 3 .*--samples 2, --allow-fewer"):
+    with pytest.raises(CorpusError, match=r"2 texts, but 3 .*ask for 2 .*--allow-fewer"):
         corpus(TEXTS[:2])
     assert len(corpus(TEXTS[:2], allow_fewer=True).sequences) == 2
 

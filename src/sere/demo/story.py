@@ -142,9 +142,10 @@ def _plot_quality(axes: Any, result: dict[str, Any]) -> None:
         axes.errorbar(active(arm), share, spread, capsize=3, **style, **colour)
         axes.annotate(
             arm["name"],
-            (active(arm), share),
-            xytext=(9, 9),
+            (active(arm), high if spread else share),
+            xytext=(0, 7),
             textcoords="offset points",
+            ha="center",
             weight="bold" if own else None,
         )
     axes.set_title("quality: answers lost for experts not read")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
@@ -37,10 +38,12 @@ def wrap_front_end() -> None:
     wrap(symbol("LLMEngine"), "add_request", _calling)
     wrap(symbol("BeamSearchOnlineMixin"), "beam_search", _searching_online)
     wrap(symbol("BeamSearchOfflineMixin"), "beam_search", _searching_offline)
-    texts = map(symbol, ("CompletionRequest", "ChatCompletionRequest"))
-    speeches = map(symbol, ("TranscriptionRequest", "TranslationRequest"))
+    texts = [*map(symbol, ("CompletionRequest", "ChatCompletionRequest"))]
+    speeches = [*map(symbol, ("TranscriptionRequest", "TranslationRequest"))]
     for request in (*texts, *speeches):
         wrap(request, "to_beam_search_params", _carrying)
+    for request in texts:
+        wrap(request, "to_sampling_params", _reading)
 
 
 @functools.cache
@@ -70,6 +73,17 @@ def check(config: Any, asked: Any) -> None:
     except PolicyError as error:
         refusal = symbol("VLLMValidationError")
         raise refusal(f'"sere": {error}', parameter="extra_args") from None
+
+
+def check_place(request: Any) -> None:
+    """Raise the same error where a request of an API says it in a place that nobody reads: vLLM
+    takes fields that it does not know, and leaves them out."""
+    if (said := getattr(request, KEY, None)) is not None:
+        raise symbol("VLLMValidationError")(
+            f'"sere": {said!r} stands beside vllm_xargs, where it would be left out: write '
+            f'"vllm_xargs": {{"sere": {json.dumps(said, default=str)}}}',
+            parameter=KEY,
+        )
 
 
 def admitting(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,11 +127,22 @@ def _parameters(*arguments: Any) -> Iterator[Any]:
         yield getattr(argument, "sampling_params", None)
 
 
+def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps `to_sampling_params` of an API request."""
+
+    def to_sampling_params(request: Any, *args: Any, **kwargs: Any) -> Any:
+        check_place(request)
+        return original(request, *args, **kwargs)
+
+    return to_sampling_params
+
+
 def _responding(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps `create_responses`, which generates only once its stream, or what runs in the
     background, has begun."""
 
     def create_responses(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        check_place(request)
         check(serving.engine_client.vllm_config, (request.vllm_xargs or {}).get(KEY))
         return original(serving, request, *args, **kwargs)
 
@@ -131,6 +156,7 @@ def _carrying(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps `to_beam_search_params` of an API request: vLLM leaves `vllm_xargs` behind."""
 
     def to_beam_search_params(request: Any, *args: Any, **kwargs: Any) -> Any:
+        check_place(request)
         params = original(request, *args, **kwargs)
         params.extra_args = request.vllm_xargs
         return params

@@ -101,11 +101,10 @@ def subject(
         known = Table.load(path)
         E, K = known.fingerprint.E, known.fingerprint.K
         sizes, options = Sizes.of(folder), _options(load, dtype, eager or not on_gpu)
-        expected = None
+        expected = experts_load(E, skew, trace) if shape else None
         if shape:
             if not on_gpu:  # a GPU's engine says so itself
                 _check_memory(sizes.total * itemsize)
-            expected = experts_load(E, skew, trace)
             own = {"seed": load.seed, "K": K, "load": expected}
             options |= {"load_format": LOAD_FORMAT, "model_loader_extra_config": own}
         elif skew or trace:

@@ -99,7 +99,8 @@ class Corpus:
         if len(texts) < samples and not allow_fewer:
             raise CorpusError(
                 f"{source}: {len(texts)} text{'s' * (len(texts) > 1)}, but {samples} were asked "
-                f"for: use --samples {len(texts)}, --allow-fewer, or a larger file"
+                f"for: ask for {len(texts)} (samples), take fewer (--allow-fewer; for an engine "
+                '"allow_fewer": true), or bring a larger file'
             )
         random.Random(seed).shuffle(texts)
 

@@ -90,6 +90,7 @@ def run(
         **contents(folder, [table]),
     }
     provenance.check_settings(output, settings)
+    _say_passages(samples, len(passages), half, max(batches))
     with locked(table_path), Journal(unfinished(output), settings | _SEARCH) as journal:
         unseen = Judge(model, layers, passages[half:], journal, False, first=half)
         tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
@@ -143,6 +144,18 @@ def _half(passages: int, batch: int, budget: Budget) -> int:
     half = passages // (2 * batch) * batch
     budget.check_passages(half)
     return half
+
+
+def _say_passages(samples: int, found: int, half: int, batch: int) -> None:
+    """Why those that are searched on are no half of those that were asked for."""
+    fewer = (
+        f" of {samples} (no more texts, or repeats, which count once)" if found < samples else ""
+    )
+    print(
+        f"{found} passages{fewer}: {half} to search on, whole batches of {batch}, and the other "
+        f"{found - half} to check",
+        file=sys.stderr,
+    )
 
 
 def _say_plan(
