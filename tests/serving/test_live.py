@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sere.demo_model.tasks import examples
-from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, reroute
+from sere.kernels import COUNTERS, Plan, RowClass, keeping, new_counters, numba_kernel, reroute
 from sere.policy import STOCK, Policy
 from sere.serving.layer import ReroutedLayer
 from sere.serving.live import Live
@@ -71,6 +72,26 @@ def test_layers_see_the_change_and_write_through(table: Table) -> None:
     assert {name for name, _ in layer.named_buffers()} == {
         "neighbours", "errors", "scales", "settings", "pool", "counters", "row_classes"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_no_request_waits_for_the_operator_to_be_compiled(
+    weights: torch.dtype, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Start-up's passes do not need it on CPUs, and compile it all the same: it takes 10 s."""
+    entry = functools.cache(numba_kernel._entry.__wrapped__)
+    monkeypatch.setattr(numba_kernel, "_entry", entry)
+    live, rows = Live(table, "cpu"), RowClasses(16, "cpu", "decode")
+    layer = ReroutedLayer("one", table.plan(1, Policy(S=1)), rows, live, live.place(1))
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(6)]).int()
+    live.follow(None)
+    assert live.idle and layer(ids, torch.rand(6, K).to(weights)).equal(ids)
+    assert entry.cache_info().misses == 1
+    live.follow(Policy(S=1))
+    rows.buffer[:6] = RowClass.FAST
+    live.choose(6, 0)
+    assert not layer(ids, torch.rand(6, K).to(weights)).equal(ids)
+    assert entry.cache_info().misses == 1
 
 
 def test_a_router_of_unsigned_ids_is_refused_in_the_first_pass(table: Table) -> None:

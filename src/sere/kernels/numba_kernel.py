@@ -65,6 +65,11 @@ def _readable(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return ids.contiguous(), weights.contiguous(), rows.contiguous()
 
 
+def compile_for(ids: torch.dtype, weights: torch.dtype) -> None:
+    """What `run` and `bound` call for batches of these dtypes."""
+    _entry(ids if ids in _TYPES else torch.int64, weights if weights in _TYPES else torch.float32)
+
+
 def bound(plan: Plan, counters: Tensor, rows: Tensor) -> Callable[[Tensor, Tensor, int], Tensor]:
     """`run` for one layer of an engine, on its first T rows: buffers that stay where they are, ids
     and weights that are of one dtype and K in every call.

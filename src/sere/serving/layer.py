@@ -115,6 +115,7 @@ class ReroutedLayer(nn.Module):
         """
         if not self.called:  # setting a module's attribute costs microseconds
             check_types(topk_ids.dtype, topk_weights.dtype)  # in start-up's first pass
+            self._compile(topk_ids.dtype, topk_weights.dtype)
             self.called = True
         T = topk_ids.shape[0]
         if self.stand_ins is not None:
@@ -130,6 +131,15 @@ class ReroutedLayer(nn.Module):
         except Exception as error:
             self.rows.incidents.survive("re-routing a layer", error)
             return topk_ids
+
+    def _compile(self, ids: torch.dtype, weights: torch.dtype) -> None:
+        """On CPUs, where no pass of start-up needs the operator: the first request would wait for
+        it, 10 s where sere has just been installed."""
+        if self._implementation(self.plan) == "numba":
+            second_engine.allow()
+            from sere.kernels.numba_kernel import compile_for
+
+            compile_for(ids, weights)
 
     def _abstain(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Vote as rows that are not real do, where other ranks wait for a vote."""
