@@ -222,8 +222,14 @@ def test_calibrate_then_inspect(
     assert (table.method, table.provenance["length"]) == ("cosine", 8)
 
     assert main(["inspect", str(output), "--json", "--rho", "1.5"]) == 0
-    layers = json.loads(capsys.readouterr().out)
-    assert [layer["critical_fraction"] for layer in layers] == [1, 1]
+    told = json.loads(capsys.readouterr().out)
+    assert [layer["critical_fraction"] for layer in told["layers"]] == [1, 1]
+    assert (told["table"], told["method"], told["policy"]) == (str(output), "cosine", None)
+    assert (told["fingerprint"]["E"], told["provenance"]["length"]) == (8, 8)
+    assert main(["inspect", str(output), "--compare", str(output), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tables"] == [str(output)] * 2 and len(told["layers"]) == 2
+    assert not told["differences"]
     arguments = ["inspect", str(output), "--rho", "0"]
     if importlib.util.find_spec("matplotlib"):
         arguments += ["--plot", str(png)]

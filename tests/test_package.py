@@ -123,7 +123,7 @@ def test_the_installed_package_works_beside_its_dependencies(
     installed = beside_vllm
     table.save(tmp_path / "sere.table")
     found = json.loads(run(installed / "sere", "inspect", "sere.table", "--json", cwd=tmp_path))
-    assert [layer["index"] for layer in found] == list(table.layers)
+    assert [layer["index"] for layer in found["layers"]] == list(table.layers)
     (tmp_path / "results").mkdir()
     shutil.copy(ROOT / "benchmarks/results/demo.json", tmp_path / "results")
     run(installed / "sere", "report", "results", "-o", "page.html", cwd=tmp_path)

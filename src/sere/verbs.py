@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from json import dumps
 from typing import Any
@@ -49,13 +49,18 @@ def inspect(
 
         other = Table.load(compare)
         found = comparison.compare(loaded, other)
-        if differences := loaded.fingerprint.differences(other.fingerprint):
+        differences = loaded.fingerprint.differences(other.fingerprint)
+        if differences:
             what = ", ".join(difference.split(":")[0] for difference in differences)
             print(f"these are tables of two models, which differ in {what}", file=sys.stderr)
-        print(_json(found) if json else comparison.as_text(found))
+        pair = {"tables": [table, compare], "differences": differences}
+        print(_json(pair, found) if json else comparison.as_text(found))
     else:
-        print(_json(inspection.report(loaded, rho)) if json else inspection.as_text(loaded, rho))
-        if not json:
+        if json:
+            known = {"table": table, **inspection.about(loaded)}
+            print(_json(known, inspection.report(loaded, rho)))
+        else:
+            print(inspection.as_text(loaded, rho))
             model = str(loaded.provenance.get("model", "MODEL"))
             own = {"table": str(table), **inspection.advised(loaded)}
             print(f"\n{inspection.serve_line(model, own)}")
@@ -66,8 +71,8 @@ def inspect(
         print(f"written: {plot}", file=sys.stderr)
 
 
-def _json(layers: Sequence[Any]) -> str:
-    return dumps([asdict(layer) for layer in layers])
+def _json(about: Mapping[str, Any], layers: Sequence[Any]) -> str:
+    return dumps({**about, "layers": [asdict(layer) for layer in layers]})
 
 
 def demo(output: str, **flags: Any) -> None:
@@ -303,5 +308,5 @@ def doctor(
         if not json:
             print(as_text(check), flush=True)
     if json:
-        print(_json(checks))
+        print(dumps([asdict(check) for check in checks]))
     return int(not all(check.passed for check in checks))

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,17 @@ def _warnings(
     if layer.tokens and unused:
         found.append(f"{unused} experts were never chosen by the router on this text")
     return found
+
+
+def about(table: Table) -> dict[str, Any]:
+    """What it is of, JSON-able: without the hashes of its texts."""
+    made = {k: v for k, v in table.provenance.items() if k != "text_hashes"}
+    return {
+        "method": table.method,
+        "fingerprint": asdict(table.fingerprint),
+        "policy": table.policy and table.policy.to_dict(),
+        "provenance": made,
+    }
 
 
 def as_text(table: Table, rho: float | None = None) -> str:
