@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sere.kernels import RowClass
+from sere.kernels import Plan, RowClass, numba_answers
 from sere.maps import LayerMaps, Maps, beside, served_bytes
 from sere.policy import Policy, PolicyError
 from sere.serving import loaded_maps
 from sere.serving.auto import Auto
 from sere.serving.compile_key import keyed
+from sere.serving.layer import ReroutedLayer
+from sere.serving.live import Live
 from sere.serving.loaded_maps import Answers, check_finalized, ranks_to_load, unloaded
 from sere.serving.no_table import NoTable
 from sere.serving.refusal import ServingError
@@ -130,6 +132,28 @@ def test_the_maps_of_freed_slots_are_added_to_the_experts_output(
     one.sere.stand_ins.forget()  # a pass that the operator leaves alone
     x = torch.randn(T, H)
     assert not one.routed_experts.forward_modular(x, torch.rand(T, K), torch.ones(T, K)).any()
+
+
+def test_no_request_waits_for_the_kernels_to_be_compiled(
+    table: Table, first: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's first pass, which is start-up's, runs them all, and changes nothing."""
+    kernels = [numba_answers._keep_freed, numba_answers._ask, numba_answers._answer]
+    fresh = [type(kernel)(kernel.py_func) for kernel in kernels]
+    for kernel, new in zip(kernels, fresh, strict=True):
+        monkeypatch.setattr(numba_answers, kernel.__name__, new)
+    one = runner()
+    answers = attached(table, one)
+    layer = ReroutedLayer("one", Plan.off(E), answers._rows, (live := Live(table, "cpu")), 0)
+    layer.stand_ins = one.sere.stand_ins
+    live.follow(None)
+    layer(torch.zeros(T, K, dtype=torch.int32), torch.rand(T, K))
+    compiled = [[*kernel.signatures] for kernel in fresh]
+    assert all(map(len, compiled))
+    assert table.maps is not None
+    expected = wanted(table.maps.layer(0))
+    torch.testing.assert_close(a_pass(one), expected, atol=1e-5, rtol=1e-5)
+    assert [[*kernel.signatures] for kernel in fresh] == compiled
 
 
 def test_room_that_is_filled_answers_as_what_was_loaded(

@@ -140,6 +140,8 @@ class ReroutedLayer(nn.Module):
             from sere.kernels.numba_kernel import compile_for
 
             compile_for(ids, weights)
+            if self.stand_ins is not None:
+                self.stand_ins.compile_for(ids)
 
     def _abstain(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Vote as rows that are not real do, where other ranks wait for a vote."""

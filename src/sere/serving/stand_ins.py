@@ -86,6 +86,13 @@ class StandIns(nn.Module):
                 )
             own.copy_(new)
 
+    def compile_for(self, ids: torch.dtype) -> None:
+        """Run all kernels on a row that asks for nothing: see `ReroutedLayer`."""
+        own, weights = self.ids[:1].zero_(), self.weights[:1].zero_()
+        self._kernels.keep_freed_(weights, own, own.to(ids), self._rows.of(1), self.rank)
+        row = torch.zeros(1, self.down.shape[-1])
+        self._kernels.answer_(row, own, weights, self._asked(row), self.up, self.constant)
+
     def forget(self) -> None:
         """A pass begins: nothing is asked yet."""
         self._given = 0
