@@ -31,6 +31,7 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert " WARNING " not in done.stderr and "FutureWarning" not in done.stderr  # vLLM's
+    assert done.stderr.count("\r") < 60  # bars, which are for terminals; it was hundreds
     assert done.stdout.splitlines()[-1].endswith(f"at a glance: {out}/demo.png")
     for picture in ("tuning.png", "speed.png"):
         assert (picture in done.stdout.splitlines()[-1]) is (out / picture).exists()

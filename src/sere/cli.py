@@ -144,6 +144,7 @@ def _run(argv: Sequence[str] | None) -> int:
         # Threads of a team that spin while they wait take the core from a neighbour: a busy one
         # made a calibration six times slower (issue 21).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        _be_brief_in_logs()
         debug = arguments.pop("debug")
         try:
             files.FORCE.set(arguments.pop("force", False))
@@ -193,6 +194,14 @@ def _say_what_dies() -> None:
     with suppress(AttributeError, ValueError, OSError):  # stderr is no file, as in notebooks
         faulthandler.enable()
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+
+
+def _be_brief_in_logs() -> None:
+    """Progress bars that are no terminal's: none of what is over soon, and a line now and then."""
+    with suppress(AttributeError, ValueError, OSError):
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DELAY", "2")
+            os.environ.setdefault("TQDM_MININTERVAL", "10")
 
 
 def _interrupted(output: str | None) -> str:
