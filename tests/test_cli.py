@@ -209,6 +209,17 @@ def test_every_measure_is_offered(verb: str) -> None:
         assert parser().parse_args([verb, *required, "--method", method]).method == method
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "tune", "doctor", "bench"])
+def test_a_table_in_the_models_place_is_called_so(
+    verb: str, table_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--budget", "kl=0.01"] if verb == "tune" else []
+    with pytest.raises(SystemExit):
+        main([verb, str(table_path), "demo", *more])
+    said = capsys.readouterr().err
+    assert f"{table_path} is a table, and the model comes first: sere {verb} MODEL TABLE" in said
+
+
 def test_calibrate_then_inspect(
     model_dir: Path, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

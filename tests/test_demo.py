@@ -3,6 +3,7 @@ is said where a machine is too small for the half that needs gigabytes."""
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -82,6 +83,17 @@ def test_a_layer_of_the_published_shape_is_measured(tmp_path: Path) -> None:
     given = parser().parse_args(words[3:])
     assert (given.model, given.layers, given.table) == ("qwen3-30b-a3b", 1, None)
     assert [contender_of(text, tmp_path).name for text in given.policies] == ["S=2", "S=1"]
+
+
+def test_a_busy_machine_is_told_beside_its_ratios() -> None:
+    """Rounds of the same scatter on it, and a ratio of 5 stood where 2 was meant."""
+    assert "THE MACHINE WAS BUSY" not in story.as_text(COMMITTED)
+    busy = copy.deepcopy(COMMITTED)
+    each = busy["speed"]["results"][1]
+    each["arms"][0]["tpot_ms_quartiles"] = [31.0, 180.0]
+    told = story.as_text(busy)
+    assert "THE MACHINE WAS BUSY" in told and "31.0 to 180.0 ms" in told
+    assert f"stock, batch {each['batch']}" in told
 
 
 def test_both_halves_are_told() -> None:

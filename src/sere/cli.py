@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from sere import __version__, files, flags
@@ -177,7 +178,15 @@ def _parsed(argv: Sequence[str]) -> dict[str, Any]:
     arguments = vars(top.parse_args(argv))
     if verb is None:
         top.error(f"expected a verb: {', '.join(VERBS)}")
+    if (model := arguments.get("model")) and arguments.get("table") and _is_table(model):
+        top.error(f"{model} is a table, and the model comes first: sere {verb} MODEL TABLE")
     return arguments
+
+
+def _is_table(name: str) -> bool:
+    with suppress(OSError, ValueError):
+        return files.is_file(path := Path(name)) and files.KINDS["table"](path)
+    return False
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

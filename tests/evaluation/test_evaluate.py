@@ -54,9 +54,9 @@ def result(tiny: Any) -> dict[str, Any]:
 
 def test_a_result_of_other_settings_is_not_replaced(tiny: Any, result: dict[str, Any]) -> None:
     kept = (tiny.folder / "e.json").read_bytes()
-    with pytest.raises(FileExistsError, match="with another policies and tables: choose"):
+    with pytest.raises(FileExistsError, match="which differs in policies and tables: choose"):
         tiny(policies=POLICIES[1:])
-    with pytest.raises(FileExistsError, match="another batches"):
+    with pytest.raises(FileExistsError, match="differs in batches"):
         tiny(batches=[4])
     assert (tiny.folder / "e.json").read_bytes() == kept
     assert not list(tiny.folder.glob("*.unfinished"))

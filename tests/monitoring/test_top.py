@@ -117,6 +117,23 @@ def test_an_engine_that_re_routes_nothing_is_marked() -> None:
     assert said.count("NOTHING") == 1
 
 
+def test_figures_of_several_policies_are_said_to_be() -> None:
+    """Those since the start, after a switch, are not of the policy above them."""
+    text, switches = metrics(steps=30, fast=300), 'sere_policy_switches_total{engine="0"} '
+    said = shown(text + switches + "2\n")
+    assert "engine 0 was switched 2 times in that time: figures are of all its policies" in said
+    earlier = metrics(steps=20, fast=100)
+    assert "switched" not in shown(text + switches + "2\n", earlier + switches + "2\n")
+    assert "switched once" in shown(text + switches + "2\n", earlier + switches + "1\n")
+
+
+def test_what_is_not_measured_says_why() -> None:
+    text = metrics(steps=30, fast=300)
+    assert "of the shadow check" in shown(text) and "rows exact: prompts'" in shown(text)
+    checked = 'sere_shadow_error{engine="0",layer="3"} 0.1\n'
+    assert "of the shadow check" not in shown(text + checked)
+
+
 def test_a_narrow_terminal_shows_every_figure_and_no_bars() -> None:
     text = metrics(steps=30_000, fast=1_234_567)
     console = Console(width=80)
@@ -211,6 +228,21 @@ def test_following_goes_on_while_a_server_restarts(monkeypatch: pytest.MonkeyPat
     assert "HTTP 503" in said and "figures are old" in said
     assert "IncompleteRead" in said
     assert "the server was restarted" in said
+
+
+def test_into_a_file_pictures_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter(range(1))
+
+    def wait(seconds: float) -> None:
+        if next(waits, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(top.time, "sleep", wait)
+    console = Console(width=120, file=(file := io.StringIO()))
+    answers = Answers(metrics(steps=20, fast=100), metrics(steps=30, fast=300))
+    with answers as url, pytest.raises(KeyboardInterrupt):
+        top.follow(url, 2.0, console)
+    assert file.getvalue().count("sere top") == 2 and "since start" in file.getvalue()
 
 
 @pytest.mark.parametrize(

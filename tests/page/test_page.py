@@ -44,7 +44,7 @@ RUNS = {
     "h3.json": served(None, "inf", policy="S=1", max_concurrency=8, failed=2),
     "h4.json": served(None, "inf"),
 }
-COMMITTED = ("calibration_trust.json", "composition.json", "tuned.json")
+COMMITTED = ("calibration_trust.json", "composition.json", "tuned.json", "first_report.json")
 RULES = ['{"S": 1, "min_active": 1}', '{"S": 1, "tau": 0.05, "min_active": 1}']
 
 
@@ -72,6 +72,8 @@ def results(model_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPat
     (folder / "l.json").write_text(json.dumps(served_by_sere()))
     for name in COMMITTED:
         (folder / name).write_bytes((ROOT / "benchmarks/results" / name).read_bytes())
+    (report,) = load(folder, "first_report.json")["reports"][:1]
+    (folder / "m.report.json").write_text(json.dumps(report))
     (folder / "t.json.unfinished").write_text('{"a": 1}')
     (folder / "earlier.html").write_text("<html></html>")
     (folder / "half.json").write_text('{"arms": [')
@@ -132,6 +134,8 @@ def test_every_result_is_shown_and_every_other_file_named_with_the_reason(
         "calibration_trust.json": "trust",
         "composition.json": "composition",
         "tuned.json": "tuned",
+        "first_report.json": "started",
+        "m.report.json": "started",
     }
     lines = error.splitlines()
     for name, reason in (
@@ -156,6 +160,8 @@ def test_each_result_has_its_provenance(results: Path, data: dict[str, Any]) -> 
         assert source["sha256"] == sha256((results / source["name"]).read_bytes()).hexdigest()
         if source["kind"] == "served":
             assert source["provenance"]["date"] == "2026-11-24T04:19:50"
+        elif source["name"] == "m.report.json":
+            assert source["provenance"]["date"] == load(results, source["name"])["when"]
         elif source["name"].endswith(".json"):
             assert source["provenance"] == load(results, source["name"]).get("provenance", {})
     shown = [name for section in data["sections"] for name in section["sources"]]
@@ -402,6 +408,22 @@ def test_without_plotly_it_says_what_to_install(
     assert "pip install '.[report]' in a clone of sere" in capsys.readouterr().err
 
 
+def test_a_start_tells_what_its_policy_does(results: Path, data: dict[str, Any]) -> None:
+    """All figures of the log are in the grid, and its words are the finding."""
+    shown = section(data, "first_report.json")
+    reports = load(results, "first_report.json")["reports"]
+    assert shown["finding"] == f"{reports[0]['policy']}: {'. '.join(reports[0]['verdict'])}"
+    (grid,) = shown["grids"]
+    assert len(grid["rows"]) == 6
+    policy, requests, before, after, *_, speed, kl, loss, same = grid["rows"][4]
+    (size,) = (s for s in reports[1]["sizes"] if s["requests"] == requests)
+    assert (policy, before, after, same) == ("S=1", size["before"], size["after"], size["same"])
+    assert speed == size["speed"][1]
+    for (value, _), name in ((kl, "kl"), (loss, "loss")):
+        assert value == pytest.approx(sum(size[name]) / len(size[name]))
+    assert section(data, "m.report.json")["grids"][0]["rows"] == grid["rows"][:3]
+
+
 # --- what a browser makes of it ---------------------------------------------------------------
 
 
@@ -469,7 +491,8 @@ def formatted(value: Any, column: dict[str, Any]) -> str:
     if isinstance(value, bool):
         return ("no", "yes")[value]
     if isinstance(value, list):
-        texts = [formatted(part, column) for part in value]
+        unsigned = {**column, "format": column["format"].removeprefix("+")}
+        texts = [formatted(value[0], column), formatted(value[1], unsigned)]
         return texts[0] if value[1] is None else " ± ".join(texts)
     if isinstance(value, str) or not column["format"]:
         return str(value)

@@ -88,6 +88,25 @@ def test_settings_per_layer_are_used_only_where_they_are_faster(tune: Any) -> No
         assert seconds[0] == seconds[1]
 
 
+def test_what_a_policy_was_searched_on_is_told_where_it_is_judged(
+    tune: Any, corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It looks best there. Another draw shares some; another policy was not chosen on any."""
+    tune("kl=0.01", per_layer=False)
+
+    def said(policy: str = "tuned", **more: Any) -> str:
+        options = {"data": str(corpus_file), "samples": 56, "prompt": 2, "length": 10, **more}
+        output = tmp_path / f"{len([*tmp_path.iterdir()])}.json"
+        table = str(tune.folder / "t")
+        evaluate.run(str(tune.model), table, str(output), policies=[policy], batches=[4], **options)
+        return capsys.readouterr().err
+
+    capsys.readouterr()
+    assert "28 of the 56 passages are among those that `sere tune` searched on" in said()
+    assert " of the 20 passages are among those" in said(samples=20, seed=3)
+    assert "searched on" not in said('{"S": 1, "tau": 0.5}')
+
+
 def test_serving_finds_the_choice_in_the_table(tune: Any) -> None:
     result = tune("kl=0.01", per_layer=False)
     path = tune.folder / "t"
@@ -139,13 +158,13 @@ def test_the_command_line(
     # Another run's is not replaced unasked, and its own is.
     kept, other = Path(output).read_bytes(), [*flags, "--budget", "top1=0.7"]
     assert main(["tune", str(model_dir), table, *other]) == 1
-    said = "is of another run, with another budget: choose another output"
+    said = "is of another run, which differs in budget: choose another output"
     assert said in capsys.readouterr().err
     assert Path(output).read_bytes() == kept
     moved = json.dumps({**result, "settings": {**result["settings"], "model": "other/model"}})
     Path(output).write_text(moved)
     assert main(["tune", str(model_dir), table, *flags]) == 1
-    assert "is of other/model, with another model" in capsys.readouterr().err
+    assert "is of other/model, which differs in model" in capsys.readouterr().err
     assert main(["tune", str(model_dir), table, *flags, "--force"]) == 0
     assert main(["tune", str(model_dir), table, *flags]) == 0
 

@@ -106,7 +106,7 @@ def _warnings(
 
 def about(table: Table) -> dict[str, Any]:
     """What it is of, JSON-able: without the hashes of its texts."""
-    made = {k: v for k, v in table.provenance.items() if k != "text_hashes"}
+    made = {k: v for k, v in table.provenance.items() if k not in ("text_hashes", "searched_on")}
     return {
         "method": table.method,
         "fingerprint": asdict(table.fingerprint),

@@ -9,6 +9,7 @@ from typing import Any
 
 from sere.policy import Policy
 from sere.results import pictures, provenance
+from sere.speed.result import restless
 from sere.speed.shapes import shape_named
 
 _WORDS = """\
@@ -86,7 +87,9 @@ def _speed(result: dict[str, Any]) -> list[str]:
     head = ["batch", "stock, ms a step", *(f"{name} to stock" for name in names[1:])]
     table = provenance.text_table([*head, f"experts read: {' / '.join(names)}"], rows)
     reads = share_read(result)
+    busy = restless(found["results"])
     return [
+        *([busy, ""] if busy else []),
         f"{_subject(found)}, {found['machine']}",
         "",
         table,

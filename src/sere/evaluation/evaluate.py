@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from sere.evaluation.arms import Arm, parse_arm, spelt_out
-from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
+from sere.evaluation.decoding import Passage
+from sere.evaluation.passages import load_passages, passages_hash, say_if_seen, searched_on
 from sere.evaluation.quality import Judge, Sums, figures
 from sere.files import unfinished
 from sere.models.loading import exceeds_memory, load_model
@@ -28,6 +29,7 @@ from sere.results.journal import Journal, contents
 from sere.results.names import check_names
 from sere.table import Table
 
+_FEW = 8  # batches
 BySize = dict[int, list[Sums]]
 
 
@@ -63,6 +65,7 @@ def run(
     say_if_seen(table, data)
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
     passages = load_passages(model_name, folder, data, **drawn)
+    _say_if_tuned_on(arms, passages)
     settings = {
         "model": model_name,
         "table": table_path,
@@ -89,6 +92,19 @@ def run(
     plot(result, pictures.beside(output))
     print(f"\nwritten: {output}, {pictures.beside(output)}")
     return result
+
+
+def _say_if_tuned_on(arms: Sequence[Arm], passages: Sequence[Passage]) -> None:
+    """A policy looks best on the passages that it was chosen on."""
+    tuned = (arm.table for arm in arms if arm.rule and arm.rule == arm.table.policy)
+    for table in {id(table): table for table in tuned}.values():
+        if again := searched_on(table, passages):
+            print(
+                f"{again} of the {len(passages)} passages are among those that `sere tune` "
+                "searched on: the table's policy looks better on them than elsewhere; give other "
+                "text, or another --seed",
+                file=sys.stderr,
+            )
 
 
 def _say_if_inert(arms: Sequence[Arm]) -> None:
@@ -140,6 +156,11 @@ def as_text(result: dict[str, Any]) -> str:
                 "rounding: this architecture cannot run their rows apart from decoded ones"
             )
         parts += provenance.not_full(int(batch), result["passages"], "passages")
+        if 1 < (batches := result["passages"] // int(batch)) < _FEW:
+            parts.append(
+                f"batch {batch}: of {batches} batches +- is hardly known, and may be far too "
+                "small: raise --samples"
+            )
     return "\n\n".join(parts)
 
 

@@ -23,6 +23,9 @@ from sere.text.corpus import (
     text_hash,
 )
 
+SEARCHED = "searched_on"
+"""In a table's provenance: `search_hashes` of what `sere tune` searched on."""
+
 
 def load_passages(
     model_name: str,
@@ -79,6 +82,17 @@ def _distinct(passages: Sequence[Passage]) -> list[Passage]:
 def passages_hash(passages: Sequence[Passage]) -> str:
     """SHA-256 of all tokens."""
     return hashlib.sha256(json.dumps([asdict(p) for p in passages]).encode()).hexdigest()
+
+
+def search_hashes(passages: Sequence[Passage]) -> list[str]:
+    """What a table keeps of the passages that its policy was searched on: 8 bytes of each."""
+    return [passages_hash([passage])[:16] for passage in passages]
+
+
+def searched_on(table: Table, passages: Sequence[Passage]) -> int:
+    """How many of these passages the table's policy was searched on."""
+    known = set(table.provenance.get(SEARCHED) or ())
+    return sum(digest in known for digest in search_hashes(passages)) if known else 0
 
 
 def say_if_seen(table: Table, data: str | None) -> None:

@@ -56,7 +56,9 @@ class View:
     seconds: what the figures cover; None since the server's start. tokens_per_s: generated, None
     without a duration. running: requests. policies, fallbacks: by engine; why routing fell back to
     stock, if it did. idle: engines in which nothing is re-routed. unclassified: by engine, steps
-    since the start that were left to stock routing as something failed, where there are any. stale:
+    since the start that were left to stock routing as something failed, where there are any.
+    switches: by engine, of the policy in that time, where there are any. checked: whether a shadow
+    check has told an error and the weight that moves. stale:
     the engine did not answer, and figures are old. restarted: between the two readings; figures are
     of what came after.
     """
@@ -68,6 +70,8 @@ class View:
     fallbacks: dict[int, str]
     idle: list[int]
     unclassified: dict[int, int]
+    switches: dict[int, int]
+    checked: bool
     stale: bool
     restarted: bool
     layers: list[LayerView]
@@ -168,10 +172,19 @@ def view(now: Reading, before: Reading | None = None) -> View:
         {int(labels["engine"]): labels["reason"] for labels in told if labels["reason"]},
         [engine for engine, enabled in now.by_engine("sere_enabled").items() if not enabled],
         {e: int(n) for e, n in now.by_engine("sere_unclassified_steps_total").items() if n},
+        _switches(now, before, restarted),
+        now.total("sere_shadow_error") is not None,
         now.total("sere_up") == 0,
         restarted,
         _layers(now, before, restarted),
     )
+
+
+def _switches(now: Reading, before: Reading | None, restarted: bool) -> dict[int, int]:
+    name = "sere_policy_switches_total"
+    old = before.by_engine(name) if before else {}
+    grown = {e: _grown(n, old.get(e), restarted) for e, n in now.by_engine(name).items()}
+    return {engine: int(count) for engine, count in grown.items() if count}
 
 
 def _restarted(now: Reading, before: Reading) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -31,6 +31,9 @@ def follow(url: str, interval: float, console: Console | None = None) -> None:
     A server that does not answer any more, as when it is restarted, is waited for. Raises
     `ScrapeError` if it never did.
     """
+    console = console or Console()
+    if not console.is_terminal:
+        _log(url, interval, console)
     seen, before = view(now := read(url)), now
     trouble: str | None = None
     with suppress(KeyboardInterrupt), _screen(console) as screen:
@@ -46,7 +49,16 @@ def follow(url: str, interval: float, console: Console | None = None) -> None:
             seen, before = view(now, before), now
 
 
-def _screen(console: Console | None) -> Live:
+def _log(url: str, interval: float, console: Console) -> NoReturn:
+    """The same into a pipe or a file: one picture below the other."""
+    before = None
+    while True:
+        seen, before = view(now := read(url), before), now
+        console.print(picture(url, seen, wide=console.width >= _WIDE), Text())
+        time.sleep(interval)
+
+
+def _screen(console: Console) -> Live:
     return Live(console=console, screen=True, auto_refresh=False)
 
 
@@ -78,7 +90,7 @@ def picture(
         bar = [_bar(row)] if wide else []
         table.add_row(layer, active, *bar, *figures, style=style)
     notice = [] if trouble is None else [Text(f"figures are old: {trouble}", style="bold yellow")]
-    return Group(*_head(url, seen), *notice, Text(), table)
+    return Group(*_head(url, seen), *notice, Text(), table, *_foot(seen))
 
 
 def _head(url: str, seen: View) -> list[Text]:
@@ -96,6 +108,10 @@ def _head(url: str, seen: View) -> list[Text]:
         lines.append(
             Text.assemble(f"engine {engine}: {policy_in_words(policy)}", (idle, "bold yellow"))
         )
+    for engine, count in seen.switches.items():
+        times = "once" if count == 1 else f"{count} times"
+        text = f"engine {engine} was switched {times} in that time: figures are of all its policies"
+        lines.append(Text(text, style="bold yellow"))
     for engine, reason in seen.fallbacks.items():
         text = f"engine {engine} FELL BACK TO STOCK ROUTING: {reason}"
         lines.append(Text(text, style="bold red"))
@@ -105,6 +121,14 @@ def _head(url: str, seen: View) -> list[Text]:
     if seen.stale:
         lines.append(Text("the engine does not answer: figures are old", style="bold yellow"))
     return lines
+
+
+def _foot(seen: View) -> list[Text]:
+    """What columns mean that would be taken for something else, or for nothing."""
+    lines = ["rows exact: prompts' and those of requests that ask for it"]
+    if not seen.checked:
+        lines.append('weight moved, output error: of the shadow check, which "shadow" starts')
+    return [Text(line, style="dim") for line in lines]
 
 
 def _load(seen: View) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -52,7 +52,8 @@ class Grid:
         if isinstance(value, bool):
             return "yes" if value else "no"
         if isinstance(value, tuple | list):
-            number, error = (self.shown(part, column) for part in value)
+            unsigned = replace(column, format=column.format.removeprefix("+"))
+            number, error = self.shown(value[0], column), self.shown(value[1], unsigned)
             return number if value[1] is None else f"{number} ± {error}"
         if isinstance(value, int | float) and column.format:
             return format(value * column.factor, column.format)

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from sere import __version__
 from sere.files import check_writable, replaced
-from sere.page import advice, answers, company, quality, similarity, speed, traffic
+from sere.page import advice, answers, company, quality, similarity, speed, start, traffic
 from sere.page.parts import Figure, Section
 from sere.page.sources import Source, UnknownFile, passed_over, read
 
@@ -26,6 +26,7 @@ SECTIONS: Mapping[str, Callable[[Source, Sequence[Source]], Iterable[Section]]] 
     "bench": speed.sections,
     "server": traffic.benched,
     "served": traffic.served,
+    "started": start.started,
     "tuning": advice.tuning,
     "tuned": advice.tuned,
     "evaluation": quality.sections,

@@ -39,6 +39,8 @@ class Source:
             return _of_table(self.content.provenance)
         if self.kind == "served":
             return _of_vllm(self.content)
+        if self.kind == "started" and "when" in self.content:
+            return _of_start(self.content)
         found = self.content.get("provenance")
         return found if isinstance(found, dict) else {}
 
@@ -68,6 +70,17 @@ def _is_load(content: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_report(content: Mapping[str, Any]) -> bool:
+    """What an engine measured of its policy as it started, or some of these."""
+    reports = content.get("reports", [content])
+    needed = {"policy", "sizes", "text", "verdict"}
+    return (
+        isinstance(reports, list)
+        and bool(reports)
+        and all(isinstance(report, dict) and needed <= set(report) for report in reports)
+    )
+
+
 # kind: how it is told from the others. No document fits two.
 KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "bench": _has("results", "roofline", "load"),
@@ -81,6 +94,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "tuned": _has("tuning", "engine"),
     "composition": _arms_have("name", "sizes"),
     "trust": _has("agreement", "stability"),
+    "started": _is_report,
 }
 _PICTURES = (".png", ".svg", ".pdf", ".html")
 UNFINISHED = ".unfinished"
@@ -130,6 +144,14 @@ def _of_table(found: dict[str, Any]) -> dict[str, Any]:
         f"{found.get('tokens')} tokens of {found.get('corpus')}, seed {found.get('seed')}"
     )
     return {**found, "command": text} if "corpus" in found else found
+
+
+def _of_start(found: dict[str, Any]) -> dict[str, Any]:
+    """An engine's own report was asked for by no command of ours."""
+    of = found.get("of") or {}
+    devices = ", ".join(sorted({worker["device"] for worker in of.get("workers", [])}))
+    made = {"command": "an engine's first start", "date": found["when"], "machine": devices}
+    return {**made, "versions": of.get("versions", {})}
 
 
 def _of_vllm(found: dict[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     if others:
         of = there["model"] if "model" in others and "model" in there else "another run"
         raise FileExistsError(
-            f"{path} is of {of}, with another {' and '.join(others)}: choose another output, or "
-            "add --force to replace it"
+            f"{path} is of {of}, which differs in {' and '.join(others)}: choose another output, "
+            "or add --force to replace it"
         )
 
 

@@ -55,12 +55,12 @@ def tell(executor: Any, own: Own | None, workers: Sequence[Mapping[str, Any]]) -
     try:
         if (report := _kept(path, facts)) is None:
             report = {"of": facts, **_made(executor, auto, own, workers[0]["policy"])}
-            _keep(path, report)
+            report["notes"] += _keep(path, report)
     except (ServingError, CorpusError, OSError) as error:
         _LOG.warning("sere: no report on speed and quality: %s", error)
         return
     _LOG.info("sere: %s", as_text(report))
-    for warning in warnings(report):
+    for warning in report["warnings"]:
         _LOG.warning("sere: %s", warning)
 
 
@@ -73,7 +73,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         for row in rows
     ]
     said = [f"{report['policy']} beside stock routing, here, {report['text']}:", *lines]
-    return "\n".join([*said, *in_words(report), *report["notes"]])
+    return "\n".join([*said, *report["verdict"], *report["notes"]])
 
 
 def _row(size: Mapping[str, Any]) -> tuple[str, ...]:
@@ -127,14 +127,17 @@ def _kept(path: Path | None, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _keep(path: Path | None, report: Mapping[str, Any]) -> None:
+def _keep(path: Path | None, report: Mapping[str, Any]) -> list[str]:
+    """Where it is, as a note; none where it is not kept."""
     if path is None:
-        return
+        return []
     try:
         with replaced(path) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     except OSError as error:
         _LOG.warning("sere: the report is not kept: %s", error)
+        return []
+    return [f"kept as {path} (`sere report {path.parent}` shows it)"]
 
 
 def _made(executor: Any, auto: Auto, own: Own, policy: str) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def _made(executor: Any, auto: Auto, own: Own, policy: str) -> dict[str, Any]:
         size = next(answer for answer in answers if answer is not None)
         ratios = sorted(s / n for s, n in zip(size["stock_ms"], size["ms"], strict=True))
         found.append({**size, "speed": [ratios[0], statistics.median(ratios), ratios[-1]]})
-    return {
+    report = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - began, 1),
         "policy": policy,
@@ -167,6 +170,7 @@ def _made(executor: Any, auto: Auto, own: Own, policy: str) -> dict[str, Any]:
         "sizes": found,
         "notes": _notes(sizes[len(found) :]),
     }
+    return {**report, "verdict": in_words(report), "warnings": warnings(report)}
 
 
 def _texts(config: Any, auto: Auto, own: Own, count: int) -> Pieces:

@@ -18,6 +18,8 @@ from sere.speed.shapes import shape_named
 from sere.step_cost.reached import in_words, reached, too_little
 from sere.step_cost.roofline import Roofline, beaten, unbound
 
+_RESTLESS = 1.5  # times: the third quartile over the first; idle CPUs have up to 1.4, GPUs 1.01
+
 
 def summary(
     contenders: Sequence[Contender], load: Load, journal: Journal, served: Subject
@@ -135,10 +137,31 @@ def as_text(result: dict[str, Any]) -> str:
         "",
         table(result["results"]),
     ]
+    if reason := restless(result["results"]):
+        lines += ["", reason]
     if beaten(result["results"]) is None:
         found = reached(result)
         lines += ["", in_words(found), *filter(None, [too_little(found)])]
     return "\n".join(lines)
+
+
+def restless(results: Sequence[dict[str, Any]]) -> str | None:
+    """Why no ratio is to be trusted: rounds of one thing that took unequally long; or None."""
+    arms = [(found["batch"], arm) for found in results for arm in found["arms"]]
+    batch, worst = max(arms, key=lambda pair: _unrest(pair[1]))
+    if _unrest(worst) < _RESTLESS:
+        return None
+    low, high = worst["tpot_ms_quartiles"]
+    return (
+        f"THE MACHINE WAS BUSY: rounds of the same ({worst['name']}, batch {batch}) took {low:.1f} "
+        f"to {high:.1f} ms in the middle half of them, so that other programs ran beside: no ratio "
+        "here is to be trusted; measure again when nothing else runs"
+    )
+
+
+def _unrest(arm: dict[str, Any]) -> float:
+    low, high = arm["tpot_ms_quartiles"]
+    return float(high / low)
 
 
 def _stock(result: dict[str, Any]) -> list[str]:

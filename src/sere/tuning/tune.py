@@ -20,8 +20,15 @@ from typing import Any
 
 import torch
 
+from sere.evaluation.decoding import Passage
 from sere.evaluation.evaluate import load
-from sere.evaluation.passages import load_passages, passages_hash, say_if_seen
+from sere.evaluation.passages import (
+    SEARCHED,
+    load_passages,
+    passages_hash,
+    say_if_seen,
+    search_hashes,
+)
 from sere.evaluation.quality import Judge
 from sere.files import check_writable, locked, unfinished
 from sere.models.moe import MoELayer
@@ -104,7 +111,7 @@ def run(
         about = {"E": table.fingerprint.E, "cost": asdict(cost), "passages": sizes}
         about |= _tuned(tuner, checker, kinds, sorted(batches), per_layer)
         result = {"provenance": provenance.provenance(), "settings": settings, **about}
-        return _finished(result, output, table, table_path)
+        return _finished(result, output, _searched(table, passages[:half]), table_path)
 
 
 def _table(path: str, folder: str) -> Table:
@@ -202,6 +209,11 @@ def _finished(result: dict[str, Any], output: str, table: Table, table_path: str
     print(f"\nwritten: {output}, {picture}", end="; ")
     _store(result, table, table_path)
     return result
+
+
+def _searched(table: Table, passages: Sequence[Passage]) -> Table:
+    """The table, with what its policy was searched on: see `evaluate`."""
+    return replace(table, provenance={**table.provenance, SEARCHED: search_hashes(passages)})
 
 
 def _store(result: dict[str, Any], table: Table, path: str) -> None:
