@@ -188,6 +188,7 @@ def test_a_death_in_native_code_says_what_was_being_done(tmp_path: Path) -> None
         ("bench m --dtype float99", "--dtype float99: expected one of auto, half, float16,"),
         ("calibrate m --samples 0", "--samples 0: expected a whole number >= 1"),
         ("calibrate m --batch many", "--batch many: expected a whole number >= 1"),
+        ("tune m t --budget kl=1 --batch 8,32", "of several one behind each flag"),
     ],
     ids=str,
 )

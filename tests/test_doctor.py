@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sere import demo_model, doctor
+from sere import demo_model, doctor, files
 from sere.cli import main
 from sere.doctor import examine
 from sere.policy import Policy
@@ -276,8 +276,8 @@ def test_pydantics_words_are_taken_off() -> None:
         "[type=value_error, input_value=ArgsKwargs((), {'model': 'x'}), input_type=ArgsKwargs]\n"
         "    For further information visit https://errors.pydantic.dev/2.13/v/value_error"
     )
-    assert rehearsal.sentence(wrapped) == "No supported config format found"
-    assert rehearsal.sentence("S=5 exceeds\n  [it does]") == "S=5 exceeds\n  [it does]"
+    assert files.sentence(wrapped) == "No supported config format found"
+    assert files.sentence("S=5 exceeds\n  [it does]") == "S=5 exceeds\n  [it does]"
 
 
 @pytest.mark.usefixtures("rehearsed")

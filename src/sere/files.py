@@ -39,14 +39,21 @@ _NEXT = {
 
 def plainly(error: BaseException) -> str:
     """What an error says, without Python's [Errno 13]: of a file its path, the reason in the
-    system's words, and what to do."""
+    system's words, and what to do. Without what pydantic puts around vLLM's, too."""
     if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
+        return sentence(str(error))
     path = error.filename
     where = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes | os.PathLike) else ""
     step = _NEXT.get(error.errno or 0)
     ours = error.errno is None or error.strerror != os.strerror(error.errno)
     return where + error.strerror + (f"; {step}" if where and step and not ours else "")
+
+
+def sentence(text: str) -> str:
+    """What an error says, without what pydantic puts around it."""
+    text = re.sub(r"^\d+ validation errors? for \S+\n", "", text)
+    text = re.sub(r" \[type=\w+, input_value=.*", "", text, flags=re.S)
+    return text.strip().removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def why(error: BaseException) -> str:

@@ -73,8 +73,10 @@ _MOST = 2**32 - 1
 def whole(text: str, least: int = 0) -> int:
     """A whole number >= 0."""
     if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= _MOST:
+        several = text.replace(",", "").isdecimal()
         raise argparse.ArgumentTypeError(
             f"{text[:40]}: expected a whole number >= {least} (and < 2**32)"
+            + (", and of several one behind each flag" if several and "," in text else "")
         )
     return int(text)
 

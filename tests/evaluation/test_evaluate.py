@@ -58,7 +58,10 @@ def test_a_result_of_other_settings_is_not_replaced(tiny: Any, result: dict[str,
         tiny(policies=POLICIES[1:])
     with pytest.raises(FileExistsError, match="differs in batches"):
         tiny(batches=[4])
-    assert (tiny.folder / "e.json").read_bytes() == kept
+    (tiny.folder / "e.json").write_text(json.dumps({"provenance": {}, "settings": {"load": 1}}))
+    with pytest.raises(FileExistsError, match="a result of another verb or version: choose"):
+        tiny()
+    (tiny.folder / "e.json").write_bytes(kept)
     assert not list(tiny.folder.glob("*.unfinished"))
 
 

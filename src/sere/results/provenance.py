@@ -81,6 +81,11 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
         return  # no result that has any
     wanted = json.loads(json.dumps(settings))
     others = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    if len({*there} ^ {*wanted}) > 2:  # keys that a newer version may have added are few
+        raise FileExistsError(
+            f"{path} is a result of another verb or version: choose another output, or add --force "
+            "to replace it"
+        )
     if others:
         of = there["model"] if "model" in others and "model" in there else "another run"
         raise FileExistsError(

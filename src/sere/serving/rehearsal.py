@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -127,7 +126,7 @@ def _started(model: str, own: Any) -> dict[str, Any]:
             if settings_of(config).auto is not None:
                 found["auto"] = self_calibration.kept(config)
     except Exception as error:  # whatever vLLM raises is the answer
-        return {**found, "refused": sentence(plainly(error))}
+        return {**found, "refused": plainly(error)}
     if own is None:
         return found
     try:
@@ -139,13 +138,6 @@ def _started(model: str, own: Any) -> dict[str, Any]:
     except Exception as error:  # vLLM's own, and not of a start-up as it will be
         found["unbuilt"] = f"{type(error).__name__}: {error}"
     return found
-
-
-def sentence(text: str) -> str:
-    """What an error says, without what pydantic puts around it."""
-    text = re.sub(r"^\d+ validation errors? for \S+\n", "", text)
-    text = re.sub(r" \[type=\w+, input_value=.*", "", text, flags=re.S)
-    return text.strip().removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def _build(config: Any) -> None:
