@@ -19,7 +19,7 @@ from sere import __version__
 from sere.files import check_writable, replaced
 from sere.page import advice, answers, company, quality, similarity, speed, start, traffic
 from sere.page.parts import Figure, Section
-from sere.page.sources import Source, UnknownFile, passed_over, read
+from sere.page.sources import Source, UnknownFile, is_read, passed_over, read
 
 # kind: what is shown of it; the page is in this order.
 SECTIONS: Mapping[str, Callable[[Source, Sequence[Source]], Iterable[Section]]] = {
@@ -48,7 +48,7 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder: name the one that holds the results")
-    results = (path for path in folder.iterdir() if path.is_file() and not passed_over(path))
+    results = (path for path in folder.iterdir() if path.is_file() and is_read(path))
     check_writable(output, *results, kind="page")
     sources: list[Source] = []
     shown: list[tuple[Source, list[Section]]] = []

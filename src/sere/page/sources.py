@@ -105,9 +105,18 @@ def passed_over(path: Path) -> bool:
     return path.suffix in _PICTURES or path.name.startswith(".")
 
 
+def is_read(path: Path) -> bool:
+    """Whether it may be a result, by its name."""
+    return path.suffix == ".json" or _is_table(path)
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".table") or path.name == FILE_NAME
+
+
 def read(path: Path) -> Source:
     """One file; `UnknownFile` says in a line why it is no result."""
-    if path.suffix == ".safetensors" or path.name == FILE_NAME or path.suffix == ".table":
+    if _is_table(path):
         return _table(path)
     if path.suffix == ".json":
         return _document(path)
