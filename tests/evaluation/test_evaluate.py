@@ -65,6 +65,14 @@ def test_a_result_of_other_settings_is_not_replaced(tiny: Any, result: dict[str,
     assert not list(tiny.folder.glob("*.unfinished"))
 
 
+def test_text_that_the_model_cannot_read_is_told(
+    tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of random weights cannot read any."""
+    tiny(output=str(tiny.folder / "unread.json"))
+    assert "THE MODEL CANNOT READ THIS TEXT" in capsys.readouterr().err
+
+
 def test_a_policy_under_which_nothing_can_move_is_told(
     tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

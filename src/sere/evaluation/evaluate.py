@@ -79,6 +79,7 @@ def run(
     with Journal(unfinished(output), settings) as journal:
         judge = Judge(model, layers, passages, journal, layer_error)
         sums = judge.measure(arms, batches)
+        judge.say_if_unread(next(iter(sums["stock"].values())))
         result = {
             "provenance": provenance.provenance(),
             "settings": settings,

@@ -7,6 +7,7 @@ their experts and are not independent.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from sere.evaluation.rounds import Found, in_rounds, obtain
 from sere.models.moe import MoELayer
 from sere.models.skeleton import Skeleton
 from sere.results.journal import Journal
+from sere.text.unread import unread
 
 # Passages per forward pass, and bytes of their logits; or one batch where that is more.
 _TOGETHER = 128
@@ -80,6 +82,18 @@ class Judge:
             sums[piece[3].name][piece[2]] += [Sums(**part) for part in known]
         return sums
 
+    def say_if_unread(self, stock: Sequence[Sums]) -> None:
+        """On stderr, by what stock routing loses itself."""
+        nats = sum(part.nll for part in stock) / sum(part.tokens for part in stock)
+        if reason := unread(nats, self._vocabulary):
+            print(reason, file=sys.stderr)
+
+    @property
+    def _vocabulary(self) -> int:
+        model: Any = self.model.model if isinstance(self.model, Skeleton) else self.model
+        size: int = model.config.get_text_config().vocab_size
+        return size
+
     def at_once(self, searches: Sequence[Callable[[], Found]]) -> list[Found]:
         """What these return; where layers are read one at a time, what they measure is measured
         side by side, with as few readings as the longest of them needs alone."""
@@ -88,9 +102,7 @@ class Judge:
     def _together(self, batch: int) -> int:
         """Passages per forward pass: whole batches."""
         longest = max(len(passage.continuation) for passage in self.passages)
-        model: Any = self.model.model if isinstance(self.model, Skeleton) else self.model
-        vocabulary: int = model.config.get_text_config().vocab_size
-        fit: int = min(_TOGETHER, LOGITS // (4 * vocabulary * longest))
+        fit: int = min(_TOGETHER, LOGITS // (4 * self._vocabulary * longest))
         return batch * max(1, fit // batch)
 
     def _key(self, piece: Piece) -> str:

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sere.text.unread import unread
+
 _WORTH = 1.05  # times stock's speed: less is nothing to speak of
-_AT_A_LOSS = 0.8  # of the nats that a guess among all tokens takes
 _WHY = (
     "reading experts is not what takes this engine's time (a small model, which fits into caches, "
     "or launches that no graph holds), or this policy reads nearly as many as stock"
@@ -39,15 +40,8 @@ def warnings(report: Mapping[str, Any]) -> list[str]:
         slower = all(size["speed"][2] < 1 for size in sizes)
         what = "RE-ROUTING MAKES DECODING SLOWER HERE" if slower else "NO SPEED IS GAINED HERE"
         said.append(f"{what}, {best['speed'][1]:.2f}x at best: {_WHY}")
-    nats, guess = mean(sizes[-1]["stock_loss"])[0], math.log(sizes[-1]["vocabulary"])
-    if nats > _AT_A_LOSS * guess:
-        said.append(
-            f"THE MODEL CANNOT READ THIS TEXT: by stock routing it loses {nats:.1f} nats a token, "
-            f"and to guess among all tokens loses {guess:.1f}; for text that it can read, neither "
-            "the table nor what is said of quality holds (are its weights trained, its tokenizer "
-            "its own?)"
-        )
-    return said
+    nats = mean(sizes[-1]["stock_loss"])[0]
+    return [*said, *filter(None, [unread(nats, sizes[-1]["vocabulary"])])]
 
 
 def _by_size(sizes: Iterable[Mapping[str, Any]], say: Callable[[Mapping[str, Any]], str]) -> str:
