@@ -127,6 +127,14 @@ def test_figures_of_several_policies_are_said_to_be() -> None:
     assert "switched once" in shown(text + switches + "2\n", earlier + switches + "1\n")
 
 
+def test_steps_that_the_policy_leaves_to_stock_are_told() -> None:
+    """They are in no average: a server whose steps are mostly of such sizes looked idle."""
+    text = metrics(steps=30, fast=300)
+    assert "leaves to stock" not in shown(text + 'sere_left_steps_total{engine="0"} 0\n')
+    said = shown(text + 'sere_left_steps_total{engine="0"} 1234\n')
+    assert "engine 0: 1,234 steps more are of sizes that its policy leaves to stock" in said
+
+
 def test_what_is_not_measured_says_why() -> None:
     text = metrics(steps=30, fast=300)
     assert "of the shadow check" in shown(text) and "rows exact: prompts'" in shown(text)

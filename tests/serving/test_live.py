@@ -172,6 +172,7 @@ def engine(table_path: Path) -> dict[str, Any]:
     steps: dict[str, list[Any]] = {
         "3": batch(3),
         "8": batch(8),
+        "told": ["rpc", "sere_telemetry"],
         "reset": ["rpc", "sere_reset"],
         "16": batch(16),
         "stats": ["rpc", "sere_stats"],
@@ -206,6 +207,16 @@ def test_the_engine_does_what_its_batch_size_asks_for(engine: dict[str, Any]) ->
         logprobs[1] for _, logprobs in engine["8 at stock"]
     ]
     assert engine["8"] != engine["8 at S=1"]
+
+
+@pytest.mark.engine
+def test_rows_at_sizes_that_are_left_to_stock_are_counted_apart(engine: dict[str, Any]) -> None:
+    """Every decoded row is in one of the two, and no other figure has these."""
+    (told,) = engine["told"]
+    steps, rows = told["left"]
+    decoded = sum(len(tokens) - 1 for name in ("3", "8") for tokens, _ in engine[name])
+    assert steps >= 5 and rows >= 6 * steps
+    assert all(layer["rows_fast"] + rows == decoded for layer in told["layers"].values())
 
 
 @pytest.mark.engine

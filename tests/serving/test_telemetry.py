@@ -106,7 +106,7 @@ def told(rows: Mapping[int, int], **changes: Any) -> dict[str, Any]:
     """A worker's snapshot: rows_fast by layer."""
     known = {index: {"rows_fast": fast} for index, fast in rows.items()}
     state = {"policy": {"S": 1}, "fallback": None, "inert": None, "switches": 0}
-    state |= {"unclassified_steps": 0}
+    state |= {"unclassified_steps": 0, "left": (0, 0)}
     return state | {"E": 8, "K": 2, "shadow": {}, "layers": known, **changes}
 
 
@@ -238,6 +238,7 @@ def test_without_the_call_that_asks_all_engines_there_are_no_metrics(
 def test_a_sleeping_worker_repeats_what_it_told_last() -> None:
     class Live:
         figures = tuple(range(len(COUNTERS)))
+        left = (0, 0)
 
         @property
         def counters(self) -> torch.Tensor:

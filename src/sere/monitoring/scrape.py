@@ -56,11 +56,12 @@ class View:
     seconds: what the figures cover; None since the server's start. tokens_per_s: generated, None
     without a duration. running: requests. policies, fallbacks: by engine; why routing fell back to
     stock, if it did. idle: engines in which nothing is re-routed. unclassified: by engine, steps
-    since the start that were left to stock routing as something failed, where there are any.
-    switches: by engine, of the policy in that time, where there are any. checked: whether a shadow
-    check has told an error and the weight that moves. stale:
-    the engine did not answer, and figures are old. restarted: between the two readings; figures are
-    of what came after.
+    since the start that were left to stock routing as something failed, where there are any. left:
+    by engine, steps in that time of a size that the policy leaves to stock routing, where there are
+    any; no other figure counts them. switches: by engine, of the policy in that time, where there
+    are any. checked: whether a shadow check has told an error and the weight that moves. stale: the
+    engine did not answer, and figures are old. restarted: between the two readings; figures are of
+    what came after.
     """
 
     seconds: float | None
@@ -70,6 +71,7 @@ class View:
     fallbacks: dict[int, str]
     idle: list[int]
     unclassified: dict[int, int]
+    left: dict[int, int]
     switches: dict[int, int]
     checked: bool
     stale: bool
@@ -172,7 +174,8 @@ def view(now: Reading, before: Reading | None = None) -> View:
         {int(labels["engine"]): labels["reason"] for labels in told if labels["reason"]},
         [engine for engine, enabled in now.by_engine("sere_enabled").items() if not enabled],
         {e: int(n) for e, n in now.by_engine("sere_unclassified_steps_total").items() if n},
-        _switches(now, before, restarted),
+        _events("sere_left_steps_total", now, before, restarted),
+        _events("sere_policy_switches_total", now, before, restarted),
         now.total("sere_shadow_error") is not None,
         now.total("sere_up") == 0,
         restarted,
@@ -180,8 +183,8 @@ def view(now: Reading, before: Reading | None = None) -> View:
     )
 
 
-def _switches(now: Reading, before: Reading | None, restarted: bool) -> dict[int, int]:
-    name = "sere_policy_switches_total"
+def _events(name: str, now: Reading, before: Reading | None, restarted: bool) -> dict[int, int]:
+    """By engine how many there were, where there were any."""
     old = before.by_engine(name) if before else {}
     grown = {e: _grown(n, old.get(e), restarted) for e, n in now.by_engine(name).items()}
     return {engine: int(count) for engine, count in grown.items() if count}

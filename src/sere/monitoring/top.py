@@ -108,6 +108,9 @@ def _head(url: str, seen: View) -> list[Text]:
         lines.append(
             Text.assemble(f"engine {engine}: {policy_in_words(policy)}", (idle, "bold yellow"))
         )
+    for engine, steps in seen.left.items():
+        text = f"engine {engine}: {steps:,} steps more are of sizes that its policy leaves to stock"
+        lines.append(Text(f"{text}; figures are of the others", style="yellow"))
     for engine, count in seen.switches.items():
         times = "once" if count == 1 else f"{count} times"
         text = f"engine {engine} was switched {times} in that time: figures are of all its policies"

@@ -44,6 +44,8 @@ class Live:
     idle: whether the coming pass needs no operator. Decided on the host, hence only on CPUs, where
         no graph can freeze it.
     dormant: every pass is idle until another policy is set, so that nobody need look at its rows.
+    left: how many passes, and FAST rows in them, were of a size that the policy leaves to stock
+        routing. Nothing else counts them.
     together: the operator runs in every pass, as other ranks wait for this one's votes.
     lone: a layer that sees one row alone launches nothing, and its graph holds nothing: no policy
         without a pool moves a slot of it (every active expert is one that it names: rule 8);
@@ -76,6 +78,7 @@ class Live:
         alone = [self._figures(steps=1, active_before=self.K, active_after=self.K, rows_fast=1)]
         alone.insert(0, self._figures(rows_exact=1))
         self._alone = torch.stack(alone).to(device)  # by whether the row is FAST
+        self.left = (0, 0)
         self.follow(None)
 
     def place(self, index: int) -> int:
@@ -129,11 +132,19 @@ class Live:
 
     @property
     def counts(self) -> bool:
-        """Whether the pass under way counts its rows: stock routing does not."""
-        return not self._now.off
+        """Whether the pass under way counts its rows: without a policy none does."""
+        return self._policy is not None
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.counters.zero_()
+        self.left = (0, 0)
 
     def retract(self, rows: Mapping[str, int]) -> None:
-        """Count so many rows less in every layer, by counter."""
+        """Count so many rows of the pass under way less, by counter."""
+        if self._now.off:
+            self.left = (self.left[0], self.left[1] - rows.get("rows_fast", 0))
+            return
         for name, number in rows.items():
             self.counters[:, COUNTERS.index(name)] -= number
 
@@ -143,6 +154,8 @@ class Live:
             bucket = self._policy.bucket(fast)
             if bucket != self._bucket:
                 self._use(bucket)
+        if fast and self._policy and self._now.off:
+            self.left = (self.left[0] + 1, self.left[1] + fast)
         self.idle = self._may_idle() and self._spared(fast, exact)
         if self.lone and not self.idle and fast + exact == 1 and not self._now.off:
             self.counters += self._alone[fast]

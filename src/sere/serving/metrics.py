@@ -40,6 +40,13 @@ _UNCLASSIFIED = (
     "sere_unclassified_steps",
     "Steps left to stock routing, in some layers or all, as something failed: see the log",
 )
+_LEFT = (
+    (
+        "sere_left_steps",
+        "Steps of a size that the policy leaves to stock routing, counted here alone",
+    ),
+    ("sere_left_rows", "Re-routable rows of sere_left_steps, which no other figure counts"),
+)
 # Told by the scheduler (`sere.serving.prefix_cache`), where there is a cache of prefixes.
 _PREFIX = "prefix_tokens_prefilled_again"
 _ABOUT_PREFIX = "Tokens of fast answers that came back in a prompt and were computed once more"
@@ -102,6 +109,8 @@ def _states(found: _Families, labels: dict[str, str], snapshots: list[Snapshot])
     found.counter(*_SWITCHES, first["switches"], labels)
     steps = max(snapshot["unclassified_steps"] for snapshot in snapshots)
     found.counter(*_UNCLASSIFIED, steps, labels)
+    for about_left, count in zip(_LEFT, first["left"], strict=True):
+        found.counter(*about_left, count, labels)
     if _PREFIX in first:
         found.counter(f"sere_{_PREFIX}", _ABOUT_PREFIX, first[_PREFIX], labels)
     settings = told(policy or {})

@@ -160,6 +160,8 @@ class Session:
         self.live.choose(self.rows.fast, self.rows.exact)
         if self.overlapping and self.live.counts:
             self.latest.note(requests, prefilling, query_lengths, classes)
+        else:
+            self.latest.forget()
 
     def end(self, requests: Collection[str]) -> None:
         """Requests have ended: what the latest pass has of them is counted no longer."""

@@ -19,7 +19,8 @@ def snapshot(session: Session) -> dict[str, Any]:
     policy: settings by name, or None where routing is stock. fallback: why the shadow check
     switched to stock routing, or None. inert: why nothing is re-routed, or None. switches: of the
     policy, since the start. unclassified_steps: how many were left to stock routing, in some layers
-    or all, as something failed (see `sere.serving.incidents`). E, K: experts of a layer, of a
+    or all, as something failed (see `sere.serving.incidents`). left: steps, and rows in them, of a
+    size that the policy leaves to stock routing. E, K: experts of a layer, of a
     token. layers: counters by decoder layer index and name. shadow: the check's figures by layer
     index. observed: rows of prompts that experts were measured on, by layer index.
 
@@ -33,6 +34,7 @@ def snapshot(session: Session) -> dict[str, Any]:
             "inert": session.inert,
             "switches": session.switches,
             "unclassified_steps": session.rows.incidents.steps,
+            "left": session.live.left,
             "E": known.E,
             "K": known.K,
             "layers": _counters(session),

@@ -253,7 +253,7 @@ def sere_telemetry(worker: Any) -> dict[str, Any]:
 def sere_reset(worker: Any) -> None:
     """Set all counters to zero."""
     session = session_in(worker)
-    session.live.counters.zero_()
+    session.live.reset()
     session.latest.forget()
     if session.shadow is not None:
         session.shadow.reset()
