@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sere.cli import parser
+from sere.cli import main, parser
 from sere.demo import speed, story
 from sere.policy import Policy
 from sere.speed.setup import contender_of
@@ -62,6 +62,14 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     for arm in batches[32][1:]:
         low, high = arm["speedup_interval_95"]
         assert f"{arm['speedup']:.2f}x ({low:.2f}-{high:.2f})" in done.stdout
+
+
+def test_too_few_prompts_are_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "-o", str(tmp_path / "out"), "--prompts", "32"]) == 1
+    assert "--prompts 32: at least 128 for batches of 32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_machine_that_is_too_small_says_so_and_goes_on(tmp_path: Path) -> None:

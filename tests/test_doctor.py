@@ -18,6 +18,7 @@ import pytest
 from sere import demo_model, doctor, files
 from sere.cli import main
 from sere.doctor import examine
+from sere.monitoring import scrape
 from sere.policy import Policy
 from sere.serving import rehearsal, symbols
 from sere.table import Table
@@ -220,6 +221,23 @@ def test_the_command_has_what_was_asked_for(table_path: Path) -> None:
     assert command(settings=json.dumps({"table": table})) == {"table": table, "tau": 0.02}
     assert command("auto") == "auto"
     assert command("auto", settings='{"S": 1}') == {"auto": True, "S": 1}
+
+
+def test_a_running_server_in_which_nothing_moves_is_none_to_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """S = K, a rho above all, or experts that are still measured: a policy is named then, too."""
+    told = 'sere_up 1\nsere_policy_info{engine="0",policy="{\\"S\\": 4}",reason=""} 1\n'
+
+    def checks(enabled: int) -> dict[str, Any]:
+        reading = scrape.Reading(told + f'sere_enabled{{engine="0"}} {enabled}\n', 0.0)
+        monkeypatch.setattr(scrape, "read", lambda url: reading)
+        return {check.name: check for check in examine("http://host:8000")}
+
+    assert checks(1)["engine 0: policy"].passed
+    failing = checks(0)["engine 0: policy"]
+    assert not failing.passed
+    assert "NOTHING IS RE-ROUTED: S=4 moves nothing" in failing.answer
 
 
 def died(why: str) -> dict[str, str]:

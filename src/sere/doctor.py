@@ -30,7 +30,7 @@ from sere.serving.expert_kernels import difference
 from sere.serving.invariance import promised
 from sere.serving.rehearsal import Rehearsal
 from sere.serving.symbols import untested_version
-from sere.similarity.enough import first_with_too_little
+from sere.similarity.enough import first_with_too_little, null_model
 from sere.step_cost.reached import from_file, in_words, too_little
 from sere.table import Table, TableError
 
@@ -163,7 +163,12 @@ def _served(url: str) -> Iterator[Check]:
     yield Check("server", not seen.stale, "does not answer" if seen.stale else "answers")
     for engine, policy in seen.policies.items():
         why = seen.fallbacks.get(engine, "the policy is stock: sere_policy switches it on")
-        on = policy != "stock"
+        if policy != "stock":
+            why = (
+                f"{policy_in_words(policy)} moves nothing (S = K, a threshold beyond all figures, "
+                "or no table yet): `sere switch URL` and the server's log say which"
+            )
+        on = policy != "stock" and engine not in seen.idle
         answer = policy_in_words(policy) if on else f"NOTHING IS RE-ROUTED: {why}"
         yield Check(f"engine {engine}: policy", on, answer)
         steps = seen.unclassified.get(engine, 0)
@@ -287,8 +292,8 @@ def _table(path: str, folder: str | None) -> str:
         about += f", with a policy of `sere tune` ({whole})"
         if not table.can_move(table.policy):
             raise TableError(f"{about}: NOTHING IS RE-ROUTED unless settings of yours replace it")
-    if reason := first_with_too_little(table.layers):
-        about += f"; WARNING: made from too little text: {reason}"
+    if reason := null_model(table.layers) or first_with_too_little(table.layers):
+        about += f"; WARNING: not to be trusted: {reason}"
     if known_of_stand_ins := in_a_line(table):
         about += f"; {known_of_stand_ins}"
     if folder is None or not Path(folder).is_dir():

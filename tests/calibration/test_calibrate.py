@@ -150,7 +150,7 @@ def test_what_stands_in_padded_rows_does_not_matter(model_dir: Path, method: str
 
 
 def test_stability_is_stored_and_ends_calibration_early(
-    model_dir: Path, corpus_file: Path, output: Path
+    model_dir: Path, corpus_file: Path, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(model_dir, corpus_file, output, batch=1)
     whole = Table.load(output)
@@ -160,7 +160,9 @@ def test_stability_is_stored_and_ends_calibration_early(
     early = run(model_dir, corpus_file, output, batch=1, until_stable=0.01)
     assert early.provenance["sequences"] == FOLDS
     assert early.provenance["corpus_hash"] != whole.provenance["corpus_hash"]
+    assert "NOT STABLE YET" not in capsys.readouterr().err
     never = run(model_dir, corpus_file, output, batch=1, until_stable=1.01)
+    assert "of the 101.0% that were asked for when the text ended" in capsys.readouterr().err
     assert same(never, whole)
 
 

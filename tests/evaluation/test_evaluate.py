@@ -19,7 +19,7 @@ from sere.demo_model.tasks import examples
 from sere.engine_runs import generation
 from sere.evaluation.arms import parse_arm, served_policies, spelt_out
 from sere.evaluation.decoding import Passage
-from sere.evaluation.evaluate import _say_if_inert, as_text, run
+from sere.evaluation.evaluate import _inert, as_text, run
 from sere.evaluation.passages import load_passages
 from sere.evaluation.passes import _add_passage
 from sere.evaluation.quality import EvaluationError, Judge, Sums, figures, mean
@@ -69,18 +69,18 @@ def test_text_that_the_model_cannot_read_is_told(
     tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model of random weights cannot read any."""
-    tiny(output=str(tiny.folder / "unread.json"))
-    assert "THE MODEL CANNOT READ THIS TEXT" in capsys.readouterr().err
+    found = tiny(output=str(tiny.folder / "unread.json"))
+    said = capsys.readouterr().err
+    assert "THE MODEL CANNOT READ THIS TEXT" in said
+    assert all(line in said for line in found["warnings"] if not line.startswith("batch"))
+    assert "batches +- is hardly known" in found["warnings"][-1]
 
 
-def test_a_policy_under_which_nothing_can_move_is_told(
-    tiny: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_policy_under_which_nothing_can_move_is_told(tiny: Any) -> None:
     table = Table.load(tiny.folder / "t")
     texts = [*POLICIES, '{"rho": 1.5, "S": 1}']
-    _say_if_inert([parse_arm(text, table) for text in texts])
-    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert told == ["off", "S=1 rho=1.5"]
+    told = _inert([parse_arm(text, table) for text in texts])
+    assert [line.split(":")[0] for line in told] == ["off", "S=1 rho=1.5"]
 
 
 def arm(result: dict[str, Any], name: str, batch: int) -> dict[str, Any]:

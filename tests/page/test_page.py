@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,16 @@ def test_without_plotly_it_says_what_to_install(
     assert "pip install '.[report]' in a clone of sere" in capsys.readouterr().err
 
 
+def test_what_a_verb_warned_of_stands_with_its_figures(data: dict[str, Any], page: Path) -> None:
+    """Random weights cannot read, and five batches have hardly an error."""
+    told = section(data, "a.json")["caveats"]
+    assert any("CANNOT READ THIS TEXT" in line for line in told)
+    assert any("+- is hardly known" in line for line in told)
+    assert any("few batches in each half" in line for line in section(data, "b.json")["caveats"])
+    for line in told:
+        assert page.read_text().count(f'<p class="finding caveat">{escape(line)}</p>') == 1
+
+
 def test_a_start_tells_what_its_policy_does(results: Path, data: dict[str, Any]) -> None:
     """All figures of the log are in the grid, and its words are the finding."""
     shown = section(data, "first_report.json")
@@ -522,7 +533,7 @@ def test_it_renders_without_errors_and_shows_the_numbers(
                 for value, column in zip(row, grid["columns"], strict=True)
             ]
             assert cells == wanted
-        assert part["finding"] in tab.locator(f"#s{s} .finding").inner_text()
+        assert part["finding"] in tab.locator(f"#s{s} .finding").first.inner_text()
     for source in data["sources"]:
         assert source["sha256"] in tab.locator("#provenance").inner_text()
     for name, reason in data["unknown"].items():

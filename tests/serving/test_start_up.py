@@ -263,8 +263,11 @@ def test_the_default_beside_a_table_is_cautious_and_said_to_be_nobodys(
     assert NOBODYS in said(table_path) and NOBODYS not in said(table_path, S=1)
     few = {i: replace(layer, tokens=9) for i, layer in full.layers.items()}
     replace(full, layers=few).save(tmp_path / "few")
-    assert "too little text: layer 0" in said(tmp_path / "few")[-1]
-    assert "too little" not in str(said(table_path))
+    assert "not to be trusted: layer 0" in said(tmp_path / "few")[-1]
+    none = {i: replace(layer, tokens=0) for i, layer in full.layers.items()}
+    replace(full, layers=none, method="random").save(tmp_path / "none")
+    assert "not to be trusted: made without any text" in said(tmp_path / "none", S=1)[-1]
+    assert "not to be trusted" not in str(said(table_path))
     told = said(tmp_path / "tuned")
     assert NOBODYS not in told
     bands = "1 to 7 rows: S=1 tau=0.2; 8 rows or more: S=1 tau=0.1"

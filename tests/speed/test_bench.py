@@ -22,7 +22,7 @@ from sere.results.journal import Journal
 from sere.serving.engine import Batch
 from sere.speed import against, bench, server
 from sere.speed.bench import measure
-from sere.speed.result import as_text, interval, quartiles
+from sere.speed.result import _few_rounds, as_text, interval, quartiles
 from sere.speed.result import table as result_table
 from sere.speed.setup import BenchError, Contender, Load, contender_of, experts_load
 from sere.step_cost.roofline import Roofline, Sizes, beaten, unbound
@@ -180,6 +180,26 @@ def test_sizes_ascend_whatever_their_order() -> None:
     assert [row for row in rows if row[0].isdigit()] == [
         [size, name] for size in ("8", "16", "32") for name in ("stock", "S=1")
     ]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "head", "told"),
+    [
+        (1, "speed-up (range)", "ONE ROUND tells nothing"),
+        (3, "speed-up (range)", "3 rounds are too few for a 95 % interval"),
+        (5, "speed-up (95 %)", None),
+    ],
+)
+def test_rounds_that_make_no_interval_are_told(rounds: int, head: str, told: str | None) -> None:
+    times = [10.0, 12.0, 11.0, 10.5, 11.5][:rounds]
+    arms = [{**ARM, "name": "stock", "policy": None, "tpot_ms_by_round": times}]
+    results = [{"batch": 8, "arms": arms}]
+    assert head in result_table(results)
+    said = _few_rounds(results)
+    assert (said is None) == (told is None) and (told or "") in (said or "")
+    if rounds < 5:
+        assert interval(times) == [min(times), max(times)]
+    assert min(times) <= interval(times)[0] <= interval(times)[1] <= max(times)
 
 
 class ToyServer:

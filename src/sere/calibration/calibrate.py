@@ -6,6 +6,7 @@ result is the same to the bit. Padding never counts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ def calibrate(
     The defaults are the paper's: 400 sequences of 128 tokens, Frobenius similarity.
     """
     check_output(output, data, overwrite)
-    _check_method(method)
-    _check_maps(maps, method, stream, until_stable)
+    _check_ways(maps, method, stream, until_stable)
     if method in null_models.METHODS:
         table = _without_text(model_name, fetched(model_name), method, seed, progress)
         save(table, None, Path(output))
@@ -102,6 +102,7 @@ def calibrate(
     else:
         found = in_memory(folder, corpus, method, batch, until_stable, progress)
     table = _table(model_name, folder, found, method, _about(corpus, data, found))
+    _say_unless_stable(table, until_stable)
     save(table, found.maps, Path(output))
     found.clean_up()
     return table
@@ -117,6 +118,21 @@ def _without_text(name: str, folder: str, method: str, seed: int, progress: bool
     return _table(
         name, folder, Found(skeleton.model, skeleton.layers, statistics, K, []), method, about
     )
+
+
+def _say_unless_stable(table: Table, wanted: float | None) -> None:
+    """Where the text ended before that."""
+    if wanted is None:
+        return
+    known = {i: layer.stability for i, layer in table.layers.items()}
+    index, lowest = min(known.items(), key=lambda pair: pair[1] or 0)
+    if lowest is None or lowest < wanted:
+        reached = "not known" if lowest is None else f"{lowest:.1%}"
+        print(
+            f"NOT STABLE YET: layer {index} reached {reached} of the {wanted:.1%} that were asked "
+            "for when the text ended; bring more text, or raise --samples or --length",
+            file=sys.stderr,
+        )
 
 
 def check_output(output: str | Path, data: str | Path | None, overwrite: bool) -> None:
@@ -152,9 +168,10 @@ def _check_weights(folder: str, method: str) -> None:
         check_experts(max(counts), method)  # a drafter behind the last layer may have fewer
 
 
-def _check_maps(
+def _check_ways(
     maps: int | None, method: str, stream: bool | None, until_stable: float | None
 ) -> None:
+    _check_method(method)
     if maps is None:
         return
     if until_stable is not None:

@@ -42,6 +42,11 @@ def run(
 
     shape: what speed is measured on, as `sere bench` takes it.
     """
+    if prompts < (least := 4 * batch):  # what tuning wants, and would refuse after calibration
+        raise ValueError(
+            f"--prompts {prompts}: at least {least} for batches of {batch} (--batch), two of them "
+            "to search on and two to check"
+        )
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("demo.json", "tuning.json", "speed.json"):

@@ -174,6 +174,7 @@ def run(
             "E": table.fingerprint.E,
             "arms": [one.beside(written[0]) for one in written],
         }
+        result["warnings"] = _too_few(result)
         print(as_text(result))
         provenance.save_json(output, result)
     print(f"\nwritten: {output}")
@@ -271,4 +272,8 @@ def as_text(result: dict[str, Any]) -> str:
     columns = [head, "active experts", *keys]
     columns += ["same as stock", "tokens written (length drift)"]
     table = provenance.text_table(columns, rows)
-    return "\n\n".join([table, *provenance.not_full(result["batch"], result["prompts"], "prompts")])
+    return "\n\n".join([table, *_too_few(result)])
+
+
+def _too_few(result: dict[str, Any]) -> list[str]:
+    return provenance.not_full(result["batch"], result["prompts"], "prompts")

@@ -7,7 +7,6 @@ of the same run.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from sere.policy import Policy
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.results.names import check_names
+from sere.results.provenance import said
 from sere.table import Table
 
 _FEW = 8  # batches
@@ -57,15 +57,14 @@ def run(
     policies = spelt_out(policies, table)
     arms = [Arm("stock", None, table), *(parse_arm(text, table) for text in policies)]
     check_names([arm.name for arm in arms])
-    _say_if_inert(arms)
     folder = fetched(model_name)
     for own in {arm.table.fingerprint: arm.table for arm in arms}.values():
         own.check_made_for(folder)
     model, layers = load(folder, stream)
-    say_if_seen(table, data)
+    told = [*said(*_inert(arms)), *say_if_seen(table, data)]
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
     passages = load_passages(model_name, folder, data, **drawn)
-    _say_if_tuned_on(arms, passages)
+    told += said(*_tuned_on(arms, passages))
     settings = {
         "model": model_name,
         "table": table_path,
@@ -79,7 +78,7 @@ def run(
     with Journal(unfinished(output), settings) as journal:
         judge = Judge(model, layers, passages, journal, layer_error)
         sums = judge.measure(arms, batches)
-        judge.say_if_unread(next(iter(sums["stock"].values())))
+        told += judge.say_if_unread(next(iter(sums["stock"].values())))
         result = {
             "provenance": provenance.provenance(),
             "settings": settings,
@@ -88,6 +87,7 @@ def run(
             "passages": len(passages),
             "arms": [_of_arm(arm, sums[arm.name], sums["stock"]) for arm in arms],
         }
+        result["warnings"] = [*told, *_too_few(result)]
         print(as_text(result))
         provenance.save_json(output, result)
     plot(result, pictures.beside(output))
@@ -95,30 +95,30 @@ def run(
     return result
 
 
-def _say_if_tuned_on(arms: Sequence[Arm], passages: Sequence[Passage]) -> None:
+def _tuned_on(arms: Sequence[Arm], passages: Sequence[Passage]) -> list[str]:
     """A policy looks best on the passages that it was chosen on."""
     tuned = (arm.table for arm in arms if arm.rule and arm.rule == arm.table.policy)
-    for table in {id(table): table for table in tuned}.values():
-        if again := searched_on(table, passages):
-            print(
-                f"{again} of the {len(passages)} passages are among those that `sere tune` "
-                "searched on: the table's policy looks better on them than elsewhere; give other "
-                "text, or another --seed",
-                file=sys.stderr,
-            )
+    counts = [searched_on(t, passages) for t in {id(table): table for table in tuned}.values()]
+    return [
+        f"{again} of the {len(passages)} passages are among those that `sere tune` searched on: "
+        "the table's policy looks better there than elsewhere; give other text, or another --seed"
+        for again in counts
+        if again
+    ]
 
 
-def _say_if_inert(arms: Sequence[Arm]) -> None:
+def _inert(arms: Sequence[Arm]) -> list[str]:
+    found = []
     for arm in arms:
         if not isinstance(policy := arm.rule, Policy):
             continue
         moves = arm.table.can_move_own if arm.independent else arm.table.can_move
         if not moves(policy):
-            print(
+            found.append(
                 f"{arm.name}: with this table no slot can move under it (S = K, or a threshold "
-                "beyond all of its figures?): it will be as stock is",
-                file=sys.stderr,
+                "beyond all of its figures?): it will be as stock is"
             )
+    return found
 
 
 def _of_arm(arm: Arm, sums: BySize, stock: BySize) -> dict[str, Any]:
@@ -156,13 +156,20 @@ def as_text(result: dict[str, Any]) -> str:
                 f"batch {batch}: prompts' logits differ from stock by up to {difference:.1g}, by "
                 "rounding: this architecture cannot run their rows apart from decoded ones"
             )
-        parts += provenance.not_full(int(batch), result["passages"], "passages")
-        if 1 < (batches := result["passages"] // int(batch)) < _FEW:
-            parts.append(
+    return "\n\n".join([*parts, *_too_few(result)])
+
+
+def _too_few(result: dict[str, Any]) -> list[str]:
+    """What is to be said of sizes for which there were too few passages."""
+    found = []
+    for batch in map(int, result["arms"][0]["batches"]):
+        found += provenance.not_full(batch, result["passages"], "passages")
+        if 1 < (batches := result["passages"] // batch) < _FEW:
+            found.append(
                 f"batch {batch}: of {batches} batches +- is hardly known, and may be far too "
                 "small: raise --samples"
             )
-    return "\n\n".join(parts)
+    return found
 
 
 def _cell(figure: Sequence[float], digits: int, factor: float = 1) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,6 +12,7 @@ from sere.demo_model.tasks import examples
 from sere.evaluation.decoding import Passage
 from sere.evaluation.quality import EvaluationError
 from sere.models.loading import load_tokenizer
+from sere.results.provenance import said
 from sere.table import Table
 from sere.text.corpus import (
     Corpus,
@@ -95,17 +95,17 @@ def searched_on(table: Table, passages: Sequence[Passage]) -> int:
     return sum(digest in known for digest in search_hashes(passages)) if known else 0
 
 
-def say_if_seen(table: Table, data: str | None) -> None:
-    """Warn on stderr of text that the table was calibrated on, by its file's or its own hash."""
+def say_if_seen(table: Table, data: str | None) -> list[str]:
+    """Warn of text that the table was calibrated on, by its file's or its own hash."""
     known = set(table.provenance.get("text_hashes") or ())
     if data is None or not known:
-        return
+        return []
     if file_hash(data) == table.provenance.get("file_hash"):
         found = f"{data} is the file that the table was calibrated on"
     else:
         texts = read_texts(data)
         again = sum(text_hash(text) in known for text in texts)
         if not again:
-            return
+            return []
         found = f"{again:,} of the {len(texts):,} texts in {data} are among the calibration's"
-    print(f"{found}: unseen text may do worse; give other text of the kind", file=sys.stderr)
+    return said(f"{found}: unseen text may do worse; give other text of the kind")

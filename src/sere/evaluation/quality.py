@@ -7,7 +7,6 @@ their experts and are not independent.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from sere.evaluation.rounds import Found, in_rounds, obtain
 from sere.models.moe import MoELayer
 from sere.models.skeleton import Skeleton
 from sere.results.journal import Journal
+from sere.results.provenance import said
 from sere.text.unread import unread
 
 # Passages per forward pass, and bytes of their logits; or one batch where that is more.
@@ -82,11 +82,10 @@ class Judge:
             sums[piece[3].name][piece[2]] += [Sums(**part) for part in known]
         return sums
 
-    def say_if_unread(self, stock: Sequence[Sums]) -> None:
-        """On stderr, by what stock routing loses itself."""
+    def say_if_unread(self, stock: Sequence[Sums]) -> list[str]:
+        """By what stock routing loses itself."""
         nats = sum(part.nll for part in stock) / sum(part.tokens for part in stock)
-        if reason := unread(nats, self._vocabulary):
-            print(reason, file=sys.stderr)
+        return said(*filter(None, [unread(nats, self._vocabulary)]))
 
     @property
     def _vocabulary(self) -> int:

@@ -95,7 +95,7 @@ class Section:
     """What is shown of one result.
 
     source: the name of its file; more: of others that are shown with it. finding: the one sentence
-    to take away.
+    to take away. caveats: what has to be known with it.
     """
 
     title: str
@@ -104,6 +104,7 @@ class Section:
     figures: Sequence[Figure] = ()
     grids: Sequence[Grid] = ()
     more: Sequence[str] = ()
+    caveats: Sequence[str] = ()
 
     @property
     def sources(self) -> list[str]:

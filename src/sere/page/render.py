@@ -80,12 +80,13 @@ def write(folder: str | Path, output: str | Path) -> tuple[list[Source], dict[st
 
 def _sections(source: Source, others: Sequence[Source]) -> list[Section]:
     try:
-        return list(SECTIONS[source.kind](source, others))
+        found = list(SECTIONS[source.kind](source, others))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UnknownFile(
             f"looks like a result of kind {source.kind!r}, but is incomplete or of another version "
             f"({type(error).__name__}: {error})"
         ) from error
+    return [replace(section, caveats=source.caveats) for section in found]
 
 
 def _extent(source: Source) -> int:
@@ -155,6 +156,7 @@ def _as_data(section: Section) -> dict[str, Any]:
         "source": section.source,
         "sources": section.sources,
         "finding": section.finding,
+        "caveats": list(section.caveats),
         "figures": [_drawn(figure) for figure in section.figures],
         "grids": [asdict(grid) for grid in section.grids],
     }

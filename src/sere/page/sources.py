@@ -33,6 +33,15 @@ class Source:
     content: Any
 
     @property
+    def caveats(self) -> list[str]:
+        """What the verb said that is to be known with its figures; of a demo, of its speed."""
+        if isinstance(self.content, Table):
+            return []
+        parts = (self.content, self.content.get("speed"), self.content.get("tuning"))
+        own = [part.get("warnings") for part in parts if isinstance(part, dict)]
+        return [str(line) for lines in own if isinstance(lines, list) for line in lines]
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Command, date, machine, versions and commit, as far as they were written down."""
         if isinstance(self.content, Table):

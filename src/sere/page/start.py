@@ -29,7 +29,7 @@ def started(source: Source, _others: Sequence[Source]) -> Iterable[Section]:
     """Speed with its range, and what is lost with its standard error, by requests."""
     reports = source.content.get("reports") or [source.content]
     first = reports[0]
-    found = ". ".join([*first["warnings"], *first["verdict"]])
+    found = ". ".join(first["verdict"])
     rows = [_row(report["policy"], size) for report in reports for size in report["sizes"]]
     yield Section(
         f"{first['policy']}, in the engine that was to serve it",

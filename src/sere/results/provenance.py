@@ -58,6 +58,13 @@ def front(points: Iterable[P], place: Callable[[P], tuple[float, float]]) -> lis
     return kept
 
 
+def said(*lines: str) -> list[str]:
+    """On stderr, and for the "warnings" of a result, where a page finds them."""
+    for line in lines:
+        print(line, file=sys.stderr)
+    return list(lines)
+
+
 def not_full(batch: int, count: int, what: str) -> list[str]:
     """A note where there was too little to fill one batch; else nothing."""
     if count >= batch:

@@ -69,7 +69,7 @@ _SHADOW_GAUGES = {
 }
 _STATES = {
     "sere_enabled": "1 while anything can be re-routed, 0 while nothing is",
-    "sere_policy_on": "1 while a policy is on, 0 while routing is stock",
+    "sere_policy_on": "1 while a policy is on, be it one that moves nothing (see sere_enabled)",
     "sere_fallback": "1 after the shadow check has switched to stock routing",
     "sere_experts": "Experts of a layer",
     "sere_experts_per_token": "Experts per token",

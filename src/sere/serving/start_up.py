@@ -22,7 +22,7 @@ from sere.serving.inert import inert
 from sere.serving.session import Session
 from sere.serving.symbols import vllm_version
 from sere.serving.tiers import FAST
-from sere.similarity.enough import first_with_too_little
+from sere.similarity.enough import first_with_too_little, null_model
 from sere.table import Table
 
 _LOG = logging.getLogger("vllm.sere")
@@ -82,7 +82,7 @@ def say(workers: Sequence[dict[str, Any]], kept: Path | None = None) -> None:
         if first["nobodys"]:
             _LOG.info(NOBODYS)
     if reason := first["too_little"]:
-        _LOG.warning("sere: the table is made from too little text: %s", reason)
+        _LOG.warning("sere: the table is not to be trusted: %s", reason)
     if other := difference(kernels, of_stock):
         _LOG.warning("sere: %s", other)
 
@@ -121,7 +121,8 @@ def _too_little(session: Session) -> str | None:
     """What is to be said of a table that the user named; of its own an engine says it before."""
     if session.settings.table is None or not isinstance(session.table, Table):
         return None
-    return first_with_too_little(session.table.layers)
+    layers = session.table.layers
+    return null_model(layers) or first_with_too_little(layers)
 
 
 def _name(device: torch.device) -> str:

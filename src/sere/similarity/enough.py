@@ -18,6 +18,15 @@ def first_with_too_little(layers: Mapping[int, LayerStatistics]) -> str | None:
     return None
 
 
+def null_model(layers: Mapping[int, LayerStatistics]) -> str | None:
+    """What is to be said of a table that was made without text, or None."""
+    if any(layer.tokens for layer in layers.values()):
+        return None
+    return (
+        "made without any text: it knows nothing of what experts do, and is there to compare with"
+    )
+
+
 def in_words(layers: Mapping[int, LayerStatistics]) -> str:
     """How far a table is to be trusted, by the layer in which that is least."""
     tokens = f"{min(layer.tokens for layer in layers.values()):,} tokens"

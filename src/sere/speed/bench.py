@@ -19,7 +19,7 @@ from sere.results import pictures, provenance
 from sere.results.journal import Journal
 from sere.serving.engine import Engine
 from sere.speed.against import OFF, STOCK, measure_pairs
-from sere.speed.result import as_text, plot, summary
+from sere.speed.result import as_text, caveats, plot, summary
 from sere.speed.server import GATE_PROMPTS, Traffic, measure_server
 from sere.speed.setup import (
     BenchError,
@@ -81,6 +81,7 @@ def run(
                 "load": {**vars(load), "batches": list(load.batches)},
                 **found,
             }
+            result["warnings"] = caveats(result)
             print(as_text(result))
             provenance.save_json(output, result)
     if not rates:

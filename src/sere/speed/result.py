@@ -18,6 +18,7 @@ from sere.speed.shapes import shape_named
 from sere.step_cost.reached import in_words, reached, too_little
 from sere.step_cost.roofline import Roofline, beaten, unbound
 
+_ROUNDS = 5  # with fewer not even all of their range is such an interval
 _RESTLESS = 1.5  # times: the third quartile over the first; idle CPUs have up to 1.4, GPUs 1.01
 
 
@@ -105,7 +106,9 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def interval(values: Sequence[float], draws: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the median."""
+    """95 % bootstrap interval of the median; of fewer values than make one, their range."""
+    if len(values) < _ROUNDS:
+        return [min(values), max(values)]
     random = Random(0)
     medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(draws))
     return [medians[draws // 40], medians[-draws // 40]]
@@ -137,12 +140,33 @@ def as_text(result: dict[str, Any]) -> str:
         "",
         table(result["results"]),
     ]
-    if reason := restless(result["results"]):
+    for reason in filter(None, (restless(result["results"]), _few_rounds(result["results"]))):
         lines += ["", reason]
     if beaten(result["results"]) is None:
         found = reached(result)
         lines += ["", in_words(found), *filter(None, [too_little(found)])]
     return "\n".join(lines)
+
+
+def caveats(result: dict[str, Any]) -> list[str]:
+    """What a reader of its ratios has to know."""
+    if "results" not in result:
+        return []
+    little = None if beaten(result["results"]) else too_little(reached(result))
+    told = (restless(result["results"]), _few_rounds(result["results"]), little)
+    return [*filter(None, told)]
+
+
+def _few_rounds(results: Sequence[dict[str, Any]]) -> str | None:
+    rounds = min(len(arm["tpot_ms_by_round"]) for found in results for arm in found["arms"])
+    if rounds >= _ROUNDS:
+        return None
+    if rounds == 1:
+        return "ONE ROUND tells nothing of how far another would be off: --rounds 5 or more"
+    return (
+        f"{rounds} rounds are too few for a 95 % interval: in brackets is their range, which holds "
+        f"the median in {1 - 2 ** (1 - rounds):.0%} of such runs; --rounds {_ROUNDS} or more"
+    )
 
 
 def restless(results: Sequence[dict[str, Any]]) -> str | None:
@@ -195,7 +219,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """A row for every policy and batch size; without the prediction where it was beaten."""
     bound = beaten(results) is None
     head = ["batch", "policy", "TPOT ms (quartiles)", "tokens/s", "active experts"]
-    head += ["predicted ms", "speed-up (95 %)", "predicted"] if bound else ["speed-up (95 %)"]
+    speed = f"speed-up ({'range' if _few_rounds(results) else '95 %'})"
+    head += ["predicted ms", speed, "predicted"] if bound else [speed]
     rows: list[list[str]] = []
     for found in _ascending(results):
         rows += [[]] if rows else []

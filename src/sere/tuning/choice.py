@@ -21,7 +21,7 @@ def as_text(result: dict[str, Any]) -> str:
     """What was chosen and what it brings, on passages that it was not searched on; the fronts."""
     name, limit = result["settings"]["budget"].values()
     lines = [f"budget: {name} <= {limit:g} ({BUDGETS[name]})", *_choice(result, name)]
-    lines += _unmeasured(result) + _few_batches(result)
+    lines += caveats(result)
     lines += ["", "fewer experts for more loss, on the passages of the search:", _fronts(result)]
     lines += _beaten(result)
     cost = Cost(**result["cost"])
@@ -61,6 +61,11 @@ def in_place(policy: Policy, batch: int) -> str:
         return words
     below = policy.at(start - 1)
     return f"{words}, below {start} {'as above' if below else 'stock'}"
+
+
+def caveats(result: dict[str, Any]) -> list[str]:
+    """What a reader of the figures has to know."""
+    return _unmeasured(result) + _few_batches(result)
 
 
 def _unmeasured(result: dict[str, Any]) -> list[str]:

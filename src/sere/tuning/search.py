@@ -52,13 +52,14 @@ class Tuner:
     settings: int = 0  # about how many there will be, if it is known
     _tried: int = 0
     _measured_now: int = 0
+    unread: list[str] = field(default_factory=list)  # what is said of text that no model reads
     _begun: float = field(default_factory=time.monotonic)
 
     def check_stock(self, batch: int) -> None:
         """Raise `BudgetError` where the passages are too few, or none to lose answers of."""
         stock = self._measured([Arm("stock", None, self.table)], batch)["stock"]
         if not self.judge.first:  # once, and not of the passages to check on, too
-            self.judge.say_if_unread(stock)
+            self.unread = self.judge.say_if_unread(stock)
         self.budget.check_answers(sum(s.exact for s in stock), sum(s.passages for s in stock))
         self.budget.check_tokens(sum(s.tokens for s in stock))
 

@@ -33,14 +33,14 @@ from sere.evaluation.quality import Judge
 from sere.files import check_writable, locked, unfinished
 from sere.models.moe import MoELayer
 from sere.models.outline import fetched
-from sere.policy import STOCK, Policy
+from sere.policy import STOCK, Policy, in_words
 from sere.results import pictures, provenance
 from sere.results.journal import Journal, contents
 from sere.step_cost.cost import CARD, Cost, from_bench, roofline
 from sere.table import Table
 from sere.tuning import joint
 from sere.tuning.budget import Budget, BudgetError
-from sere.tuning.choice import as_text
+from sere.tuning.choice import as_text, caveats
 from sere.tuning.kinds import Kind, kinds_of
 from sere.tuning.one_size import as_dict, search
 from sere.tuning.picture import plot
@@ -84,10 +84,10 @@ def run(
     table = _table(table_path, folder)
     model, layers = load(folder, stream)
     cost = cost or _cost(layers, table.fingerprint.K, bench, device or {})
-    say_if_seen(table, data)
+    told = say_if_seen(table, data)
     drawn = {"samples": samples, "prompt": prompt, "length": length, "seed": seed}
     passages = load_passages(model_name, folder, data, **drawn)
-    half = _half(len(passages), max(batches), wanted)
+    half = _half(len(passages), samples, max(batches), wanted)
     settings = {
         "model": model_name,
         "budget": asdict(wanted),
@@ -97,7 +97,6 @@ def run(
         **contents(folder, [table]),
     }
     provenance.check_settings(output, settings)
-    _say_passages(samples, len(passages), half, max(batches))
     with locked(table_path), Journal(unfinished(output), settings | _SEARCH) as journal:
         unseen = Judge(model, layers, passages[half:], journal, False, first=half)
         tuner = Tuner(table, Judge(model, layers, passages[:half], journal, False), wanted, cost)
@@ -110,6 +109,7 @@ def run(
         sizes = {"search": half, "check": len(passages) - half}
         about = {"E": table.fingerprint.E, "cost": asdict(cost), "passages": sizes}
         about |= _tuned(tuner, checker, kinds, sorted(batches), per_layer)
+        about["warnings"] = [*told, *tuner.unread]
         result = {"provenance": provenance.provenance(), "settings": settings, **about}
         return _finished(result, output, _searched(table, passages[:half]), table_path)
 
@@ -140,8 +140,9 @@ def _cost(
     return replace(cost, card="") if CARD.split()[-1] in here else cost
 
 
-def _half(passages: int, batch: int, budget: Budget) -> int:
-    """How many passages to search on, in whole batches; as many at least are left to check on."""
+def _half(passages: int, samples: int, batch: int, budget: Budget) -> int:
+    """How many passages to search on, in whole batches; as many at least are left to check on.
+    samples: how many were asked for."""
     if passages < 4 * batch:
         raise BudgetError(
             f"{passages} passages for batches of {batch}: at least {4 * batch} are needed, two "
@@ -150,6 +151,7 @@ def _half(passages: int, batch: int, budget: Budget) -> int:
         )
     half = passages // (2 * batch) * batch
     budget.check_passages(half)
+    _say_passages(samples, passages, half, batch)
     return half
 
 
@@ -201,7 +203,8 @@ def _check_stock(tuner: Tuner, checker: Tuner, batch: int, journal: Journal) -> 
 
 def _finished(result: dict[str, Any], output: str, table: Table, table_path: str) -> dict[str, Any]:
     """With the reason. What was found is on the screen before any disk can be full."""
-    result = {**result, "why": why(result)}
+    warnings = [*result["warnings"], *caveats(result)]
+    result = {**result, "why": why(result), "warnings": warnings}
     print(as_text(result))
     provenance.save_json(output, result)
     picture = pictures.beside(output)
@@ -221,7 +224,8 @@ def _store(result: dict[str, Any], table: Table, path: str) -> None:
     chosen = Policy.from_dict(result["policy"]) if result["policy"] else None
     table.check_policy(chosen or STOCK)
     replace(table, policy=chosen or STOCK).save(path)
-    print("the policy" if chosen else "stock routing, as the choice,", f"is in {path}")
+    before = f", in the place of {in_words(table.policy)}" if table.policy else ""
+    print("the policy" if chosen else "stock routing, as the choice,", f"is in {path}{before}")
 
 
 def _tuned(
