@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import threading
@@ -38,6 +39,18 @@ VERBS = {
     "report": ["report", "FOLDER", "-o", "OUT"],
 }
 NOTES = b"what I wrote in a month"
+
+
+def test_a_result_is_json_that_strict_parsers_read(tmp_path: Path) -> None:
+    """One batch has no error, and all at once is a rate without bound: neither is in JSON."""
+    odd = {"settings": {"rates": [4.0, math.inf]}, "arms": [{"kl": (0.5, math.nan)}]}
+    provenance.save_json(tmp_path / "r.json", odd)
+    text = (tmp_path / "r.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"settings": {"rates": [4.0, None]}, "arms": [{"kl": [0.5, None]}]}
+    provenance.check_settings(tmp_path / "r.json", {"rates": [4.0, math.inf]})
+    with pytest.raises(FileExistsError, match="differs in rates"):
+        provenance.check_settings(tmp_path / "r.json", {"rates": [4.0, 8.0]})
 
 
 def test_a_result_says_which_gpus_there_were(

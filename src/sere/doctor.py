@@ -162,7 +162,7 @@ def _served(url: str) -> Iterator[Check]:
         return
     yield Check("server", not seen.stale, "does not answer" if seen.stale else "answers")
     for engine, policy in seen.policies.items():
-        why = seen.fallbacks.get(engine, "the policy is stock: sere_policy switches it on")
+        why = seen.fallbacks.get(engine, "the policy is stock: `sere switch URL on` ends that")
         if policy != "stock":
             why = (
                 f"{policy_in_words(policy)} moves nothing (S = K, a threshold beyond all figures, "

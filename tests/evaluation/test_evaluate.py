@@ -19,7 +19,7 @@ from sere.demo_model.tasks import examples
 from sere.engine_runs import generation
 from sere.evaluation.arms import parse_arm, served_policies, spelt_out
 from sere.evaluation.decoding import Passage
-from sere.evaluation.evaluate import _inert, as_text, run
+from sere.evaluation.evaluate import _inert, _quality_table, as_text, run
 from sere.evaluation.passages import load_passages
 from sere.evaluation.passes import _add_passage
 from sere.evaluation.quality import EvaluationError, Judge, Sums, figures, mean
@@ -63,6 +63,17 @@ def test_a_result_of_other_settings_is_not_replaced(tiny: Any, result: dict[str,
         tiny()
     (tiny.folder / "e.json").write_bytes(kept)
     assert not list(tiny.folder.glob("*.unfinished"))
+
+
+def test_no_lost_answer_is_no_certainty() -> None:
+    """The rule of three, exactly: of 60 answers that all came back, 4.9 % may be lost."""
+    nothing = dict.fromkeys(("active", "kl", "top1", "perplexity", "answers_lost_gross"), (0, 0))
+    own = {**nothing, "exact_match": (0.6, 0.0), "exact_match_over_stock": (0, 0)}
+    own["perplexity_over_stock"] = (0, 0)
+    told = _quality_table("8", {"stock": own}, 100)
+    assert "where none of 60 answers is lost, up to 4.9% may be (95 %)" in told
+    text = _quality_table("8", {"stock": {**own, "exact_match": (0.0, 0.0)}}, 100)
+    assert "answers" not in text
 
 
 def test_text_that_the_model_cannot_read_is_told(

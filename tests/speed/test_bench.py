@@ -401,7 +401,7 @@ def test_the_demo_model_end_to_end(tmp_path: Path) -> None:
         assert re.search(rf"^8 +{re.escape(arm['name'])} +{arm['tpot_ms']:.2f}", printed, re.M)
     kept = output.read_bytes()
     load = Load(batches=(4,), input_len=16, output_len=6, rounds=2)
-    with pytest.raises(FileExistsError, match="another rules and batches: choose another output"):
+    with pytest.raises(FileExistsError, match="differs in rules and batches: choose another"):
         bench.run("demo", table, str(output), policies=['{"S": 1}'], load=load)
     assert output.read_bytes() == kept
 

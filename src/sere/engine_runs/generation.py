@@ -248,7 +248,7 @@ def as_text(result: dict[str, Any]) -> str:
     """A row for each policy, with standard errors."""
 
     def share(figure: tuple[float, float]) -> str:
-        value, error = figure
+        value, error = (math.nan if part is None else part for part in figure)
         return f"{value:.2%}" + ("" if math.isnan(error) else f" +-{error:.2%}")
 
     keys = {

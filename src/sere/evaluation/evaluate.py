@@ -150,7 +150,7 @@ def as_text(result: dict[str, Any]) -> str:
     parts = []
     for batch in result["arms"][0]["batches"]:
         found = {arm["name"]: arm["batches"][batch] for arm in result["arms"]}
-        parts += [_quality_table(batch, found), *_error_table(batch, found)]
+        parts += [_quality_table(batch, found, result["passages"]), *_error_table(batch, found)]
         if difference := max(f["prompt_difference"] for f in found.values()):
             parts.append(
                 f"batch {batch}: prompts' logits differ from stock by up to {difference:.1g}, by "
@@ -172,8 +172,9 @@ def _too_few(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def _cell(figure: Sequence[float], digits: int, factor: float = 1) -> str:
-    value, error = (factor * x for x in figure)
+def _cell(figure: Sequence[float | None], digits: int, factor: float = 1) -> str:
+    """The error is None in a result that was read again."""
+    value, error = (math.nan if x is None else factor * x for x in figure)
     return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" +-{error:.{digits}f}")
 
 
@@ -182,9 +183,10 @@ def _beside_stock(f: dict[str, Any], name: str, digits: int, factor: float = 1) 
     return _cell((f[name][0], f[f"{name}_over_stock"][1] or math.nan), digits, factor)
 
 
-def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
+def _quality_table(batch: str, found: dict[str, dict[str, Any]], passages: int) -> str:
     """Answers only where stock gets some right: on plain text there are none, and none to lose."""
-    answered = bool(next(iter(found.values()))["exact_match"][0])
+    right = round(next(iter(found.values()))["exact_match"][0] * passages)
+    answered = right > 0
     rows = [
         [
             name,
@@ -200,7 +202,11 @@ def _quality_table(batch: str, found: dict[str, dict[str, Any]]) -> str:
     head = [f"batch {batch}", "active experts", "KL, 0.001 nats", "top-1, %", "perplexity *"]
     head += ["exact match, % *", "lost, gross, %"] if answered else []
     table = provenance.text_table(head, rows)
-    return f"{table}\n* +- is the error of the difference from stock, batch by batch"
+    note = "* +- is the error of the difference from stock, batch by batch"
+    if answered:  # 0 +-0 is no certainty: the rule of three, exactly
+        most = 1 - 0.05 ** (1 / right)
+        note += f"; where none of {right} answers is lost, up to {most:.1%} may be (95 %)"
+    return f"{table}\n{note}"
 
 
 def _error_table(batch: str, found: dict[str, dict[str, Any]]) -> list[str]:

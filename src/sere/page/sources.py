@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sere.files import unreadable, why
+from sere.results.provenance import finite
 from sere.table import FILE_NAME, Table, TableError
 
 
@@ -152,7 +152,7 @@ def _document(path: Path) -> Source:
     kinds = [k for k, fits in KINDS.items() if isinstance(content, dict) and fits(content)]
     if not kinds:
         raise UnknownFile("JSON, but not a result that this page has a figure for")
-    return Source(path.name, _sha256(path), kinds[0], _finite(content))
+    return Source(path.name, _sha256(path), kinds[0], finite(content))
 
 
 def _of_table(found: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +183,3 @@ def _of_vllm(found: dict[str, Any]) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity are no JSON: browsers refuse them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -73,9 +74,18 @@ def not_full(batch: int, count: int, what: str) -> list[str]:
 
 
 def save_json(path: str | Path, result: Any) -> None:
-    """Write a result atomically, for programs."""
+    """Write a result atomically, for programs: NaN and infinity, which are no JSON, as null."""
     with replaced(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """With None for NaN and infinity, anywhere in it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -83,10 +93,10 @@ def check_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     if FORCE.get() or is_device(path) or not Path(path).is_file():
         return
     try:
-        there = json.loads(Path(path).read_bytes())["settings"]
+        there = finite(json.loads(Path(path).read_bytes())["settings"])
     except (ValueError, KeyError, TypeError):
         return  # no result that has any
-    wanted = json.loads(json.dumps(settings))
+    wanted = json.loads(json.dumps(finite(settings)))
     others = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if len({*there} ^ {*wanted}) > 2:  # keys that a newer version may have added are few
         raise FileExistsError(

@@ -57,7 +57,12 @@ def tell(executor: Any, own: Own | None, workers: Sequence[Mapping[str, Any]]) -
             report = {"of": facts, **_made(executor, auto, own, workers[0]["policy"])}
             report["notes"] += _keep(path, report)
     except (ServingError, CorpusError, OSError) as error:
-        _LOG.warning("sere: no report on speed and quality: %s", error)
+        _LOG.warning(
+            "sere: no report on speed and quality: %s. %s is served, and not measured: bring "
+            "longer texts, or ask `sere evaluate`",
+            error,
+            workers[0]["policy"],
+        )
         return
     _LOG.info("sere: %s", as_text(report))
     for warning in report["warnings"]:
