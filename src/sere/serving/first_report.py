@@ -216,9 +216,9 @@ def _described(auto: Auto, texts: Pieces) -> str:
 
 def _notes(left_out: Sequence[int]) -> list[str]:
     notes = [
-        "speed: of a whole step, stock's time over this one's, lowest to highest of the turns; KL: "
-        "from stock's next token to this one's, 0 where they are equal; loss: more than stock's; "
-        "± standard error; of perplexity two of them either way",
+        "speed: of a whole step, stock's time over this one's, in each turn: the median of these, "
+        "lowest to highest; KL: from stock's next token to this one's, 0 where they are equal; "
+        "loss: more than stock's; ± standard error; of perplexity two of them either way",
     ]
     if left_out:
         notes.append(f"not tried, as it takes long: {', '.join(map(str, left_out))} requests")
