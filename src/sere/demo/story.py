@@ -164,6 +164,8 @@ def _plot_speed(axes: Any, found: dict[str, Any]) -> None:
         axes.text(0.5, 0.5, f"not measured:\n{reason[:60]}", ha="center", va="center", wrap=True)
         axes.set_axis_off()
         return
+    if restless(found["results"]):
+        axes.set_title("THE MACHINE WAS BUSY: measure again", color="#e4572e")
     batches = [each["batch"] for each in found["results"]]
     for number, first in enumerate(found["results"][0]["arms"][1:], start=1):
         arms = [each["arms"][number] for each in found["results"]]

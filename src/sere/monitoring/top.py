@@ -33,7 +33,9 @@ def follow(url: str, interval: float, console: Console | None = None) -> None:
     """
     console = console or Console()
     if not console.is_terminal:
-        _log(url, interval, console)
+        with suppress(KeyboardInterrupt):
+            _log(url, interval, console)
+        return
     seen, before = view(now := read(url)), now
     trouble: str | None = None
     with suppress(KeyboardInterrupt), _screen(console) as screen:
