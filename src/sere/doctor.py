@@ -30,7 +30,7 @@ from sere.serving.expert_kernels import difference
 from sere.serving.invariance import promised
 from sere.serving.rehearsal import Rehearsal
 from sere.serving.symbols import untested_version
-from sere.similarity.enough import first_with_too_little, null_model
+from sere.similarity.enough import untrusted
 from sere.step_cost.reached import from_file, in_words, too_little
 from sere.table import Table, TableError
 
@@ -292,7 +292,7 @@ def _table(path: str, folder: str | None) -> str:
         about += f", with a policy of `sere tune` ({whole})"
         if not table.can_move(table.policy):
             raise TableError(f"{about}: NOTHING IS RE-ROUTED unless settings of yours replace it")
-    if reason := null_model(table.layers) or first_with_too_little(table.layers):
+    if reason := untrusted(table.layers):
         about += f"; WARNING: not to be trusted: {reason}"
     if known_of_stand_ins := in_a_line(table):
         about += f"; {known_of_stand_ins}"

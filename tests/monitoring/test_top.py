@@ -220,14 +220,19 @@ class Answers:
         self._server.server_close()
 
 
-def test_following_goes_on_while_a_server_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = iter(range(4))
+def interrupt_after(waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, once so many pauses between pictures are over."""
+    left = iter(range(waits))
 
     def wait(seconds: float) -> None:
-        if next(waits, None) is None:
+        if next(left, None) is None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(top.time, "sleep", wait)
+
+
+def test_following_goes_on_while_a_server_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(4, monkeypatch)
     console = Console(width=160, record=True, file=io.StringIO(), force_terminal=True)
     before, after = metrics(steps=20, fast=100), metrics(steps=3, fast=30)
     with Answers(before, 503, -1, after) as url:
@@ -239,13 +244,7 @@ def test_following_goes_on_while_a_server_restarts(monkeypatch: pytest.MonkeyPat
 
 
 def test_into_a_file_pictures_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = iter(range(1))
-
-    def wait(seconds: float) -> None:
-        if next(waits, None) is None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(top.time, "sleep", wait)
+    interrupt_after(1, monkeypatch)
     console = Console(width=120, file=(file := io.StringIO()))
     answers = Answers(metrics(steps=20, fast=100), metrics(steps=30, fast=300))
     with answers as url:

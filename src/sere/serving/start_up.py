@@ -22,7 +22,7 @@ from sere.serving.inert import inert
 from sere.serving.session import Session
 from sere.serving.symbols import vllm_version
 from sere.serving.tiers import FAST
-from sere.similarity.enough import first_with_too_little, null_model
+from sere.similarity.enough import untrusted
 from sere.table import Table
 
 _LOG = logging.getLogger("vllm.sere")
@@ -121,8 +121,7 @@ def _too_little(session: Session) -> str | None:
     """What is to be said of a table that the user named; of its own an engine says it before."""
     if session.settings.table is None or not isinstance(session.table, Table):
         return None
-    layers = session.table.layers
-    return null_model(layers) or first_with_too_little(layers)
+    return untrusted(session.table.layers)
 
 
 def _name(device: torch.device) -> str:

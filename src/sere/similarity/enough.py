@@ -18,8 +18,12 @@ def first_with_too_little(layers: Mapping[int, LayerStatistics]) -> str | None:
     return None
 
 
-def null_model(layers: Mapping[int, LayerStatistics]) -> str | None:
-    """What is to be said of a table that was made without text, or None."""
+def untrusted(layers: Mapping[int, LayerStatistics]) -> str | None:
+    """Why a table is not to be trusted: it was made without text, or from too little; or None."""
+    return _null_model(layers) or first_with_too_little(layers)
+
+
+def _null_model(layers: Mapping[int, LayerStatistics]) -> str | None:
     if any(layer.tokens for layer in layers.values()):
         return None
     return (

@@ -140,7 +140,7 @@ def as_text(result: dict[str, Any]) -> str:
         "",
         table(result["results"]),
     ]
-    for reason in filter(None, (restless(result["results"]), _few_rounds(result["results"]))):
+    for reason in _unsure(result["results"]):
         lines += ["", reason]
     if beaten(result["results"]) is None:
         found = reached(result)
@@ -153,8 +153,12 @@ def caveats(result: dict[str, Any]) -> list[str]:
     if "results" not in result:
         return []
     little = None if beaten(result["results"]) else too_little(reached(result))
-    told = (restless(result["results"]), _few_rounds(result["results"]), little)
-    return [*filter(None, told)]
+    return [*_unsure(result["results"]), *filter(None, [little])]
+
+
+def _unsure(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Why its ratios, or their intervals, are not to be trusted."""
+    return [*filter(None, (restless(results), _few_rounds(results)))]
 
 
 def _few_rounds(results: Sequence[dict[str, Any]]) -> str | None:
